@@ -1,0 +1,37 @@
+# `make demo` and `make test` each do everything on a fresh machine; docs/quickstart.md explains.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# CPU runs: one thread a process, no compilation (treepo_mcore/environment.py says why).
+export OMP_NUM_THREADS ?= 1
+export TORCHDYNAMO_DISABLE ?= 1
+
+.PHONY: demo test test-long lint setup lock clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements/cpu.lock setup.py
+	tools/setup_venv.sh $(VENV) requirements/cpu.lock
+	touch $@
+
+demo: setup  ## train a small model with TreePO on this machine's CPU
+	$(BIN)/python examples/quickstart/run.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup  ## everything that fits into 25 minutes on 2 cores
+	$(BIN)/python -m pytest tests -m "not long"
+
+test-long: setup  ## kills, layouts, the demo: another 45 minutes
+	$(BIN)/python -m pytest tests -m long
+
+lock:  ## resolve requirements/cpu.in anew; needs uv
+	uv pip compile --python $(BIN)/python --override requirements/overrides.txt --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --no-annotate --no-header --only-binary :all: -o requirements/cpu.lock requirements/cpu.in
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,80 @@
+"""The quickstart: make data, tokenizer and a warm model, then train the model with TreePO on two processes.
+
+    python examples/quickstart/run.py [--nproc N] [key=value ...]
+
+What is made once is kept under .cache/quickstart; `key=value` goes to the trainer (examples/quickstart/config.yaml).
+The last line is one JSON object, also in the run's summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from treepo_mcore.config import load_config
+from treepo_mcore.environment import prepare_environment
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(".cache/quickstart")
+MADE_BY = ("make_data.py", "make_tokenizer.py", "warmup.py")  # a change of these makes the cache stale
+
+
+def torchrun(nproc: int, *command: str) -> None:
+    """Run a command on `nproc` processes of this machine; a failure ends the quickstart with its exit status."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    code = subprocess.run([*launcher, *command]).returncode
+    if code:
+        sys.exit(code)
+
+
+def prepare(nproc: int) -> float:
+    """Make what is not cached; returns the seconds that the warm-up took when it ran, now or before."""
+    stamp = CACHE / "made.json"
+    digest = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in MADE_BY)).hexdigest()
+    if stamp.is_file() and json.loads(stamp.read_text())["sha256"] == digest:
+        seconds: float = json.loads(stamp.read_text())["warmup_seconds"]
+        print(f"quickstart: using the warm model under {CACHE} (its warm-up took {seconds:.0f} s)", flush=True)
+        return seconds
+    shutil.rmtree(CACHE, ignore_errors=True)
+    begin = time.perf_counter()
+    data, tokenizer = CACHE / "data", CACHE / "tokenizer"
+    print("quickstart: making data and tokenizer", flush=True)
+    subprocess.run([sys.executable, HERE / "make_data.py", "--out", data], check=True)
+    corpus = data / "sft.jsonl"
+    subprocess.run([sys.executable, HERE / "make_tokenizer.py", "--corpus", corpus, "--out", tokenizer], check=True)
+    print("quickstart: warming a small model up by supervised training", flush=True)
+    places = ["--data", str(data), "--tokenizer", str(tokenizer), "--out", str(CACHE / "model")]
+    torchrun(nproc, str(HERE / "warmup.py"), *places)
+    seconds = time.perf_counter() - begin
+    stamp.write_text(json.dumps({"sha256": digest, "warmup_seconds": round(seconds, 1)}))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nproc", type=int, default=2, help="processes of the training run")
+    parser.add_argument("overrides", nargs="*", help="key=value for the trainer")
+    arguments = parser.parse_args()
+    prepare_environment()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    config = load_config(HERE / "config.yaml", arguments.overrides)
+    warmup_seconds = prepare(2)
+    begin = time.perf_counter()
+    torchrun(arguments.nproc, "-m", "treepo_mcore", "train", str(HERE / "config.yaml"), *arguments.overrides)
+    file = config.run.dir / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["warmup_seconds"] = round(warmup_seconds, 1)
+    summary["seconds"] = round(warmup_seconds + time.perf_counter() - begin, 1)
+    file.write_text(json.dumps(summary) + "\n")
+    print(json.dumps(summary), flush=True)
+
+
+if __name__ == "__main__":
+    main()

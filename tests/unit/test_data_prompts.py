@@ -1,0 +1,186 @@
+"""Reading prompts, and the stream that hands them out."""
+
+import json
+import logging
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from treepo_mcore.config import ConfigError, DataConfig
+from treepo_mcore.data.prompts import Prompt, PromptStream, load_prompts
+
+
+class Words:
+    """A tokenizer of one id per word; BOS is 0."""
+
+    vocab_size = 100
+    eos_ids = (1,)
+
+    def encode(self, text, start=False):
+        return [0] * start + [2 + len(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join("x" * (i - 2) for i in ids if i > 2)
+
+    def render_chat(self, messages):
+        return " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>"
+
+
+def load(file, rows, **options):
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return load_prompts(file, DataConfig(train=file, **options), Words())
+
+
+CHAT = [{"role": "user", "content": "what is it"}]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_strings_are_used_as_they_stand(tmp_path, name):
+    rows = [{"prompt": "a bb", "answer": "7", "id": "first", "level": 3}, {"prompt": "ccc", "answer": "8"}]
+    first, second = load(tmp_path / name, rows)
+    assert first.id == "first"
+    assert (first.tokens, first.text, first.answer) == ([0, 3, 4], "a bb", "7")
+    assert first.meta["level"] == 3
+    assert second.text == "ccc"
+
+
+def test_rows_without_id_are_named_by_file_and_row(tmp_path):
+    prompts = load(tmp_path / "math.jsonl", [{"prompt": "a", "answer": 7}, "", {"prompt": "b", "answer": 0.5}])
+    assert [prompt.id for prompt in prompts] == ["math-0", "math-1"]
+    assert [prompt.answer for prompt in prompts] == ["7", "0.5"]
+
+
+def test_verl_parquet(tmp_path):
+    row = {"prompt": CHAT, "reward_model": {"ground_truth": "42", "style": "rule"}, "data_source": "x"}
+    (prompt,) = load(tmp_path / "verl.parquet", [row], answer_key="reward_model.ground_truth")
+    assert prompt.text == "<user> what is it <assistant>"
+    assert prompt.tokens[0] != 0  # the template brings its own special tokens
+    assert prompt.answer == "42"
+    assert prompt.meta["data_source"] == "x"
+
+
+def test_chat_template_modes(tmp_path):
+    file = tmp_path / "data.jsonl"
+    row = {"prompt": "a", "answer": "1"}
+    assert load(file, [row], chat_template="always")[0].text == "<user> a <assistant>"
+    assert load(file, [row], system_prompt="think")[0].text == "a"
+    assert load(file, [row], chat_template="always", system_prompt="think")[0].text == (
+        "<system> think <user> a <assistant>"
+    )
+    with pytest.raises(ConfigError, match=r"line 1: prompt is a list of messages, but data\.chat_template is never"):
+        load(file, [{"prompt": CHAT, "answer": "1"}], chat_template="never")
+    system = [{"role": "system", "content": "s"}, *CHAT]
+    with pytest.raises(ConfigError, match="line 1: has a system message"):
+        load(file, [{"prompt": system, "answer": "1"}], system_prompt="think")
+
+
+GOOD = {"prompt": "a", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no prompts in it"),
+        ([GOOD, "{bad"], "line 2: not valid JSON"),
+        ([GOOD, "", "[1]"], "line 3: expected a JSON object, found list"),
+        ([GOOD, {"answer": "1"}], "line 2: no 'prompt', found answer"),
+        ([{"prompt": "a"}], "line 1: no 'answer', found prompt"),
+        ([{"prompt": "a", "answer": None}], "line 1: no 'answer'"),
+        ([{"prompt": "a", "answer": ["1"]}], "line 1: expected answer to be a string or a number, found list"),
+        ([{"prompt": "a", "answer": True}], "line 1: expected answer to be a string or a number, found bool"),
+        ([{"prompt": 3, "answer": "1"}], "line 1: expected prompt to be a string or a list of messages"),
+        ([{"prompt": [{"role": "user"}], "answer": "1"}], "line 1: expected prompt to be"),
+        ([{"prompt": [], "answer": "1"}], "line 1: expected prompt to be"),
+        ([{**GOOD, "id": 5}, {**GOOD, "id": "5"}], "line 2: id '5' is already used at .*line 1"),
+        (
+            [GOOD, {"prompt": "a a a a a", "answer": "1"}],
+            r"line 2: the prompt has 6 tokens, data.max_prompt_tokens is 4",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, rows, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(tmp_path / "data.jsonl", rows, max_prompt_tokens=4)
+    assert "data.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_paths(tmp_path):
+    config = DataConfig(train=tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.csv: expected \.jsonl or \.parquet, found \.csv"):
+        load_prompts(tmp_path / "data.csv", config, Words())
+    with pytest.raises(ConfigError, match="no such file"):
+        load_prompts(tmp_path / "data.jsonl", config, Words())
+    (tmp_path / "data.parquet").write_text("no")
+    with pytest.raises(ConfigError, match="not valid parquet"):
+        load_prompts(tmp_path / "data.parquet", config, Words())
+    with pytest.raises(ConfigError, match="row 2: no 'answer'"):
+        load(tmp_path / "data.parquet", [GOOD, {"prompt": "a", "answer": None}])
+
+
+def test_overlong_prompts_are_dropped_and_counted_once(tmp_path, caplog):
+    rows = [GOOD, {"prompt": "a a a a", "answer": "1"}, {"prompt": "a a a a a", "answer": "1"}]
+    with caplog.at_level(logging.WARNING):
+        prompts = load(tmp_path / "data.jsonl", rows, max_prompt_tokens=4, overlong_prompts="drop")
+    assert [prompt.id for prompt in prompts] == ["data-0"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'data.jsonl'}: dropped 2 prompts longer than 4 tokens"
+    ]
+    with pytest.raises(ConfigError, match="no prompts left, 2 were too long"):
+        load(tmp_path / "data.jsonl", rows[1:], max_prompt_tokens=4, overlong_prompts="drop")
+
+
+def make(count, answer="1"):
+    return [Prompt(str(i), [i], str(i), answer) for i in range(count)]
+
+
+def ids(prompts):
+    return [prompt.id for prompt in prompts]
+
+
+def test_every_epoch_is_another_permutation():
+    stream = PromptStream(make(20), seed=3, shuffle=True)
+    first, second = ids(stream.next(20)), ids(stream.next(20))
+    assert sorted(first) == sorted(second) == sorted(ids(make(20)))
+    assert first != second
+    assert first == ids(PromptStream(make(20), seed=3, shuffle=True).next(20))
+    assert first != ids(PromptStream(make(20), seed=4, shuffle=True).next(20))
+
+
+def test_without_shuffling_the_order_is_the_files():
+    assert ids(PromptStream(make(3), seed=0, shuffle=False).next(8)) == list("01201201")
+
+
+def test_the_size_of_the_requests_does_not_matter():
+    whole = ids(PromptStream(make(7), seed=1, shuffle=True).next(30))
+    stream = PromptStream(make(7), seed=1, shuffle=True)
+    assert [i for n in (1, 6, 7, 0, 16) for i in ids(stream.next(n))] == whole
+
+
+@pytest.mark.parametrize("taken", [0, 5, 7, 11, 14])
+def test_resume_continues_with_the_same_prompts(taken):
+    stream = PromptStream(make(7), seed=1, shuffle=True)
+    stream.next(taken)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = PromptStream(make(7), seed=1, shuffle=True)
+    resumed.load_state_dict(state)
+    assert ids(resumed.next(20)) == ids(stream.next(20))
+
+
+@pytest.mark.parametrize(
+    ("stream", "key"),
+    [
+        (PromptStream(make(7), seed=2, shuffle=True), "seed"),
+        (PromptStream(make(7), seed=1, shuffle=False), "shuffle"),
+        (PromptStream(make(8), seed=1, shuffle=True), "prompts_sha256"),
+        (PromptStream(make(7, "2"), seed=1, shuffle=True), "prompts_sha256"),
+    ],
+)
+def test_resume_refuses_another_stream(stream, key):
+    state = PromptStream(make(7), seed=1, shuffle=True).state_dict()
+    with pytest.raises(ConfigError, match=f"cannot resume the prompts: {key}"):
+        stream.load_state_dict(state)

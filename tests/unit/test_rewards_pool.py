@@ -1,0 +1,169 @@
+"""The reward pool: results, failures contained, nothing lost. Functions are written to a module the workers import."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from treepo_mcore.config import ConfigError, RewardConfig
+from treepo_mcore.rewards.pool import RewardPool
+
+FUNCTIONS = """
+import os, signal, sys, time
+
+def score(response, answer, prompt):
+    if response == "raise":
+        raise KeyError("nothing here")
+    if response == "hang":
+        time.sleep(60)
+    if response == "hang without alarm":
+        signal.alarm(0)
+        time.sleep(60)
+    if response == "huge":
+        return 9 ** 9 ** 9
+    if response == "die":
+        os._exit(3)
+    if response == "exit":
+        sys.exit(4)
+    if response == "nan":
+        return float("nan")
+    if response == "none":
+        return None
+    if response == "modules":
+        return float("torch" in sys.modules or "treepo_mcore.config" in sys.modules)
+    return float(len(response)) if response == answer else 0
+
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    (tmp_path / "pool_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "pool_functions:score"
+    sys.modules.pop("pool_functions", None)
+
+
+def run(config, responses, answer="abc"):
+    with RewardPool(config) as pool:
+        for key, response in enumerate(responses):
+            pool.submit(key, response, answer, "prompt")
+        results = {result.key: result for result in pool.drain()}
+        return results, pool.metrics()
+
+
+def test_scores_of_a_custom_function(functions):
+    results, counts = run(RewardConfig(function=functions, workers=2), ["abc", "x"] * 500)
+    assert [(results[key].score, results[key].correct) for key in range(2)] == [(3.0, True), (0.0, False)]
+    assert sorted(results) == list(range(1000))
+    assert counts == {"calls": 1000, "quick": 0, "raised": 0, "timed_out": 0, "died": 0}
+
+
+def test_failures_cost_only_themselves(functions):
+    bad = ["raise", "hang", "die", "nan", "exit", "none", "huge"]
+    responses = [response for failing in bad for response in ("abc", failing, "abc")]
+    results, counts = run(RewardConfig(function=functions, timeout=0.5), responses)
+    failed = {responses[key]: result for key, result in results.items() if result.error is not None}
+    assert {response: result.error for response, result in failed.items()} == {
+        "raise": "KeyError: 'nothing here'",
+        "hang": "timed out after 0.5 s",
+        "die": "worker died with exit code 3",
+        "nan": "returned nan",
+        "exit": "SystemExit: 4",
+        "none": "TypeError: float() argument must be a string or a real number, not 'NoneType'",
+        "huge": "timed out after 0.5 s",
+    }
+    assert all(not result.correct and result.score == 0.0 for result in failed.values())
+    assert sum(result.correct for result in results.values()) == 2 * len(bad)
+    assert counts == {"calls": 21, "quick": 0, "raised": 4, "timed_out": 2, "died": 1}
+
+
+def test_a_function_that_stops_the_alarm_is_killed(functions):
+    results, counts = run(RewardConfig(function=functions, timeout=0.2), ["hang without alarm", "abc"])
+    assert results[0].error == "timed out after 0.2 s"
+    assert results[1].correct
+    assert counts["timed_out"] == 1
+
+
+def test_poll_does_not_wait(functions):
+    with RewardPool(RewardConfig(function=functions, timeout=5.0)) as pool:
+        pool.submit("slow", "hang", "abc", "")
+        start = time.monotonic()
+        while time.monotonic() - start < 1.0:  # long enough for the worker to start and take the call
+            before = time.monotonic()
+            assert pool.poll() == []
+            assert time.monotonic() - before < 0.5
+            time.sleep(0.05)
+
+
+def test_a_worker_killed_from_outside_is_replaced(functions):
+    with RewardPool(RewardConfig(function=functions)) as pool:
+        pool.submit(0, "abc", "abc", "")
+        assert pool.drain()[0].correct
+        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        pool.submit(1, "abc", "abc", "")
+        assert [(result.key, result.correct) for result in pool.drain()] == [(1, True)]
+
+
+def test_workers_do_not_import_torch(functions):
+    results, _ = run(RewardConfig(function=functions), ["modules"])
+    assert results[0].error is None
+    assert results[0].score == 0.0
+
+
+def test_math_decides_strings_without_a_worker():
+    with RewardPool(RewardConfig()) as pool:
+        for key, text in enumerate([r"\boxed{7}", r"\boxed{8}", "no box"]):
+            pool.submit(key, text, "7", "")
+        assert [(result.key, result.correct) for result in pool.poll()] == [(0, True), (1, False), (2, False)]
+        assert pool.metrics()["quick"] == 3
+
+
+def test_math_sends_the_rest_to_a_worker():
+    results, counts = run(RewardConfig(), [r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}", r"\boxed{0.5}"], "0.5")
+    assert [results[key].score for key in range(3)] == [1.0, 0.0, 1.0]
+    assert counts["quick"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("maths", 'reward.function: expected "math" or "package.module:name", found \'maths\''),
+        ("no_such_module_here:f", "reward.function: cannot import no_such_module_here"),
+        ("pool_functions:missing", "reward.function: pool_functions has no function 'missing'"),
+        ("pool_functions:constant", "reward.function: pool_functions has no function 'constant'"),
+    ],
+)
+def test_unknown_function(functions, name, message):
+    with pytest.raises(ConfigError) as error:
+        RewardPool(RewardConfig(function=name))
+    assert str(error.value).startswith(message)
+
+
+def test_a_worker_that_cannot_start_is_an_error(functions, tmp_path):
+    with RewardPool(RewardConfig(function=functions)) as pool:
+        pool.drain()
+    (tmp_path / "pool_functions.py").write_text("raise RuntimeError('only fails in workers')")  # the parent has it
+    with RewardPool(RewardConfig(function=functions)) as pool:
+        pool.submit(0, "abc", "abc", "")
+        with pytest.raises(RuntimeError, match="could not start: RuntimeError: only fails in workers"):
+            pool.drain()
+
+
+def test_a_script_needs_no_main_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from treepo_mcore.config import RewardConfig\n"
+        "from treepo_mcore.rewards.pool import RewardPool\n"
+        "with RewardPool(RewardConfig()) as pool:\n"
+        "    pool.submit(0, r'\\boxed{\\frac{1}{2}}', '0.5', '')\n"
+        "    print(pool.drain()[0].correct)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=30)
+    assert done.stdout == "True\n", done.stderr

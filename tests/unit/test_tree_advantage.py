@@ -1,0 +1,195 @@
+"""Every number of spec/advantage_cases.json, and the properties behind them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from treepo_mcore.config import AdvantageConfig
+from treepo_mcore.tree.advantage import (
+    NodeAdvantage,
+    advantages,
+    node_advantages,
+    raw_advantages,
+    tree_from_plain,
+    whiten,
+)
+from treepo_mcore.tree.tree import Tree
+
+CASES = json.loads((Path(__file__).parent / "data" / "advantage_cases.json").read_text())
+
+RAW = {
+    "average": {},
+    "average_reject": {"reject_uniform_subgroups": True},
+    "group_size": {"aggregation": "group_size"},
+    "group_size_reject": {"aggregation": "group_size", "reject_uniform_subgroups": True},
+    "average_no_root": {"include_root": False},
+    "average_loo": {"leave_one_out": True},
+    "average_distinct_groups": {"distinct_groups": True},
+    "average_mass_baseline": {"mass_baseline": True},
+}
+FLAT = {
+    "grpo_std": {"estimator": "grpo"},
+    "grpo_mean_only": {"estimator": "reinforce_pp_baseline", "whiten": "none"},
+    "reinforce_pp_baseline_whitened": {"estimator": "reinforce_pp_baseline"},
+    "rloo": {"estimator": "rloo"},
+}
+
+
+def case_tree(case: str) -> Tree:
+    return tree_from_plain({"prompt_id": case, "leaves": CASES[case]["leaves"]})
+
+
+def node_of(tree: Tree, case: str, name: str) -> int:
+    wanted = name.split("/")
+    leaf = next(i for i, leaf in enumerate(CASES[case]["leaves"]) if leaf["path"][: len(wanted)] == wanted)
+    return tree.path(tree.leaves[leaf].node)[len(wanted)]
+
+
+def test_all_keys_of_the_cases_are_covered():
+    for case in CASES.values():
+        assert set(case["raw"]) == set(RAW)
+        assert set(case["flat"]) == set(FLAT)
+        assert set(case["whitened"]) == {"average", "group_size"}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", RAW)
+def test_raw_values(case, name):
+    found = raw_advantages(case_tree(case), AdvantageConfig(**RAW[name]))
+    np.testing.assert_allclose(found, CASES[case]["raw"][name], atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["average", "group_size"])
+def test_whitened_values(case, name):
+    (found,) = advantages([case_tree(case)], AdvantageConfig(aggregation=name))
+    np.testing.assert_allclose(found.values, CASES[case]["whitened"][name], atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_estimators(case, name):
+    (found,) = advantages([case_tree(case)], AdvantageConfig(**FLAT[name]))
+    np.testing.assert_allclose(found.values, CASES[case]["flat"][name], atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_path_masses(case):
+    np.testing.assert_allclose(case_tree(case).masses(), CASES[case]["path_mass"], atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_node_sums(case):
+    tree = case_tree(case)
+    (found,) = advantages([tree], AdvantageConfig(whiten="none"))
+    positive, negative = found.node_sums(tree)
+    counts = tree.leaf_counts()
+    for name, expected in CASES[case]["node_scalars_from_raw_average"].items():
+        node = node_of(tree, case, name)
+        assert counts[node] == expected["n_leaves"]
+        assert positive[node] == pytest.approx(expected["A_pos"], abs=2e-6)
+        assert negative[node] == pytest.approx(expected["A_neg"], abs=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("estimator", "key"), [("segment", "treeseg_raw_segment_adv"), ("spo", "spo_segment_adv")])
+def test_segment_estimators(case, estimator, key):
+    tree = case_tree(case)
+    values = node_advantages(tree, AdvantageConfig(estimator=estimator))
+    for leaf, expected in zip(tree.leaves, CASES[case][key], strict=True):
+        np.testing.assert_allclose(values[tree.path(leaf.node)[1:]], expected, atol=2e-6)
+
+
+def test_max_levels_one_is_the_mean_baseline():
+    tree = case_tree("A")
+    np.testing.assert_allclose(
+        raw_advantages(tree, AdvantageConfig(max_levels=1)),
+        raw_advantages(tree, AdvantageConfig(estimator="reinforce_pp_baseline")),
+    )
+
+
+def test_single_leaf_keeps_its_reward_under_every_option():  # D23: the root level is always there
+    tree = tree_from_plain({"leaves": [{"path": ["a", "b"], "reward": -1, "n_tokens": 3}]})
+    for options in RAW.values():
+        np.testing.assert_array_equal(raw_advantages(tree, AdvantageConfig(**options)), [-1.0])
+    assert raw_advantages(tree, AdvantageConfig(estimator="grpo"))[0] == pytest.approx(-1.0, abs=2e-6)
+
+
+def test_unsplit_tree_has_finite_advantages():  # D23: ids without inner nodes gave 0 or NaN
+    leaves = [{"path": [i], "reward": r, "n_tokens": 2} for i, r in enumerate([1, -1, -1, -1])]
+    tree = tree_from_plain({"leaves": leaves})
+    for options in RAW.values():
+        expected = [2.0, -2 / 3, -2 / 3, -2 / 3] if "leave_one_out" in options else [1.5, -0.5, -0.5, -0.5]
+        np.testing.assert_allclose(raw_advantages(tree, AdvantageConfig(**options)), expected)
+
+
+def test_whitening_is_over_the_whole_batch_and_weighted_by_tokens():
+    one, two = np.array([1.0, -1.0]), np.array([3.0])
+    found = whiten([one, two], [np.array([1, 2]), np.array([3])], shift=True)
+    flat = np.array([1, -1, -1, 3, 3, 3.0])
+    expected = (flat - flat.mean()) / flat.std(ddof=1)
+    np.testing.assert_allclose(np.concatenate(found), expected[[0, 1, 3]])
+    unshifted = whiten([one, two], [np.array([1, 2]), np.array([3])], shift=False)
+    np.testing.assert_allclose(
+        np.concatenate(unshifted), [1 / flat.std(ddof=1), -1 / flat.std(ddof=1), 3 / flat.std(ddof=1)]
+    )
+
+
+def test_segment_whitening_uses_real_lengths():  # D19: the released code takes L tokens for every segment
+    tree = case_tree("A")
+    for number, node in enumerate(tree.nodes[1:]):
+        node.tokens.extend([1] * number)
+    config = AdvantageConfig(estimator="segment")
+    (found,) = advantages([tree], config)
+    raw = node_advantages(tree, config)
+    flat = [raw[n] for leaf in tree.leaves for n in tree.path(leaf.node)[1:] for _ in tree.nodes[n].tokens]
+    expected = (raw[1:] - np.mean(flat)) / np.std(flat, ddof=1)
+    np.testing.assert_allclose(found.values[1:], expected, atol=1e-6)
+
+
+def test_mass_loss_weight_scales_each_leaf():
+    tree = case_tree("C")
+    (plain,) = advantages([tree], AdvantageConfig())
+    (weighted,) = advantages([tree], AdvantageConfig(mass_loss_weight=True))
+    np.testing.assert_array_equal(weighted.values, plain.values)
+    np.testing.assert_allclose(weighted.weights, 6 * tree.masses())
+    for leaf in range(6):
+        np.testing.assert_allclose(weighted.along(tree, leaf), plain.along(tree, leaf) * weighted.weights[leaf])
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "segment"}, {"mass_loss_weight": True}])
+def test_node_sums_are_sums_over_leaves(options):
+    tree = case_tree("C")
+    (found,) = advantages([tree], AdvantageConfig(**options))
+    positive, negative = np.zeros(len(tree.nodes)), np.zeros(len(tree.nodes))
+    for index, leaf in enumerate(tree.leaves):
+        path, along = tree.path(leaf.node), found.along(tree, index)
+        positive[path] += np.maximum(along, 0)
+        negative[path] += np.minimum(along, 0)
+    for got, expected in zip(found.node_sums(tree), (positive, negative), strict=True):
+        np.testing.assert_allclose(got[1:], expected[1:], atol=1e-12)
+    assert isinstance(found, NodeAdvantage) == (options.get("estimator") == "segment")
+
+
+def test_leave_one_out_with_masses_is_the_mean_of_the_others():
+    tree = case_tree("C")
+    config = AdvantageConfig(leave_one_out=True, mass_baseline=True, max_levels=1)
+    rewards, masses = np.array([leaf.reward for leaf in tree.leaves]), tree.masses()
+    expected = [
+        rewards[i] - np.average(np.delete(rewards, i), weights=np.delete(masses, i)) for i in range(len(rewards))
+    ]
+    np.testing.assert_allclose(raw_advantages(tree, config), expected)
+
+
+def test_missing_reward_and_bad_plain_forms_are_errors():
+    tree = case_tree("A")
+    tree.leaves[3].reward = None
+    with pytest.raises(ValueError, match="prompt A: leaf 3 has no reward"):
+        advantages([tree], AdvantageConfig())
+    with pytest.raises(ValueError, match="missing n_tokens"):
+        tree_from_plain({"leaves": [{"path": ["a"], "reward": 1}]})
+    inner = [{"path": p, "reward": 1, "n_tokens": 1} for p in (["a", "b"], ["a"])]
+    with pytest.raises(ValueError, match="inner node"):
+        tree_from_plain({"leaves": inner})

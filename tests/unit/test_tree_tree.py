@@ -1,0 +1,152 @@
+"""The node table: growing, splitting, reading, JSONL."""
+
+import json
+
+import numpy as np
+import pytest
+from tree_fake_engine import grow, keyed_draw
+
+from treepo_mcore.config import TreeConfig
+from treepo_mcore.tree.tree import EOS, Tree, read_trees, write_trees
+
+
+def fork() -> Tree:
+    """Prompt [1, 2]; node 1 [10..13] with children 2 [20, 21] and 3 [30]."""
+    tree = Tree("p", [1, 2], {"answer": "x"})
+    for parent, tokens in ((0, [10, 11, 12, 13]), (1, [20, 21]), (1, [30])):
+        node = tree.nodes[tree.add_node(parent, tree.nodes[parent].depth + 1)]
+        node.tokens.extend(tokens)
+        node.logprobs.extend(-token / 7 for token in tokens)
+    tree.add_leaf(2, EOS)
+    tree.add_leaf(3, EOS)
+    return tree
+
+
+def test_reading_paths():
+    tree = fork()
+    assert tree.path(3) == [0, 1, 3]
+    assert tree.key(3) == (0, 1)
+    assert tree.context(1) == [1, 2, 10, 11, 12, 13]
+    assert tree.response(0) == [10, 11, 12, 13, 20, 21]
+    assert tree.response_logprobs(1) == pytest.approx([-10 / 7, -11 / 7, -12 / 7, -13 / 7, -30 / 7])
+    assert [tree.leaf_tokens(leaf) for leaf in (0, 1)] == [6, 5]
+    assert (tree.unique_tokens, tree.logical_tokens) == (7, 11)
+    assert tree.leaf_counts().tolist() == [2, 2, 1, 1]
+    np.testing.assert_array_equal(tree.masses(), [0.5, 0.5])
+
+
+def test_split_of_an_inner_node_keeps_every_path():
+    tree, before = fork(), fork()
+    tail = tree.split(1, 3)
+    assert tree.children(1) == [tail]
+    assert tree.children(tail) == [2, 3]
+    assert (tree.nodes[tail].start, tree.nodes[tail].depth) == (5, 1)
+    for leaf in (0, 1):
+        assert tree.response(leaf) == before.response(leaf)
+        assert tree.response_logprobs(leaf) == before.response_logprobs(leaf)
+    np.testing.assert_array_equal(tree.masses(), before.masses())
+
+
+def test_split_of_a_leaf_moves_the_leaf():
+    tree = fork()
+    tail = tree.split(2, 1)
+    assert tree.leaves[0].node == tail
+    assert tree.leaf_at(2) is None
+    assert tree.leaf_at(tail) == 0
+    assert tree.response(0) == fork().response(0)
+
+
+@pytest.mark.parametrize(("node", "offset"), [(1, 0), (1, 4), (0, 1)])
+def test_split_at_an_end_is_an_error(node, offset):  # D15: removing nothing must not empty anything
+    with pytest.raises(ValueError, match="cannot split"):
+        fork().split(node, offset)
+
+
+@pytest.mark.parametrize(
+    ("position", "context"),
+    [(2, [1, 2]), (4, [1, 2, 10, 11]), (6, [1, 2, 10, 11, 12, 13]), (8, [1, 2, 10, 11, 12, 13, 20, 21])],
+)
+def test_cut_ends_where_it_should(position, context):
+    tree = fork()
+    node = tree.cut(2, position)
+    assert tree.context(node) == context
+    assert len(tree.nodes) == (5 if position == 4 else 4)
+
+
+@pytest.mark.parametrize("position", [1, 9])
+def test_cut_outside_the_response_is_an_error(position):
+    with pytest.raises(ValueError, match="is not on the response"):
+        fork().cut(2, position)
+
+
+def test_a_leaf_has_no_children():  # D19
+    tree = fork()
+    with pytest.raises(ValueError, match="node 2 is a leaf"):
+        tree.add_node(2, 3)
+    with pytest.raises(ValueError, match="node 1 is an inner node"):
+        tree.add_leaf(1, EOS)
+    with pytest.raises(ValueError, match="already a leaf"):
+        tree.add_leaf(2, EOS)
+
+
+def test_an_empty_prompt_is_an_error():
+    with pytest.raises(ValueError, match="at least one token"):
+        Tree("p", [])
+
+
+def test_canonical_is_depth_first_and_keeps_results():
+    tree = Tree("p", [1])
+    for parent, token in ((0, 5), (0, 6), (1, 7)):
+        node = tree.nodes[tree.add_node(parent, tree.nodes[parent].depth + 1)]
+        node.tokens.append(token)
+        node.logprobs.append(-1.0)
+    tree.leaves[tree.add_leaf(2, EOS)].reward = 2.0
+    tree.leaves[tree.add_leaf(3, EOS)].reward = 3.0
+    canonical = tree.canonical()
+    assert [list(node.tokens) for node in canonical.nodes] == [[1], [5], [7], [6]]
+    assert [(leaf.node, leaf.reward) for leaf in canonical.leaves] == [(2, 3.0), (3, 2.0)]
+    assert canonical.to_json() == tree.to_json()
+
+
+def test_jsonl_round_trip_is_exact(tmp_path):
+    config = TreeConfig.model_validate({"width": 8, "segment_tokens": 3, "fallback": {"cut": "min_logprob_token"}})
+    trees = [fork()] + [grow(config, keyed_draw(seed, 0.3), order=seed)[0] for seed in range(10)]
+    trees[1].leaves[0].reward, trees[1].leaves[0].correct, trees[1].leaves[0].text = 0.5, True, "ä\n"
+    file = tmp_path / "trees.jsonl"
+    write_trees(file, trees)
+    for tree, back in zip(trees, read_trees(file), strict=True):
+        assert back.to_json() == tree.to_json()
+        for one, other in zip(tree.canonical().nodes, back.nodes, strict=True):
+            assert one == other
+        assert tree.canonical().leaves == back.leaves
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("leaves"), "missing field 'leaves'"),
+        (lambda data: data["nodes"][1].update(parent=2), r"node 2: expected a parent in 0..1, found 2"),
+        (lambda data: data["nodes"][1].update(logprobs=[]), "2 tokens but 0 log-probs"),
+        (lambda data: data["nodes"][1].update(tokens=["a"]), "wrong type"),
+        (lambda data: data["leaves"][0].update(node=1), "node 1 is an inner node"),
+        (lambda data: data["leaves"][0].update(node=0), "expected a node in 1..3"),
+        (lambda data: data["leaves"][0].update(reason="tired"), "found 'tired'"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, change, message):
+    good, bad = fork().to_json(), fork().to_json()
+    change(bad)
+    file = tmp_path / "trees.jsonl"
+    file.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    trees = read_trees(file)
+    next(trees)
+    with pytest.raises(ValueError, match=rf"trees.jsonl:2: .*{message}"):
+        next(trees)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3"])
+def test_a_line_that_is_no_tree_is_named(tmp_path, line):
+    file = tmp_path / "trees.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"trees.jsonl:1: "):
+        list(read_trees(file))

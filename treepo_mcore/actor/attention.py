@@ -1,0 +1,185 @@
+"""Tree attention: a token sees its ancestors and nothing else.
+
+A packed sequence lists trees depth first, so the whole mask is one number a token: key k is visible to query q
+when ``k <= q < subtree_end[k]``. Two ways of computing it, equal in value:
+
+- ``dense``: scaled dot-product attention with the [S, S] mask; the reference.
+- ``chain``: every maximal run of tokens that follow one another (one run a leaf) is one query block whose keys and
+  values are gathered along its ancestors; nothing masked is computed. The fastest of those tried on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+Implementation = Literal["dense", "chain"]
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Queries [begin, end) and the packed indices of what they see."""
+
+    begin: int
+    end: int
+    keys: Tensor  # int64 [ancestors + (end - begin)]
+    bias: Tensor | None  # float32 [end - begin, len(keys)], 0 or -inf; None: no ancestors, plainly causal
+
+
+@dataclass
+class TreeParams(PackedSeqParams):
+    """Rides through Megatron's layers in the place of `PackedSeqParams`."""
+
+    positions: Any = None  # int64 [S], depth of every token in its path
+    allowed: Any = None  # bool [S, S], dense only
+    chains: Any = None  # list[Chain], chain only
+
+
+def tree_params(parent: Tensor, subtree_end: Tensor, positions: Tensor, implementation: Implementation) -> TreeParams:
+    """Attention arguments of one packed sequence.
+
+    parent: int64 [S], packed index of the preceding token, -1 at roots; subtree_end, positions: int64 [S].
+    """
+    longest = int(positions.max()) + 1
+    params = TreeParams(qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions)
+    if implementation == "dense":
+        params.allowed = ancestor_mask(subtree_end)
+    else:
+        params.chains = find_chains(parent, subtree_end)
+    return params
+
+
+def ancestor_mask(subtree_end: Tensor) -> Tensor:
+    """bool [S, S]: row q is True at the keys that q sees."""
+    index = torch.arange(len(subtree_end), device=subtree_end.device)
+    return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
+
+
+def find_chains(parent: Tensor, subtree_end: Tensor) -> list[Chain]:
+    """Split a packed sequence into runs in which each token follows the one before."""
+    size = len(parent)
+    index = torch.arange(size, device=parent.device)
+    starts = (parent != index - 1).nonzero()[:, 0].tolist()
+    if not starts or starts[0] != 0:
+        starts = [0, *starts]
+    chains = []
+    for begin, end in zip(starts, [*starts[1:], size], strict=True):
+        last = int(parent[begin]) if begin else -1
+        ancestors = (subtree_end[: last + 1] > last).nonzero()[:, 0]
+        keys = torch.cat([ancestors, index[begin:end]])
+        chains.append(Chain(begin, end, keys, _bottom_right_causal(end - begin, len(ancestors), parent.device)))
+    return chains
+
+
+def _bottom_right_causal(queries: int, ancestors: int, device: torch.device) -> Tensor | None:
+    if not ancestors:
+        return None
+    hidden = torch.ones(queries, ancestors + queries, dtype=torch.bool, device=device).triu(ancestors + 1)
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+
+
+class TreeAttention(MegatronModule):
+    """Megatron's `core_attention` slot: q [S, 1, heads / tp, d], k and v [S, 1, groups / tp, d]."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(config=config)
+        assert config.kv_channels is not None
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: TreeParams,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Returns [S, 1, heads / tp * d]."""
+        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if packed_seq_params.chains is not None:
+            out = ChainAttention.apply(q, k, v, packed_seq_params.chains, self.scale)
+        else:
+            out = dense_attention(q, k, v, packed_seq_params.allowed, self.scale)
+        return out.reshape(query.shape[0], 1, -1)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """q [S, heads, d]; k, v [S, groups, d]; allowed bool [S, S]. Returns [S, heads, d]."""
+    out = F.scaled_dot_product_attention(
+        _heads_first(q), _heads_first(k), _heads_first(v), attn_mask=allowed, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+class ChainAttention(torch.autograd.Function):
+    """Exact attention chain by chain; gradients of shared keys are added up over the chains that saw them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chains: list[Chain], scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        sums = []
+        for chain in chains:
+            rows = slice(chain.begin, chain.end)
+            keys, values = _gather(k, chain, q.shape[1]), _gather(v, chain, q.shape[1])
+            bias = None if chain.bias is None else chain.bias.to(q.dtype)
+            part, sum_ = _forward(
+                _heads_first(q[rows]), keys, values, 0.0, chain.bias is None, attn_mask=bias, scale=scale
+            )
+            out[rows] = part[0].transpose(0, 1)
+            sums.append(sum_)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.chains, ctx.scale = chains, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, *sums = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for chain, sum_ in zip(ctx.chains, sums, strict=True):
+            rows = slice(chain.begin, chain.end)
+            keys, values = _gather(k, chain, q.shape[1]), _gather(v, chain, q.shape[1])
+            bias = None if chain.bias is None else chain.bias.to(q.dtype)
+            part_q, part_k, part_v = _backward(
+                _heads_first(grad[rows]).contiguous(),
+                _heads_first(q[rows]),
+                keys,
+                values,
+                _heads_first(out[rows]),
+                sum_,
+                0.0,
+                chain.bias is None,
+                attn_mask=bias,
+                scale=ctx.scale,
+            )
+            grad_q[rows] = part_q[0].transpose(0, 1)
+            _scatter_add(grad_k, part_k, chain)
+            _scatter_add(grad_v, part_v, chain)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]  # [S, h, d] -> [1, h, S, d]
+
+
+def _gather(x: Tensor, chain: Chain, heads: int) -> Tensor:
+    return _heads_first(x.index_select(0, chain.keys).repeat_interleave(heads // x.shape[1], 1))
+
+
+def _scatter_add(total: Tensor, part: Tensor, chain: Chain) -> None:
+    groups, width = total.shape[1:]
+    summed = part[0].transpose(0, 1).reshape(len(chain.keys), groups, -1, width).sum(2)
+    total.index_add_(0, chain.keys, summed)

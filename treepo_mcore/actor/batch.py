@@ -1,0 +1,72 @@
+"""A packed sequence made ready for Megatron: padded, on the device, with its attention arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from treepo_mcore.actor.attention import Implementation, TreeParams, tree_params
+from treepo_mcore.tree.packing import PackedSequence
+
+
+@dataclass
+class MicroBatch:
+    """One sequence and the log-probs that its ratios are taken against."""
+
+    sequence: PackedSequence
+    attention: TreeParams
+    old_logp: Tensor | None  # float32 [E]; None: no ratios are taken
+
+
+def micro_batch(
+    sequence: PackedSequence,
+    old_logp: Tensor | None,
+    *,
+    multiple: int,
+    implementation: Implementation,
+    device: torch.device,
+) -> MicroBatch:
+    """Pad to a multiple (sequence parallelism splits evenly) and move to the device."""
+    sequence = _to(_padded(sequence, multiple), device)
+    attention = tree_params(sequence.parent, sequence.subtree_end, sequence.positions, implementation)
+    return MicroBatch(sequence, attention, None if old_logp is None else old_logp.to(device))
+
+
+def empty_sequence() -> PackedSequence:
+    """One token and one edge that counts zero times: fills a rank's turn when it has no tree."""
+    zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    return PackedSequence(
+        tokens=zero,
+        positions=zero,
+        parent=zero - 1,
+        subtree_end=zero + 1,
+        source=zero,
+        target=zero,
+        multiplicity=zero,
+        adv_pos=nothing,
+        adv_neg=nothing,
+        behaviour_logprob=nothing,
+        edge_key=torch.zeros(1, 3, dtype=torch.int64),
+    )
+
+
+def _padded(sequence: PackedSequence, multiple: int) -> PackedSequence:
+    """Padding tokens are one-token trees of their own without edges."""
+    size = len(sequence.tokens)
+    extra = -size % multiple
+    if not extra:
+        return sequence
+    zeros = torch.zeros(extra, dtype=torch.int64)
+    return replace(
+        sequence,
+        tokens=torch.cat([sequence.tokens, zeros]),
+        positions=torch.cat([sequence.positions, zeros]),
+        parent=torch.cat([sequence.parent, zeros - 1]),
+        subtree_end=torch.cat([sequence.subtree_end, torch.arange(size, size + extra) + 1]),
+    )
+
+
+def _to(sequence: PackedSequence, device: torch.device) -> PackedSequence:
+    return replace(sequence, **{f.name: getattr(sequence, f.name).to(device) for f in fields(sequence)})

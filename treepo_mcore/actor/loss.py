@@ -1,0 +1,116 @@
+"""Log-probs of a vocabulary-parallel output layer, and the clipped policy loss on trees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from treepo_mcore.config import LossConfig
+
+
+class VocabParallelLogProb(torch.autograd.Function):
+    """log p(target) and entropy from logits whose columns are spread over the tensor-parallel group.
+
+    logits [E, V_padded / tp] (columns at and beyond `vocab` are padding and never enter the softmax), target int64
+    [E]. Returns float32 [E] twice. Keeps one float32 copy of the local probabilities for the backward pass.
+    (Megatron's `vocab_parallel_cross_entropy` counts padded columns, has no entropy, and overwrites its input.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, vocab: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        columns = logits.shape[-1]
+        first = group.rank() * columns
+        x = logits.float()
+        if first + columns > vocab:
+            x = x.clone() if x is logits else x
+            x[:, max(0, vocab - first) :] = float("-inf")
+        top = x.amax(-1)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        x = x - top[:, None]
+        local = target - first
+        elsewhere = (local < 0) | (local >= columns)
+        local = local.masked_fill(elsewhere, 0)
+        chosen = x.gather(1, local[:, None])[:, 0].masked_fill(elsewhere, 0.0)
+        p = x.exp()
+        sums = torch.stack([p.sum(-1), torch.where(p > 0, p * x, 0.0).sum(-1), chosen])
+        dist.all_reduce(sums, group=group)
+        total, weighted, chosen = sums
+        p /= total[:, None]
+        entropy = total.log() - weighted / total
+        ctx.save_for_backward(p, local, elsewhere, entropy)
+        return chosen - total.log(), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
+        p, local, elsewhere, entropy = ctx.saved_tensors
+        grad = p * -grad_logp[:, None]
+        grad.scatter_add_(1, local[:, None], (grad_logp * ~elsewhere)[:, None])
+        if grad_entropy is not None and torch.any(grad_entropy != 0):
+            # dH/dx_j = -p_j (log p_j + H)
+            grad -= grad_entropy[:, None] * (torch.xlogy(p, p) + p * entropy[:, None])
+        return grad, None, None, None
+
+
+def edge_log_probs(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Mapping[str, Any], **_: Any
+) -> Tensor:
+    """Megatron's `output_processor`: hidden states -> float32 [2, E], log-probs and entropies of the edges.
+
+    Rows are gathered by edge source before the output layer, so that prompt tokens cost no logits and a branch
+    point gives one row for each child. context: source and target int64 [E], temperature, vocab.
+    """
+    config = output_layer.config
+    group = parallel_state.get_tensor_model_parallel_group()
+    if config.sequence_parallel:
+        hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True
+        )
+    rows = hidden_states[:, 0].index_select(0, context["source"])
+    logits = tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
+        input=rows[:, None],
+        weight=output_layer.weight if output_weight is None else output_weight,
+        bias=None,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        allreduce_dgrad=group.size() > 1 and not config.sequence_parallel,
+        sequence_parallel=False,
+        tp_group=group,
+    )[:, 0]
+    logp, entropy = VocabParallelLogProb.apply(
+        logits / context["temperature"], context["target"], context["vocab"], group
+    )
+    return torch.stack([logp, entropy])
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    adv_pos: Tensor,
+    adv_neg: Tensor,
+    entropy: Tensor,
+    multiplicity: Tensor,
+    config: LossConfig,
+) -> Tensor:
+    """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (spec 3.3, identity I2).
+
+    All float32 [E] but multiplicity int64 [E]. A token shared by several leaves has one ratio, so its loss needs
+    only the sums of their positive and of their negative advantages. Entropy counts once per leaf.
+    """
+    ratio = (logp - old_logp).exp()
+    gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
+    loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
+    total = -(gain + loss).sum()
+    if config.entropy_coef:
+        total = total - config.entropy_coef * (entropy * multiplicity).sum()
+    return total
+
+
+def nll_loss(logp: Tensor, multiplicity: Tensor) -> Tensor:
+    """Supervised loss, summed over edges and leaves."""
+    return -(logp * multiplicity).sum()

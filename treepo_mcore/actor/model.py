@@ -1,0 +1,291 @@
+"""Architecture -> Megatron-Core GPT model (the layer spec of Megatron's own modules), and the pass-through settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from treepo_mcore.actor.attention import TreeAttention
+from treepo_mcore.actor.cpu import on_megatron_device
+from treepo_mcore.architecture import Architecture
+from treepo_mcore.config import ActorConfig, ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# Fields that the trainer sets itself -> the key to use instead.
+OWNED = {
+    "tensor_model_parallel_size": "actor.tp",
+    "pipeline_model_parallel_size": "actor.pp",
+    "virtual_pipeline_model_parallel_size": "actor.vpp",
+    "num_layers_in_first_pipeline_stage": "actor.first_stage_layers",
+    "num_layers_in_last_pipeline_stage": "actor.last_stage_layers",
+    "sequence_parallel": "actor.sequence_parallel",
+    "bf16": "actor.dtype",
+    "fp16": "actor.dtype",
+    "params_dtype": "actor.dtype",
+    "pipeline_dtype": "actor.dtype",
+    "recompute_granularity": "actor.recompute",
+    "lr": "actor.optimizer.lr",
+    "min_lr": "actor.optimizer.min_lr",
+    "weight_decay": "actor.optimizer.weight_decay",
+    "clip_grad": "actor.optimizer.clip_grad",
+    "adam_beta1": "actor.optimizer.betas",
+    "adam_beta2": "actor.optimizer.betas",
+    "adam_eps": "actor.optimizer.eps",
+    "use_distributed_optimizer": "actor.optimizer.distributed",
+    "num_layers": "model.path",
+    "hidden_size": "model.path",
+    "ffn_hidden_size": "model.path",
+    "num_attention_heads": "model.path",
+    "num_query_groups": "model.path",
+    "kv_channels": "model.path",
+    "layernorm_epsilon": "model.path",
+    "normalization": "model.path",
+    "gated_linear_unit": "model.path",
+    "activation_func": "model.path",
+    "add_bias_linear": "model.path",
+    "add_qkv_bias": "model.path",
+    "qk_layernorm": "model.path",
+    "init_method_std": "model.path",
+    "calculate_per_token_loss": "actor.loss (always the token mean of a mini-batch)",
+    "variable_seq_lengths": "actor.packing (packed sequences always vary)",
+    "attention_dropout": "nothing: ratios need the same network in every pass",
+    "hidden_dropout": "nothing: ratios need the same network in every pass",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MegatronConfigs:
+    """Megatron's own three configuration objects."""
+
+    transformer: TransformerConfig
+    optimizer: OptimizerConfig
+    ddp: DistributedDataParallelConfig
+
+
+@on_megatron_device
+def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
+    """Everything Megatron is told. Raises `ConfigError` for unknown or owned keys and for what Megatron refuses."""
+    extra = _sort_pass_through(actor.megatron)
+    dtype = DTYPES[actor.dtype]
+    if arch.heads % actor.tp:
+        raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's {arch.heads} attention heads")
+    if arch.ffn % actor.tp:
+        raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's FFN width {arch.ffn}")
+    try:
+        return MegatronConfigs(
+            TransformerConfig(**(_transformer_fields(actor, arch, dtype) | extra[TransformerConfig])),
+            OptimizerConfig(**(_optimizer_fields(actor, dtype) | extra[OptimizerConfig])),
+            DistributedDataParallelConfig(
+                **(
+                    {"grad_reduce_in_fp32": True, "use_distributed_optimizer": actor.optimizer.distributed}
+                    | extra[DistributedDataParallelConfig]
+                )
+            ),
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"actor: Megatron-Core refuses this: {' '.join(str(error).split())}") from error
+
+
+def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[actor.recompute]
+    return recompute | {
+        "num_layers": arch.layers,
+        "hidden_size": arch.hidden,
+        "ffn_hidden_size": arch.ffn,
+        "num_attention_heads": arch.heads,
+        "num_query_groups": arch.kv_heads,
+        "kv_channels": arch.head_dim,
+        "layernorm_epsilon": arch.norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "init_method_std": arch.initializer_range,
+        "tensor_model_parallel_size": actor.tp,
+        "pipeline_model_parallel_size": actor.pp,
+        "virtual_pipeline_model_parallel_size": actor.vpp,
+        "num_layers_in_first_pipeline_stage": actor.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": actor.last_stage_layers,
+        "sequence_parallel": actor.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Packed sequences differ in length; Megatron ties this flag to the dispatcher even for dense models.
+        "variable_seq_lengths": actor.pp > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "calculate_per_token_loss": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # Every weight is loaded from the checkpoint.
+        "perform_initialization": False,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # Megatron's fused kernels need CUDA or apex.
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def _optimizer_fields(actor: ActorConfig, dtype: torch.dtype) -> dict[str, Any]:
+    optimizer = actor.optimizer
+    return {
+        "optimizer": "adam",
+        "lr": optimizer.lr,
+        "min_lr": optimizer.min_lr,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_eps": optimizer.eps,
+        "clip_grad": optimizer.clip_grad,
+        "use_distributed_optimizer": optimizer.distributed,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+    }
+
+
+def _sort_pass_through(settings: dict[str, Any]) -> dict[type, dict[str, Any]]:
+    """`actor.megatron` split over the configuration classes that have each field; some fields are in two."""
+    classes: list[Any] = [TransformerConfig, OptimizerConfig, DistributedDataParallelConfig]
+    fields = {cls: {field.name: field for field in dataclasses.fields(cls)} for cls in classes}
+    known = sorted(set().union(*fields.values()))
+    result: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
+    for key, value in settings.items():
+        if key in OWNED:
+            raise ConfigError(f"actor.megatron.{key}: set by the trainer; use {OWNED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean actor.megatron.{near[0]}?" if near else ""
+            raise ConfigError(f"unknown key actor.megatron.{key}{hint}")
+        for cls in classes:
+            if key in fields[cls]:
+                result[cls][key] = _typed(key, value, str(fields[cls][key].type))
+    return result
+
+
+def _typed(key: str, value: Any, annotation: str) -> Any:
+    """Check a YAML value against the simple part of a field's annotation; dtypes are written as names."""
+    if "dtype" in annotation and isinstance(value, str):
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"actor.megatron.{key}: expected the name of a torch dtype, found {value!r}")
+        return dtype
+    for name, types in (("bool", bool), ("int", int), ("float", (int, float)), ("str", str)):
+        if annotation in (f"<class '{name}'>", name):
+            if not isinstance(value, types) or (name != "bool" and isinstance(value, bool)):
+                raise ConfigError(f"actor.megatron.{key}: expected {name}, found {value!r}")
+    return value
+
+
+class RMSNorm(nn.Module):
+    """Megatron's own torch norm refuses sequence parallelism; this one only needs the weight marked for it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class TreeGPTModel(GPTModel):
+    """GPTModel whose rotary angles follow the positions of a packed tree instead of 0, 1, 2, ..."""
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        out = list(super()._preprocess(*args, **kwargs))
+        out[1] = out[1].index_select(0, kwargs["packed_seq_params"].positions)  # [max, 1, 1, d] -> [S, 1, 1, d]
+        return tuple(out)
+
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """Rows of the embedding in Megatron's habit: a multiple of 128 x tp."""
+    unit = 128 * tp
+    return -(-vocab // unit) * unit
+
+
+def build_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]:
+    """This rank's model chunks (one, or `actor.vpp`), weights not yet loaded."""
+    config = configs.transformer
+    stages = config.virtual_pipeline_model_parallel_size
+    chunks: list[nn.Module] = []
+    for stage in range(stages) if stages else [None]:
+        model = _build_chunk(config, arch, stage)
+        if torch.cuda.is_available():
+            model.cuda(torch.cuda.current_device())
+        chunks.append(Float16Module(config, model) if config.bf16 else model)
+    return chunks
+
+
+def unwrap(chunk: nn.Module) -> TreeGPTModel:
+    """The GPT model under Megatron's data-parallel and precision wrappers."""
+    while not isinstance(chunk, TreeGPTModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | None) -> TreeGPTModel:
+    layers = get_num_layers_to_build(config, vp_stage=stage)
+    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(arch)] * layers, layer_norm=RMSNorm)
+    model = TreeGPTModel(
+        config,
+        spec,
+        padded_vocab(arch.vocab, config.tensor_model_parallel_size),
+        arch.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=arch.tied,
+        vp_stage=stage,
+    )
+    _set_rotary(model, arch)
+    return model
+
+
+def _layer_spec(arch: Architecture) -> ModuleSpec:
+    parts = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    attention = parts.self_attention
+    slots = dataclasses.replace(attention.submodules, core_attention=TreeAttention)
+    if arch.qk_norm:
+        slots = dataclasses.replace(slots, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    parts = dataclasses.replace(
+        parts,
+        self_attention=ModuleSpec(module=attention.module, params=attention.params, submodules=slots),
+        input_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+def _set_rotary(model: TreeGPTModel, arch: Architecture) -> None:
+    # Megatron knows fixed llama3 constants and its own YaRN; the checkpoint's numbers are put in their place.
+    model.rotary_pos_emb.inv_freq = torch.tensor(
+        arch.rope_inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
+    )
+    for layer in model.decoder.layers:
+        assert hasattr(layer.self_attention, "_yarn_concentration_factor"), "Megatron renamed its rotary factor"
+        layer.self_attention._yarn_concentration_factor = arch.rope_scale

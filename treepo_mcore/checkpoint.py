@@ -1,0 +1,112 @@
+"""Megatron distributed checkpoints: model, optimizer and the trainer's own state, loadable in any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.cpu import on_megatron_device
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name and content
+STATE = "trainer_state.json"
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint that `directory`'s tracker names, None when there is none."""
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        return None
+    return directory / f"iter_{int(tracker.read_text()):07d}"
+
+
+@on_megatron_device
+def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: int) -> None:
+    """Write ``iter_<step>`` and then move the tracker to it; a job killed in between finds the previous one.
+
+    state must be JSON; it comes back from `load`. Collective.
+    """
+    target = directory / f"iter_{step:07d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)  # left behind by a job that died while it wrote
+        target.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(actor, loading=False), str(target))
+    if dist.get_rank() == 0:
+        (target / STATE).write_text(json.dumps(state, indent=1))
+        tracker = directory / TRACKER
+        temporary = tracker.with_suffix(".tmp")
+        temporary.write_text(str(step))
+        temporary.replace(tracker)
+        for old in sorted(directory.glob("iter_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+@on_megatron_device
+def load(checkpoint: Path, actor: Actor) -> dict[str, Any]:
+    """Fill model and optimizer; returns the trainer's state. The layout may differ from the one that saved."""
+    with _torch_adam(actor.optimizer):
+        loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint))
+        for index, chunk in enumerate(actor.chunks):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        actor.optimizer.load_state_dict(loaded["optimizer"])
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
+    optimizer = actor.optimizer.sharded_state_dict(models if len(models) > 1 else models["model0"], is_loading=loading, metadata=metadata)
+    return {**models, "optimizer": optimizer}
+
+
+class _torch_adam:
+    """Lets Megatron 0.19.2's distributed optimizer load into torch's AdamW, which serves where apex and TE are absent.
+
+    Three things differ from the fused Adam that Megatron has in mind: a fresh optimizer has no state to load into,
+    the step is a tensor in every parameter's state, and loading gives all of them one and the same tensor.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.parts = [o for o in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+    def __enter__(self) -> None:
+        self.original = DistributedOptimizer._set_main_param_and_optimizer_states
+        original = self.original
+
+        def set_states(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+            original(optimizer, model_param, {"step": None, **tensors})
+
+        DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+        for part in self.parts:
+            _fill_state(part.optimizer)
+
+    def __exit__(self, *exc: object) -> None:
+        DistributedOptimizer._set_main_param_and_optimizer_states = self.original
+        for part in self.parts:
+            for state in part.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+
+
+def _fill_state(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -1,0 +1,43 @@
+"""The command `treepo-mcore`. Heavy imports wait until the environment is prepared and the configuration is read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treepo_mcore.config import ConfigError, load_config
+from treepo_mcore.environment import prepare_environment
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(".")[0])
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
+) -> None:
+    """Train a policy. Start it with torchrun: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]..."""
+    settings = load_config(config, overrides)
+    logging.basicConfig(level=settings.run.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    from treepo_mcore.trainer import Trainer
+
+    summary = Trainer(settings).run()
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(summary), flush=True)
+
+
+def main() -> None:
+    """Entry point; a `ConfigError` becomes one line and exit status 2."""
+    prepare_environment()
+    try:
+        app()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,354 @@
+"""Typed configuration: YAML plus ``key=value`` overrides; an unknown key is an error that names the nearest one.
+
+Every section is a pydantic model, so a field's comment and type are its documentation
+(`docs/configuration.md` is written from them). Lengths are in tokens, times in seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """The configuration, or a file it names, cannot be used. The message is one line for a person."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+IntRange = Annotated[tuple[int, int], BeforeValidator(_pair)]  # "2" means (2, 2): inclusive bounds
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: Path = Path("runs/treepo")  # checkpoints, metrics.jsonl, trees/, the resolved configuration
+    seed: int = Field(0, ge=0)
+    deterministic: bool = False  # decisions follow logical time (engine steps), never the clock
+    resume: bool = True  # continue from the newest checkpoint in `dir`
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class ModelConfig(Section):
+    """The policy: a Hugging Face directory, or a hub name with its revision."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class DataConfig(Section):
+    """Prompts: JSONL or parquet; `prompt` is a string or a list of chat messages."""
+
+    train: Path
+    eval: Path | None = None
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    # "auto": a message list goes through the tokenizer's chat template, a string is used as it stands;
+    # "always": a string becomes one user message; "never": message lists are refused.
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    system_prompt: str | None = None  # prepended as a system message where a chat template is applied
+    max_prompt_tokens: int = Field(1024, ge=1)
+    overlong_prompts: Literal["error", "drop"] = "error"
+    shuffle: bool = True
+
+
+class BranchingConfig(Section):
+    """How many children, for whom (paper section 2.2; spec 2.5, 2.6)."""
+
+    factor: IntRange = (2, 2)  # b, drawn per prompt and wave (all paths of one depth) when a range
+    first: IntRange | None = None  # first-level divergence, drawn per prompt; default: `factor`
+    # even: remainder to random survivors (the paper's best). low/high_logprob: softmax of the mean log-prob
+    # of the last segment; the paper found neither better than even.
+    allocation: Literal["even", "low_logprob", "high_logprob"] = "even"
+    temperature: float = Field(2.0, gt=0)  # of that softmax
+    temperature_end: float | None = Field(None, gt=0)  # half-cosine from `temperature` to this over the run
+
+    @model_validator(mode="after")
+    def _ranges(self) -> BranchingConfig:
+        for name, pair in (("factor", self.factor), ("first", self.first)):
+            if pair is not None and not 1 <= pair[0] <= pair[1]:
+                raise ValueError(f"{name}: expected 1 <= low <= high, found {list(pair)}")
+        return self
+
+
+class StoppingConfig(Section):
+    """When a path ends besides EOS, length and depth (spec 2.4)."""
+
+    # boxed: the token that closes a \boxed{...} ends the path. boxed_and_eos: a box marks a path that
+    # also ended by EOS as finished. none: boxes are not looked for.
+    boxed: Literal["none", "boxed", "boxed_and_eos"] = "boxed_and_eos"
+    # A path ends when its last `repetition_count` x period tokens are periodic, with a period up to
+    # `repetition_period`; 0 turns it off.
+    repetition_count: int = Field(8, ge=0)
+    repetition_period: int = Field(32, ge=1)
+    repetition_min_tokens: int = Field(64, ge=1)  # and never on fewer repeated tokens than this
+
+    @model_validator(mode="after")
+    def _really_repeats(self) -> StoppingConfig:
+        if self.repetition_count == 1:
+            raise ValueError("repetition_count: expected 0 (off) or at least 2, found 1")
+        return self
+
+
+class FallbackConfig(Section):
+    """Restarting from finished paths when live ones run out before W (spec 2.7)."""
+
+    candidates: Literal["soft_boxed_and_eos", "random_all"] = "soft_boxed_and_eos"
+    cut: Literal["random", "min_logprob_token", "from_start"] = "random"
+
+
+class PruningConfig(Section):
+    """Ending low-value paths early; they stay in the tree as leaves with the reason `pruned`."""
+
+    min_mean_logprob: float | None = Field(None, lt=0)  # of the whole path so far, looked at on boundaries
+    function: str | None = None  # "package.module:name", called with a `PathView`, True prunes
+
+
+class TreeConfig(Section):
+    """The shape of a tree."""
+
+    width: int = Field(16, ge=1)  # W, leaves per prompt
+    segment_tokens: int = Field(512, ge=1)  # L
+    max_depth: int = Field(14, ge=1)  # D, segments per path
+    max_response_tokens: int | None = Field(None, ge=1)  # default D x L
+    branching: BranchingConfig = BranchingConfig()
+    stopping: StoppingConfig = StoppingConfig()
+    fallback: FallbackConfig = FallbackConfig()
+    pruning: PruningConfig = PruningConfig()
+    # fork_behind: the parent's request keeps decoding across boundaries, siblings start from the recorded
+    # prefix. stop_and_fork: every path stops at every boundary (the released design), for comparison.
+    expansion: Literal["fork_behind", "stop_and_fork"] = "fork_behind"
+
+    @property
+    def response_tokens(self) -> int:
+        """Longest response, in tokens."""
+        return min(self.max_response_tokens or self.max_depth * self.segment_tokens, self.max_depth * self.segment_tokens)
+
+
+class RolloutConfig(Section):
+    """Trees out of a colocated vLLM engine."""
+
+    tp: int = Field(1, ge=1)  # tensor-parallel size of one engine; world size / tp engines run
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    sampler: Literal["tree", "flat"] = "tree"  # flat: W independent answers a prompt
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    tree: TreeConfig = TreeConfig()
+    live_paths: int = Field(256, ge=1)  # new prompts are admitted while fewer paths are live on an engine
+    agreement_every: int = Field(16, ge=1)  # engine steps between comparisons of the ranks' decisions
+    engine: dict[str, Any] = {}  # any argument of vLLM's EngineArgs
+
+
+class FilterConfig(Section):
+    """Dynamic sampling (DAPO): prompts whose leaves all agree teach nothing and are replaced."""
+
+    enabled: bool = True
+    max_prompts_factor: float = Field(3.0, ge=1)  # sample at most this many times `prompts_per_step`
+
+
+class AdvantageConfig(Section):
+    """Estimators over a tree's sub-groups (paper equations 5 to 7; spec 3.2)."""
+
+    estimator: Literal["treepo", "segment", "spo", "grpo", "rloo", "reinforce_pp_baseline"] = "treepo"
+    aggregation: Literal["average", "group_size"] = "average"  # treepo: weight of the levels
+    reject_uniform_subgroups: bool = False  # treepo: drop levels >= 1 whose leaves all agree (hurts, paper 4.2)
+    include_root: bool = True
+    leave_one_out: bool = False
+    distinct_groups: bool = False  # count each distinct set of leaves once
+    mass_baseline: bool = False  # sub-group means weighted by path mass
+    mass_loss_weight: bool = False  # loss of leaf i times W m_i
+    max_levels: int | None = Field(None, ge=1)  # levels used, the root's included; default: all
+    whiten: Literal["batch", "none"] = "batch"  # treepo, segment and reinforce_pp_baseline; the others never are
+    whiten_shift: bool = True  # subtract the batch mean as well
+
+
+class LossConfig(Section):
+    """The clipped policy loss (spec 4.1)."""
+
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    dual_clip: float = Field(10.0, gt=1)
+    entropy_coef: float = 0.0
+
+
+class OptimizerConfig(Section):
+    """Adam, in Megatron's terms; anything else goes into `actor.megatron`."""
+
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)  # in rollout steps
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, gt=0)
+    distributed: bool = True  # Megatron's distributed optimizer
+
+
+class ActorConfig(Section):
+    """The policy in Megatron-Core: sizes of the process grid and what an update costs."""
+
+    tp: int = Field(1, ge=1)
+    pp: int = Field(1, ge=1)
+    vpp: int | None = Field(None, ge=2)  # virtual pipeline stages per rank
+    first_stage_layers: int | None = Field(None, ge=1)  # uneven pipelines
+    last_stage_layers: int | None = Field(None, ge=1)
+    sequence_parallel: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    packing: Literal["tree", "flat"] = "tree"  # flat: every leaf its own copy of the prefix, for comparison
+    micro_batch_tokens: int = Field(8192, ge=1)  # unique tokens of one packed sequence
+    attention: Literal["auto", "dense", "chain"] = "auto"  # auto: chain on CPU
+    recompute: Literal["none", "selective", "full"] = "none"
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    megatron: dict[str, Any] = {}  # any field of Megatron's TransformerConfig, OptimizerConfig or DDP config
+
+
+class RewardConfig(Section):
+    """What a finished path is worth."""
+
+    function: str = "math"  # "math", or "package.module:name" called as f(response, answer, prompt) -> float
+    correct: float = 1.0
+    wrong: float = -1.0
+    workers: int = Field(1, ge=1)  # processes per engine
+    timeout: float = Field(5.0, gt=0)  # of one call; a leaf whose reward fails counts as wrong
+    overlong_buffer_tokens: int = Field(0, ge=0)  # soft length penalty over the last tokens (DAPO)
+    overlong_penalty: float = Field(1.0, ge=0)
+    shuffle: bool = False  # control experiment: rewards permuted among all leaves of a step
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    steps: int = Field(100, ge=0)
+    max_seconds: float | None = Field(None, gt=0)  # stop after the step that passes this
+    prompts_per_step: int = Field(512, ge=1)
+    prompts_per_update: int = Field(32, ge=1)  # mini-batch of one optimizer step, in prompts
+    eval_every: int = Field(10, ge=0)  # steps; 0: only before and after
+    eval_before: bool = True
+    eval_after: bool = True
+    eval_samples: int = Field(1, ge=1)  # answers per held-out prompt; 1 is greedy decoding
+    save_every: int = Field(50, ge=0)  # steps; 0: only at the end
+    keep_checkpoints: int = Field(2, ge=1)
+    save_trees_every: int = Field(10, ge=0)  # steps; 0: never
+    export: bool = True  # write the final policy as a Hugging Face directory
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    filter: FilterConfig = FilterConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    actor: ActorConfig = ActorConfig()
+    reward: RewardConfig = RewardConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _exact_ratios(self) -> Config:
+        # The engine's log-probs are of the tempered full distribution; with mass cut off, importance
+        # ratios would compare two different distributions.
+        if self.rollout.top_p < 1 or self.rollout.top_k > 0:
+            found = f"top_p={self.rollout.top_p}, top_k={self.rollout.top_k}"
+            raise ValueError(f"rollout: {found} cuts the sampled distribution, so ratios would be wrong; use top_p=1, top_k=0")
+        if self.trainer.prompts_per_update > self.trainer.prompts_per_step:
+            raise ValueError(
+                f"trainer.prompts_per_update: {self.trainer.prompts_per_update} is more than "
+                f"trainer.prompts_per_step = {self.trainer.prompts_per_step}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``a.b.c=value`` overrides (values are YAML), validate.
+
+    Relative paths are taken from the current directory. Raises `ConfigError` with one line.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such configuration file")
+    try:
+        raw = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping at the top, found {type(raw).__name__}")
+    for override in overrides or []:
+        _apply(raw, override)
+    return parse_config(raw, where=str(file))
+
+
+def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested mapping. Raises `ConfigError` naming the first bad key."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not valid YAML: {_one_line(error)}") from error
+    node = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    parts = [str(p) for p in first["loc"]]
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], _known_keys(parts[:-1]), n=1, cutoff=0.4)
+        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else ""
+        return f"unknown key {key}{hint}"
+    if first["type"] == "missing":
+        return f"missing key {key}"
+    if first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,200 @@
+"""Prompts: read from JSONL or parquet, and drawn in an order that a resumed run continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from treepo_mcore.config import ConfigError, DataConfig
+from treepo_mcore.data.tokenizer import Message, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, ready for the engine."""
+
+    id: str  # the row's "id", else "<file stem>-<row>", rows from 0
+    tokens: list[int]
+    text: str  # what was encoded: after the chat template
+    answer: str
+    meta: Row = field(default_factory=dict)  # the row's other columns
+
+
+def load_prompts(path: str | Path, config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """Read and encode a `.jsonl` or `.parquet` file; `prompt_key` and `answer_key` may be dotted paths into a row.
+
+    A prompt longer than `max_prompt_tokens` is an error or, under `overlong_prompts: drop`, left out. Raises
+    `ConfigError` naming file and line (parquet: row, from 1).
+    """
+    file = Path(path)
+    prompts: list[Prompt] = []
+    places: dict[str, str] = {}
+    dropped = 0
+    for index, (place, row) in enumerate(_rows(file)):
+        prompt = _prompt(row, place, f"{file.stem}-{index}", config, tokenizer)
+        if prompt.id in places:
+            raise ConfigError(f"{place}: id {prompt.id!r} is already used at {places[prompt.id]}")
+        places[prompt.id] = place
+        if len(prompt.tokens) <= config.max_prompt_tokens:
+            prompts.append(prompt)
+        elif config.overlong_prompts == "drop":
+            dropped += 1
+        else:
+            found, limit = len(prompt.tokens), config.max_prompt_tokens
+            raise ConfigError(f"{place}: the prompt has {found} tokens, data.max_prompt_tokens is {limit}")
+    if dropped:
+        logger.warning("%s: dropped %d prompts longer than %d tokens", file, dropped, config.max_prompt_tokens)
+    if not prompts:
+        raise ConfigError(f"{file}: no prompts" + (f" left, {dropped} were too long" if dropped else " in it"))
+    return prompts
+
+
+class PromptStream:
+    """Prompts without end: every epoch is a permutation of all, drawn from (seed, epoch), or the file's order."""
+
+    def __init__(self, prompts: list[Prompt], seed: int, shuffle: bool) -> None:
+        if not prompts:
+            raise ValueError("prompts: expected at least one")
+        self._prompts = prompts
+        self._seed, self._shuffle = seed, shuffle
+        self._epoch, self._position = 0, 0
+        self._order = self._draw()
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; an epoch's end does not stop it."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._draw()
+            indices = self._order[self._position : self._position + n - len(taken)]
+            taken += [self._prompts[i] for i in indices]
+            self._position += len(indices)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON values."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises `ConfigError` when data, seed or shuffling are not the same."""
+        for key, ours in self._identity().items():
+            if state[key] != ours:
+                raise ConfigError(f"cannot resume the prompts: {key} is {ours!r}, the checkpoint has {state[key]!r}")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._draw()
+
+    def _draw(self) -> list[int]:
+        count = len(self._prompts)
+        if not self._shuffle:
+            return list(range(count))
+        order: list[int] = np.random.default_rng([self._seed, self._epoch]).permutation(count).tolist()
+        return order
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for prompt in self._prompts:
+            digest.update(json.dumps([prompt.id, prompt.tokens, prompt.answer]).encode())
+        return {"seed": self._seed, "shuffle": self._shuffle, "prompts_sha256": digest.hexdigest()}
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Pairs of "<file>: line N" and the row."""
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if file.suffix not in readers:
+        raise ConfigError(f"{file}: expected {' or '.join(readers)}, found {file.suffix or 'no extension'}")
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file")
+    return readers[file.suffix](file)
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{file}: line {number}: not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{file}: line {number}: expected a JSON object, found {type(row).__name__}")
+            yield f"{file}: line {number}", row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{file}: not valid parquet: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}: row {number}", row
+
+
+def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+    content = _lookup(row, config.prompt_key, place)
+    answer = _lookup(row, config.answer_key, place)
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        expected = f"expected {config.answer_key} to be a string or a number"
+        raise ConfigError(f"{place}: {expected}, found {type(answer).__name__}")
+    messages = _messages(content, place, config)
+    text = content if messages is None else tokenizer.render_chat(messages)
+    tokens = tokenizer.encode(text, start=messages is None)
+    if not tokens:
+        raise ConfigError(f"{place}: the prompt is empty")
+    used = ("id", config.prompt_key, config.answer_key)
+    meta = {key: value for key, value in row.items() if key not in used}
+    return Prompt(str(row.get("id", default_id)), tokens, text, str(answer), meta)
+
+
+def _lookup(row: Row, key: str, place: str) -> Any:
+    """A column, or a dotted path into nested ones. A null counts as missing: parquet fills gaps with them."""
+    value: Any = row.get(key)
+    if value is None:
+        value = row
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+    if value is None:
+        raise ConfigError(f"{place}: no {key!r}, found {', '.join(row)}")
+    return value
+
+
+def _messages(content: Any, place: str, config: DataConfig) -> list[Message] | None:
+    """The messages for the chat template, or None where the string is used as it stands."""
+    if isinstance(content, str):
+        if config.chat_template != "always":
+            return None
+        messages = [{"role": "user", "content": content}]
+    elif not _is_message_list(content):
+        expected = f"expected {config.prompt_key} to be a string or a list of messages with role and content"
+        raise ConfigError(f"{place}: {expected}, found {str(content)[:80]}")
+    elif config.chat_template == "never":
+        raise ConfigError(f"{place}: {config.prompt_key} is a list of messages, but data.chat_template is never")
+    else:
+        messages = content
+    if config.system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise ConfigError(f"{place}: has a system message, and data.system_prompt would be a second one")
+    return [{"role": "system", "content": config.system_prompt}, *messages]
+
+
+def _is_message_list(content: Any) -> bool:
+    return (
+        isinstance(content, list)
+        and len(content) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in content)
+    )

@@ -1,0 +1,139 @@
+"""Tokenizers: a Hugging Face directory, or one that holds nothing but a SentencePiece `tokenizer.model`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from treepo_mcore.config import ConfigError
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+
+_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer."""
+
+    vocab_size: int  # ids are below this; a model's embedding may have more rows
+    eos_ids: tuple[int, ...]  # every id that ends a response; the tokenizer's own first
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """Token ids of `text` as it stands; `start` puts the tokenizer's BOS in front, where it uses one."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        ...
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """Messages in the chat template, up to where the assistant speaks. Raises `ConfigError` without a template.
+
+        The text brings its own special tokens: encode it without `start`.
+        """
+        ...
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory on this machine, with the EOS ids of all its configuration files.
+
+    Raises `ConfigError` when the directory is missing, holds no tokenizer, or names no EOS token.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such tokenizer directory")
+    if any((folder / name).is_file() for name in _HUGGING_FACE_FILES):
+        return HuggingFaceTokenizer(folder)
+    # transformers would convert this file too, but drops the leading space that most such models add (5.12.1).
+    if (folder / _SENTENCEPIECE_FILE).is_file():
+        return SentencePieceTokenizer(folder)
+    expected = ", ".join((*_HUGGING_FACE_FILES, _SENTENCEPIECE_FILE))
+    raise ConfigError(f"{folder}: no tokenizer found, expected one of {expected}")
+
+
+class HuggingFaceTokenizer:
+    """A `Tokenizer` that transformers loads."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.inner: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())}") from error
+        self.folder = folder
+        self.vocab_size = len(self.inner)
+        self.eos_ids = _eos_ids(folder, self.inner.eos_token_id)
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False)
+        bos = self.inner.bos_token_id
+        # Asked of the tokenizer, because having a BOS token does not mean using it (Qwen); its EOS is never wanted.
+        uses_bos = start and bos is not None and self.inner.encode("", add_special_tokens=True)[:1] == [bos]
+        return [bos, *ids] if uses_bos else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        if self.inner.chat_template is None:
+            raise _no_template(self.folder)
+        return str(self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+
+class SentencePieceTokenizer:
+    """A `Tokenizer` of SentencePiece's own: no chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.inner = sentencepiece.SentencePieceProcessor(model_file=str(folder / _SENTENCEPIECE_FILE))
+        except RuntimeError as error:
+            raise ConfigError(f"{folder / _SENTENCEPIECE_FILE}: not a SentencePiece model: {error}") from error
+        self.vocab_size: int = self.inner.get_piece_size()
+        self.eos_ids = _eos_ids(folder, _defined(self.inner.eos_id()))
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        ids: list[int] = self.inner.encode(text)
+        bos = _defined(self.inner.bos_id())
+        return [bos, *ids] if start and bos is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.inner.decode(list(ids)))
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        raise _no_template(self.folder)
+
+
+def _no_template(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder}: the tokenizer has no chat template, but a prompt is a list of messages or needs one")
+
+
+def _defined(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None  # SentencePiece's -1: no such token
+
+
+def _eos_ids(folder: Path, own: int | None) -> tuple[int, ...]:
+    found = [] if own is None else [own]
+    for name in ("generation_config.json", "config.json"):
+        value = _read(folder / name).get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if not found:
+        raise ConfigError(f"{folder}: no EOS token in the tokenizer, generation_config.json or config.json")
+    return tuple(dict.fromkeys(found))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content

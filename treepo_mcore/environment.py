@@ -1,0 +1,33 @@
+"""Process settings that must stand before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+# Without a GPU. One OpenMP thread a process: spinning threads of a second process make everything fifty times
+# slower. Dynamo off: vLLM would compile for a minute and then step slower.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+ENVIRONMENT = {
+    # The engine runs inside the trainer's process and is driven step by step.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA device is there and not hidden; torch need not be imported for it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return os.path.exists("/dev/nvidiactl") and not hidden
+
+
+def prepare_environment() -> None:
+    """Set defaults; whatever the user has set stays."""
+    for key, value in (ENVIRONMENT if has_gpu() else ENVIRONMENT | CPU_ENVIRONMENT).items():
+        os.environ.setdefault(key, value)

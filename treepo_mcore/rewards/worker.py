@@ -1,0 +1,99 @@
+"""What runs in a reward worker: `python -m treepo_mcore.rewards.worker`, started and killed by `pool.py`.
+
+Imports little, so that it starts fast. Over its connection the worker first says that it is ready (None) or why it
+cannot be (text), then answers each batch, a list of (response, answer, prompt), with lists of (score, error, seconds)
+in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import mmap
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+RewardFunction = Callable[[str, str, str], float]
+Call = tuple[str, str, str]  # response, answer, prompt
+Outcome = tuple[float, str | None, float]  # score, error, seconds
+
+# Written into memory shared with the pool, which must know whose fault it was when a worker dies: the position in the
+# batch of the call that runs, and when it started (`time.monotonic`); 0.0 while none runs.
+PROGRESS = struct.Struct("=qd")
+
+_MATH = "treepo_mcore.rewards.math:math_reward"
+_REPORT_SECONDS = 0.02  # results are sent together, but not held back longer than this behind a slow call
+_ERROR_CHARACTERS = 200
+
+
+def resolve(name: str) -> RewardFunction:
+    """The function called `name`: "math" or "package.module:name". Raises `ValueError` in one line."""
+    module_name, _, attribute = (_MATH if name == "math" else name).partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f'expected "math" or "package.module:name", found {name!r}')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name}: {error}") from error
+    function: RewardFunction | None = getattr(module, attribute, None)
+    if function is None or not callable(function):
+        raise ValueError(f"{module_name} has no function {attribute!r}")
+    return function
+
+
+def serve(connection: Connection, progress: mmap.mmap, function: RewardFunction, limit: float) -> None:
+    """Answer batches until the pool hangs up."""
+    while True:
+        batch: list[Call] = connection.recv()
+        outcomes: list[Outcome] = []
+        reported = time.monotonic()
+        for position, call in enumerate(batch):
+            PROGRESS.pack_into(progress, 0, position, time.monotonic())
+            outcomes.append(_run(function, call, limit))
+            PROGRESS.pack_into(progress, 0, position, 0.0)
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                connection.send(outcomes)
+                outcomes, reported = [], time.monotonic()
+        if outcomes:
+            connection.send(outcomes)
+
+
+def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
+    start = time.monotonic()
+    # Nobody handles this signal, so it ends the process even inside C code and even when the pool is busy or gone.
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        score = float(function(*call))
+        error = None if math.isfinite(score) else f"returned {score}"
+    except (Exception, SystemExit) as raised:  # whatever a function raises belongs to its call, not to the worker
+        score, error = 0.0, f"{type(raised).__name__}: {raised}"[:_ERROR_CHARACTERS]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return (0.0 if error else score), error, time.monotonic() - start
+
+
+def main() -> None:
+    connection_fd, progress_fd, name, limit = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    connection = Connection(int(connection_fd))
+    progress = mmap.mmap(int(progress_fd), PROGRESS.size)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pool hung up, or is gone
+        try:
+            function = resolve(name)
+            if name == "math":
+                function(r"\boxed{\frac{1}{2}}", "0.5", "")  # loads the parser now, not in somebody's time limit
+        except Exception as error:  # told to the pool, which raises it
+            connection.send(f"{type(error).__name__}: {error}")
+            return
+        connection.send(None)
+        serve(connection, progress, function, float(limit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What the sampler needs of an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from treepo_mcore.tree.sampler import Request
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one request."""
+
+    request: str
+    tokens: list[int]
+    logprobs: list[float]  # of the sampled tokens, natural log, under the tempered distribution
+    finish: str | None  # None while running, else "stop" (the last token is an EOS id) or "length"
+    cached_tokens: int  # context tokens served by the prefix cache; on a request's first chunk, else 0
+
+
+class Engine(Protocol):
+    """An engine over `rollout.tp` ranks; all of them make the same calls in the same order."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; it starts with the next step."""
+
+    def abort(self, ids: list[str]) -> None:
+        """Stop requests; they give no more chunks."""
+
+    def step(self) -> list[Chunk]:
+        """One forward pass over everything that runs."""
+
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+
+    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """The most likely answer to each prompt, EOS included."""
+
+    def sleep(self) -> None:
+        """Give the device's memory to the trainer."""
+
+    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take memory back with new weights (full HF tensors); cached prefixes are dropped."""

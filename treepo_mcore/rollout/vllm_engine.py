@@ -1,0 +1,200 @@
+"""The one file of the rollout that knows vLLM (0.26): an engine inside this process, one per block of ranks."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import difflib
+import glob
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from treepo_mcore.architecture import Architecture
+from treepo_mcore.config import Config, ConfigError, RolloutConfig
+from treepo_mcore.rollout.engine import Chunk
+from treepo_mcore.tree.sampler import Request
+
+# Engine arguments that the trainer sets itself -> the key to use instead.
+OWNED = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "revision": "model.revision",
+    "dtype": "rollout.dtype",
+    "seed": "run.seed",
+    "tensor_parallel_size": "rollout.tp",
+    "pipeline_parallel_size": "rollout.tp (an engine is not pipelined)",
+    "data_parallel_size": "rollout.tp (every block of rollout.tp ranks is an engine of its own)",
+    "distributed_executor_backend": "nothing: the engine runs inside the torchrun processes",
+    "skip_tokenizer_init": "nothing: the trainer tokenises",
+    "logprobs_mode": "nothing: ratios need log-probs of the tempered distribution",
+    "load_format": "nothing: weights are pushed from the actor",
+    "async_scheduling": "nothing: the sampler decides on the tokens of the step just done",
+    "enable_sleep_mode": "nothing: on wherever the device can",
+}
+CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
+
+
+class VllmEngine:
+    """See `rollout.engine.Engine`. Build it after `init_process_group` and Megatron's groups, outside its device scope."""
+
+    def __init__(self, config: Config, arch: Architecture, directory: Path, eos_ids: tuple[int, ...]) -> None:
+        """eos_ids: tokens that end an answer; they stay part of it. Raises `ConfigError` for unknown or owned keys under rollout.engine and for what vLLM refuses."""
+        self.config = config.rollout
+        self.eos_ids = list(eos_ids)
+        arguments = engine_arguments(config, arch, directory)
+        if not torch.cuda.is_available():
+            _name_shared_memory(config.rollout.tp)
+        # vLLM seeds the global generators while it starts.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                self.llm = LLM(**arguments)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
+        self.core = self.llm.llm_engine
+        self.started: set[str] = set()
+        self.counter = 0
+
+    def submit(self, request: Request) -> None:
+        params = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=self.config.temperature,
+            logprobs=0,
+            detokenize=False,
+            seed=request.seed,
+            stop_token_ids=self.eos_ids,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.core.add_request(request.id, {"prompt_token_ids": request.context}, params)
+
+    def abort(self, ids: list[str]) -> None:
+        self.core.abort_request(ids)
+        self.started.difference_update(ids)
+
+    def step(self) -> list[Chunk]:
+        return [self._chunk(output) for output in self.core.step()]
+
+    def has_work(self) -> bool:
+        return self.core.has_unfinished_requests()
+
+    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, detokenize=False, stop_token_ids=self.eos_ids)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        ids = {}
+        for index, prompt in enumerate(prompts):
+            self.counter += 1
+            ids[f"greedy-{self.counter}"] = index
+            self.core.add_request(f"greedy-{self.counter}", {"prompt_token_ids": prompt}, params)
+        answers: list[list[int]] = [[] for _ in prompts]
+        while self.core.has_unfinished_requests():
+            for output in self.core.step():
+                assert isinstance(output, RequestOutput)
+                answers[ids[output.request_id]] = list(output.outputs[0].token_ids)
+        return answers
+
+    def sleep(self) -> None:
+        # Level 2 frees the weights too: the next push brings new ones. On a CPU the call frees nothing.
+        self.llm.sleep(level=2)
+
+    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.llm.wake_up(["weights"])
+        # The method of the worker that `reload_weights` names; called directly, because an RPC pickles its arguments.
+        self.core.model_executor.driver_worker.worker.model_runner.reload_weights(weights_iterator=iter(weights))
+        self.llm.wake_up(["kv_cache"])
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept cached prefixes of the old weights: requests were still running at the push")
+
+    def _chunk(self, output: Any) -> Chunk:
+        new = output.outputs[0]
+        first = output.request_id not in self.started
+        self.started.add(output.request_id)
+        if output.finished:
+            self.started.discard(output.request_id)
+        tokens = list(new.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(new.logprobs or [], tokens, strict=True)]
+        finish = new.finish_reason if output.finished else None
+        return Chunk(output.request_id, tokens, logprobs, finish, (output.num_cached_tokens or 0) if first else 0)
+
+
+def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, `rollout.engine` checked against the installed EngineArgs and merged in."""
+    _check_pass_through(config.rollout)
+    longest = config.data.max_prompt_tokens + config.rollout.tree.response_tokens
+    if longest > arch.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + the longest response = {longest} is more than the model's "
+            f"max_position_embeddings = {arch.max_positions}"
+        )
+    if arch.heads % config.rollout.tp:
+        raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide the model's {arch.heads} attention heads")
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "skip_tokenizer_init": True,
+        "dtype": config.rollout.dtype,
+        "seed": config.run.seed,
+        "tensor_parallel_size": config.rollout.tp,
+        "distributed_executor_backend": "external_launcher",
+        "load_format": "dummy",
+        "max_model_len": longest,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,
+        "logprobs_mode": "processed_logprobs",
+    }
+    if torch.cuda.is_available():
+        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.6}
+    else:
+        arguments |= {"block_size": CPU_BLOCK, "enforce_eager": True}
+    return arguments | config.rollout.engine
+
+
+def _check_pass_through(config: RolloutConfig) -> None:
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for key in config.engine:
+        if key in OWNED:
+            raise ConfigError(f"rollout.engine.{key}: set by the trainer; use {OWNED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
+            hint = f"; did you mean rollout.engine.{near[0]}?" if near else ""
+            raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
+
+
+def _name_shared_memory(tp: int) -> None:
+    """Give the CPU all-reduce a segment name of this job.
+
+    vLLM's name is the same for every job on a host, so two jobs collide and a crashed one blocks the next.
+    """
+    if tp == 1:
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    job = f"{os.environ['MASTER_PORT']}-{_job_token()}"
+    original = _CPUSHMDistributed.make_group_name
+    if getattr(original, "treepo", False):
+        return
+
+    def make_group_name(communicator: Any) -> str:
+        return f"{original(communicator).replace('/', '')}-{job}"
+
+    make_group_name.treepo = True  # type: ignore[attr-defined]
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    atexit.register(_unlink_shared_memory, job)
+
+
+def _job_token() -> str:
+    token = [os.urandom(4).hex()]
+    dist.broadcast_object_list(token, 0)
+    return token[0]
+
+
+def _unlink_shared_memory(job: str) -> None:
+    for path in glob.glob(f"/dev/shm/*{job}*"):
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,314 @@
+"""The loop: push, roll out, exchange, advantages, pack, update; and what surrounds it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from treepo_mcore import checkpoint
+from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.model import DTYPES, megatron_configs
+from treepo_mcore.actor.parallel import build_grid, check_grid, init_process_group
+from treepo_mcore.architecture import read_architecture, resolve_model
+from treepo_mcore.config import Config, dump_config
+from treepo_mcore.data.prompts import Prompt, PromptStream, load_prompts
+from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.observe.environment import versions
+from treepo_mcore.observe.metrics import Clock, MetricsLog, progress_line
+from treepo_mcore.rewards.pool import RewardPool
+from treepo_mcore.rollout.collector import Collector, Counts, reasons
+from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
+from treepo_mcore.tree.advantage import advantages
+from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.tree.tree import Tree, write_trees
+from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
+
+ROLLOUT_DTYPES = DTYPES | {"float16": torch.float16}
+
+
+class Trainer:
+    """A run from its configuration. Every rank makes one and calls `run`."""
+
+    def __init__(self, config: Config) -> None:
+        """Check everything that can be checked, then build. Raises `ConfigError` before any model is built."""
+        self.config = config
+        self.directory = resolve_model(config.model)
+        self.arch = read_architecture(self.directory)
+        check_weights(self.directory, self.arch)
+        tokenizer = load_tokenizer(self.directory)
+        self.prompts = PromptStream(
+            load_prompts(config.data.train, config.data, tokenizer), config.run.seed, config.data.shuffle
+        )
+        self.held_out = load_prompts(config.data.eval, config.data, tokenizer) if config.data.eval else []
+        engine_arguments(config, self.arch, self.directory)
+        megatron_configs(config.actor, self.arch)
+        init_process_group()
+        check_grid(config, dist.get_world_size())
+        self.rewards = RewardPool(config.reward) if dist.get_rank() % config.rollout.tp == 0 else None
+        self.grid = build_grid(config.actor, config.rollout.tp, config.run.seed)
+        self.tokenizer = tokenizer
+        self.actor = Actor(
+            config.actor,
+            self.arch,
+            self.directory,
+            self.grid,
+            temperature=config.rollout.temperature,
+            total_steps=config.trainer.steps,
+        )
+        self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
+        self.engine.sleep()
+        self.collector = Collector(config, self.engine, tokenizer, self.rewards, self._engine_group())
+        self.step = 0
+
+    def run(self) -> dict[str, Any]:
+        """Train to the configured end; returns the summary that is also written to ``summary.json``."""
+        self._resume()
+        trainer = self.config.trainer
+        before = self.evaluate() if trainer.eval_before and self.held_out else None
+        begin = time.perf_counter()
+        first = self.step
+        while self.step < trainer.steps and not self._out_of_time(begin):
+            values = self.train_step()
+            if self.grid.rank == 0:
+                left = (time.perf_counter() - begin) / (self.step + 1 - first) * (trainer.steps - self.step - 1)
+                print(progress_line(self.step, trainer.steps, values, left), flush=True)
+                self.metrics.write(self.step, values)
+            self.step += 1
+            if trainer.eval_every and self.step % trainer.eval_every == 0 and self.step < trainer.steps:
+                self._log_eval(self.evaluate())
+            if trainer.save_every and self.step % trainer.save_every == 0 and self.step < trainer.steps:
+                self._save()
+        seconds = time.perf_counter() - begin
+        return self._finish(before, seconds)
+
+    def train_step(self) -> dict[str, Any]:
+        """One rollout phase and its updates."""
+        clock = Clock()
+        with clock.phase("push"):
+            self._push()
+        with clock.phase("rollout"):
+            trees, counts = self._rollout()
+        with clock.phase("sleep"):
+            self.engine.sleep()
+        values = _describe(trees, counts, clock.seconds["rollout"])
+        informative = [tree for tree in trees if _informative(tree)] if self.config.filter.enabled else trees
+        with clock.phase("update"):
+            values |= self._update(informative)
+        values |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+        values["filter/kept"] = len(informative) / len(trees)
+        self._save_trees(trees)
+        return values
+
+    def evaluate(self) -> float:
+        """Share of held-out prompts answered correctly, greedy decoding with the actor's current weights."""
+        self._push()
+        mine = self.held_out[self.grid.engine :: self.grid.engines]
+        answers = self.engine.greedy([prompt.tokens for prompt in mine], self.collector.tree_config.response_tokens)
+        self.engine.sleep()
+        correct = 0
+        if self.rewards is not None:
+            for index, (prompt, answer) in enumerate(zip(mine, answers, strict=True)):
+                self.rewards.submit(index, self.tokenizer.decode(answer), prompt.answer, prompt.text)
+            correct = sum(result.correct for result in self.rewards.drain())
+        total = torch.tensor(correct)
+        dist.all_reduce(total)
+        return int(total) / len(self.held_out)
+
+    def _push(self) -> None:
+        dtype = ROLLOUT_DTYPES[self.config.rollout.dtype]
+        self.engine.wake(gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, dtype))
+
+    def _rollout(self) -> tuple[list[Tree], Counts]:
+        """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts."""
+        wanted, filter_ = self.config.trainer.prompts_per_step, self.config.filter
+        limit = math.ceil(wanted * filter_.max_prompts_factor) if filter_.enabled else wanted
+        trees: list[Tree] = []
+        counts = Counts()
+        drawn = 0
+        missing = wanted
+        progress = self.step / max(self.config.trainer.steps, 1)
+        while missing > 0 and drawn < limit:
+            batch = self.prompts.next(min(missing, limit - drawn))
+            numbered = list(enumerate(batch, drawn))
+            drawn += len(batch)
+            got = self.collector.collect(numbered[self.grid.engine :: self.grid.engines], self.step, progress)
+            new, spent = self._exchange(got.trees, got.counts)
+            trees += new
+            counts.add(spent)
+            missing = wanted - sum(map(_informative, trees)) if filter_.enabled else 0
+        if self.config.reward.shuffle:
+            _shuffle_rewards(trees, random.Random(f"{self.config.run.seed}/{self.step}"))
+        return trees, counts
+
+    def _exchange(self, trees: list[Tree], counts: Counts) -> tuple[list[Tree], Counts]:
+        """All engines' trees on every rank; the first rank of each engine speaks for it."""
+        everyone: list[Any] = [None] * self.grid.world
+        dist.all_gather_object(everyone, (trees, counts) if self.grid.leads_engine else None)
+        total = Counts()
+        merged: list[Tree] = []
+        for item in everyone:
+            if item is not None:
+                merged += item[0]
+                total.add(item[1])
+        return sorted(merged, key=lambda tree: tree.meta["number"]), total
+
+    def _update(self, trees: list[Tree]) -> dict[str, float]:
+        """Optimizer steps over mini-batches of whole prompts; old log-probs all come from before the first."""
+        config = self.config
+        self.actor.set_step(self.step)
+        worth = advantages(trees, config.advantage)
+        per_update = config.trainer.prompts_per_update
+        pack = pack_trees if config.actor.packing == "tree" else pack_flat
+        mini_batches: list[list[PackedSequence]] = []
+        for begin in range(0, len(trees), per_update):
+            part, values = trees[begin : begin + per_update], worth[begin : begin + per_update]
+            mine = balance(part, self.grid.dp)[self.grid.dp_rank]
+            mini_batches.append(
+                pack([part[i] for i in mine], [values[i] for i in mine], config.actor.micro_batch_tokens)
+            )
+        old = self._old_log_probs(mini_batches)
+        steps = [self.actor.update(batch, logp) for batch, logp in zip(mini_batches, old, strict=True)]
+        mean = {f"actor/{k}": sum(s[k] for s in steps) / len(steps) for k in (steps[0] if steps else {})}
+        return mean | {"actor/lr": self.actor.learning_rate, "actor/updates": len(steps)} | self._mismatch(mini_batches, old)
+
+    def _old_log_probs(self, mini_batches: list[list[PackedSequence]]) -> list[list[torch.Tensor]]:
+        if self.config.actor.old_logprobs == "engine":
+            return [[s.behaviour_logprob for s in batch] for batch in mini_batches]
+        flat = iter(self.actor.log_probs([s for batch in mini_batches for s in batch]))
+        return [[next(flat)[0] for _ in batch] for batch in mini_batches]
+
+    def _mismatch(self, mini_batches: list[list[PackedSequence]], old: list[list[torch.Tensor]]) -> dict[str, float]:
+        """How far the engine's log-probs are from the trainer's, in nats per unique token."""
+        gaps = [
+            (logp.cpu() - s.behaviour_logprob).abs()
+            for batch, logps in zip(mini_batches, old, strict=True)
+            for s, logp in zip(batch, logps, strict=True)
+        ]
+        joined = torch.cat(gaps) if gaps else torch.zeros(0)
+        sums = torch.tensor([float(joined.sum()), float(len(joined))], dtype=torch.float64)
+        top = torch.tensor([float(joined.max()) if len(joined) else 0.0])
+        dist.all_reduce(sums)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        return {"mismatch/logprob_abs_mean": float(sums[0] / sums[1].clamp(min=1)), "mismatch/logprob_abs_max": float(top)}
+
+    def _resume(self) -> None:
+        run = self.config.run
+        found = checkpoint.newest(run.dir / "checkpoints") if run.resume else None
+        if found is not None:
+            state = checkpoint.load(found, self.actor)
+            self.step = state["step"]
+            self.prompts.load_state_dict(state["prompts"])
+        if self.grid.rank == 0:
+            run.dir.mkdir(parents=True, exist_ok=True)
+            (run.dir / "config.yaml").write_text(dump_config(self.config))
+            (run.dir / "versions.json").write_text(json.dumps(versions(), indent=1))
+            self.metrics = MetricsLog(run.dir, self.step)
+            print(f"{'resumed at' if found else 'start at'} step {self.step}  {self._layout()}  -> {run.dir}", flush=True)
+        dist.barrier()
+
+    def _finish(self, before: float | None, seconds: float) -> dict[str, Any]:
+        trainer, run = self.config.trainer, self.config.run
+        after = self.evaluate() if trainer.eval_after and self.held_out else None
+        self._save()
+        if trainer.export:
+            named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
+            export_directory(self.directory, run.dir / "policy", named)
+        summary = {
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "steps": self.step,
+            "train_seconds": round(seconds, 1),
+            "seed": run.seed,
+            "layout": self._layout(),
+        }
+        if self.grid.rank == 0:
+            (run.dir / "summary.json").write_text(json.dumps(summary) + "\n")
+        self.close()
+        return summary
+
+    def close(self) -> None:
+        """End the reward workers."""
+        if self.rewards is not None:
+            self.rewards.close()
+
+    def _save(self) -> None:
+        trainer = self.config.trainer
+        state = {"step": self.step, "prompts": self.prompts.state_dict()}
+        checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)
+
+    def _log_eval(self, accuracy: float) -> None:
+        if self.grid.rank == 0:
+            print(f"held-out accuracy {accuracy:.3f} after {self.step} steps", flush=True)
+            self.metrics.write(self.step, {"eval/accuracy": accuracy})
+
+    def _save_trees(self, trees: list[Tree]) -> None:
+        every = self.config.trainer.save_trees_every
+        if every and self.step % every == 0 and self.grid.rank == 0:
+            folder = self.config.run.dir / "trees"
+            folder.mkdir(exist_ok=True)
+            write_trees(folder / f"step_{self.step:06d}.jsonl", trees)
+
+    def _out_of_time(self, begin: float) -> bool:
+        """Rank 0's clock decides for all."""
+        limit = self.config.trainer.max_seconds
+        if limit is None:
+            return False
+        late = torch.tensor(int(time.perf_counter() - begin > limit))
+        dist.broadcast(late, 0)
+        return bool(late)
+
+    def _layout(self) -> str:
+        return f"tp{self.grid.tp} pp{self.grid.pp} dp{self.grid.dp} rollout-tp{self.config.rollout.tp}"
+
+    def _engine_group(self) -> dist.ProcessGroup | None:
+        """A group of this engine's ranks; all ranks make all groups."""
+        size = self.config.rollout.tp
+        if size == 1:
+            return None
+        groups = [dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo") for e in range(self.grid.engines)]
+        return groups[self.grid.engine]
+
+
+def _informative(tree: Tree) -> bool:
+    return len({leaf.correct for leaf in tree.leaves}) > 1
+
+
+def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
+    """The control experiment: the same rewards on other leaves."""
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    verdicts = [(leaf.reward, leaf.correct) for leaf in leaves]
+    rng.shuffle(verdicts)
+    for leaf, (leaf.reward, leaf.correct) in zip(leaves, verdicts, strict=True):
+        pass
+
+
+def _describe(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    physical = sum(tree.unique_tokens for tree in trees)
+    logical = sum(tree.logical_tokens for tree in trees)
+    return {
+        "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
+        "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
+        "rollout/leaves": len(leaves),
+        "rollout/response_tokens_mean": logical / len(leaves),
+        "rollout/physical_tokens": physical,
+        "rollout/logical_tokens": logical,
+        "rollout/decoded_tokens": counts.decoded_tokens,
+        "rollout/tokens_per_second": counts.decoded_tokens / seconds,
+        "rollout/engine_steps": counts.steps,
+        "rollout/occupancy": counts.live_sum / max(counts.steps, 1),
+        "rollout/requests": counts.requests,
+        "rollout/prefix_hit_tokens": counts.cached_tokens,
+        "rollout/prefill_tokens": counts.context_tokens - counts.cached_tokens,
+        "rollout/failed_prompts": counts.failed_prompts,
+        "rollout/effective_leaves": sum(1 / (tree.masses() ** 2).sum() for tree in trees) / len(trees),
+        "rollout/fallback_share": sum(leaf.from_fallback for leaf in leaves) / len(leaves),
+        **{f"rollout/ended_{reason}": share for reason, share in reasons(trees).items()},
+    }

@@ -1,0 +1,274 @@
+"""Estimators over a tree's sub-groups (paper equations 5 to 7; spec section 3).
+
+`raw_advantages` is the estimator alone; `advantages` also whitens over the batch and carries loss weights. A
+trajectory estimator gives each leaf one value, a segment estimator each node one.
+
+Paper findings: a plain average over levels beats weights by group size; rejecting uniform sub-groups hurts; leaving
+out the root level changes little.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from treepo_mcore.config import AdvantageConfig
+from treepo_mcore.tree.tree import EOS, PROMPT, Tree
+
+WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without (spec 3.2)
+
+
+class Advantage(Protocol):
+    """What a tree's tokens are worth."""
+
+    def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+        """(A+, A-) of any token of each node, float64[nodes]: sums over the leaves below of max(A, 0) and min(A, 0).
+
+        Two scalars per unique token give the clipped loss of all leaves through it (spec 3.3, I2).
+        """
+
+    def along(self, tree: Tree, leaf: int) -> np.ndarray:
+        """A of leaf number `leaf` on each node of its path, prompt included, float64[path]."""
+
+
+@dataclass(frozen=True)
+class LeafAdvantage:
+    """One value per leaf, the same on all its tokens."""
+
+    values: np.ndarray  # float64[leaves]
+    weights: np.ndarray  # float64[leaves], of each leaf's loss
+
+    def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+        """See `Advantage`."""
+        weighted = self.values * self.weights
+        return _sums_below(tree, np.maximum(weighted, 0)), _sums_below(tree, np.minimum(weighted, 0))
+
+    def along(self, tree: Tree, leaf: int) -> np.ndarray:
+        """See `Advantage`."""
+        path = tree.path(tree.leaves[leaf].node)
+        return np.full(len(path), self.values[leaf] * self.weights[leaf])
+
+
+@dataclass(frozen=True)
+class NodeAdvantage:
+    """One value per node, the same for all leaves below it."""
+
+    values: np.ndarray  # float64[nodes]
+    weights: np.ndarray  # float64[leaves], of each leaf's loss
+
+    def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+        """See `Advantage`."""
+        weighted = self.values * _sums_below(tree, self.weights)
+        return np.maximum(weighted, 0), np.minimum(weighted, 0)
+
+    def along(self, tree: Tree, leaf: int) -> np.ndarray:
+        """See `Advantage`."""
+        return self.values[tree.path(tree.leaves[leaf].node)] * self.weights[leaf]
+
+
+def advantages(trees: Sequence[Tree], config: AdvantageConfig) -> list[Advantage]:
+    """The advantages of a whole training batch, tree by tree.
+
+    Whitening is over all response tokens of the batch, so call this before splitting into mini-batches.
+    Raises ValueError when a leaf has no reward.
+    """
+    raw = [node_advantages(tree, config) if _per_node(config) else raw_advantages(tree, config) for tree in trees]
+    if config.whiten == "batch" and config.estimator in WHITENED and raw:
+        tokens = [_node_tokens(tree) if _per_node(config) else _response_lengths(tree) for tree in trees]
+        raw = whiten(raw, tokens, config.whiten_shift)
+    kind = NodeAdvantage if _per_node(config) else LeafAdvantage
+    return [kind(values, _loss_weights(tree, config)) for tree, values in zip(trees, raw, strict=True)]
+
+
+def raw_advantages(tree: Tree, config: AdvantageConfig) -> np.ndarray:
+    """Trajectory estimators before whitening, float64[leaves]."""
+    rewards = _rewards(tree)
+    if config.estimator == "treepo":
+        return _treepo(tree, rewards, config)
+    size = len(rewards)
+    centred = rewards - rewards.mean() if size > 1 else rewards  # the mean of a single leaf is taken as 0
+    if config.estimator == "grpo":
+        return centred / ((rewards.std(ddof=1) if size > 1 else 1.0) + 1e-6)
+    if config.estimator == "rloo":
+        return centred * (size / (size - 1) if size > 1 else 1.0)
+    if config.estimator == "reinforce_pp_baseline":
+        return centred
+    raise ValueError(f"advantage.estimator: {config.estimator} gives one value per node, not per leaf")
+
+
+def node_advantages(tree: Tree, config: AdvantageConfig) -> np.ndarray:
+    """Segment estimators before whitening, float64[nodes]: a node's value minus its parent's, 0 for the prompt.
+
+    `segment`: a leaf is worth the average of (reward - ancestor's mean), weighted by group size, over all prefixes,
+    the prompt and the leaf itself included; a node the mean of its children; the prompt 0.
+    `spo`: a leaf is worth its reward; values are z-scored among siblings.
+    """
+    rewards = _rewards(tree)
+    if config.estimator == "segment":
+        values = _mean_of_children(tree, _prefix_average(tree, rewards))
+    elif config.estimator == "spo":
+        values = _among_siblings(tree, _mean_of_children(tree, rewards))
+    else:
+        raise ValueError(f"advantage.estimator: {config.estimator} gives one value per leaf, not per node")
+    values[PROMPT] = 0.0
+    return values - values[[max(node.parent, PROMPT) for node in tree.nodes]]
+
+
+def whiten(values: list[np.ndarray], tokens: list[np.ndarray], shift: bool) -> list[np.ndarray]:
+    """Divide by the token-weighted std of the batch, after subtracting its mean if `shift` (spec 3.2)."""
+    flat, weights = np.concatenate(values), np.concatenate(tokens).astype(np.float64)
+    total = weights.sum()
+    mean = (weights * flat).sum() / total
+    variance = (weights * (flat - mean) ** 2).sum() / max(total - 1, 1)
+    offset = mean if shift else 0.0
+    return [(part - offset) / np.sqrt(variance + 1e-8) for part in values]
+
+
+def _treepo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    levels = _ancestors(tree)
+    if config.max_levels is not None:
+        levels = levels[:, : config.max_levels]
+    counts = tree.leaf_counts()[levels]
+    used = _used_levels(tree, rewards, levels, counts, config)
+    masses = tree.masses() if config.mass_baseline else np.ones(len(rewards))
+    group_mass = _sums_below(tree, masses)[levels]
+    means = _sums_below(tree, masses * rewards)[levels] / group_mass
+    means[counts == 1] = 0.0  # only ever used for a prompt with a single leaf
+    differences = rewards[:, None] - means
+    if config.leave_one_out:
+        # Without its own share, the mean moves away from the leaf by this factor.
+        others = np.where(counts > 1, group_mass - masses[:, None], group_mass)
+        differences *= group_mass / others
+    weights = used * (counts if config.aggregation == "group_size" else 1.0)
+    return (weights * differences).sum(axis=1) / weights.sum(axis=1)
+
+
+def _used_levels(
+    tree: Tree, rewards: np.ndarray, levels: np.ndarray, counts: np.ndarray, config: AdvantageConfig
+) -> np.ndarray:
+    """Which of a leaf's levels enter its average, bool[leaves, levels]. At least one always does."""
+    used = (levels != PROMPT) & (counts >= 2)  # level 0 is decided last
+    if config.reject_uniform_subgroups:
+        used &= _spread_below(tree, rewards)[levels] > 0
+    if config.distinct_groups:
+        # Groups shrink along a path: an equal count is an equal group.
+        used[:, 1:] &= counts[:, 1:] < counts[:, :-1]
+    used[:, 0] = True if config.include_root else ~used[:, 1:].any(axis=1)
+    return used
+
+
+def _ancestors(tree: Tree) -> np.ndarray:
+    """Node ids from the prompt to each leaf's parent, int64[leaves, levels], padded with the prompt."""
+    paths = [tree.path(leaf.node)[:-1] for leaf in tree.leaves]
+    table = np.full((len(paths), max(map(len, paths))), PROMPT, dtype=np.int64)
+    for row, path in zip(table, paths, strict=True):
+        row[: len(path)] = path
+    return table
+
+
+def _sums_below(tree: Tree, values: np.ndarray) -> np.ndarray:
+    """Sum of a leaf value over the leaves at or below each node, float64[nodes]."""
+    sums = np.zeros(len(tree.nodes))
+    for leaf, value in zip(tree.leaves, values, strict=True):
+        sums[tree.path(leaf.node)] += value
+    return sums
+
+
+def _spread_below(tree: Tree, rewards: np.ndarray) -> np.ndarray:
+    """Largest minus smallest reward at or below each node, float64[nodes]."""
+    high, low = np.full(len(tree.nodes), -np.inf), np.full(len(tree.nodes), np.inf)
+    for leaf, reward in zip(tree.leaves, rewards, strict=True):
+        path = tree.path(leaf.node)
+        high[path] = np.maximum(high[path], reward)
+        low[path] = np.minimum(low[path], reward)
+    return high - low
+
+
+def _prefix_average(tree: Tree, rewards: np.ndarray) -> np.ndarray:
+    counts, sums = tree.leaf_counts(), _sums_below(tree, rewards)
+    result = np.empty(len(rewards))
+    for index, leaf in enumerate(tree.leaves):
+        path = tree.path(leaf.node)
+        result[index] = (counts[path] * rewards[index] - sums[path]).sum() / counts[path].sum()
+    return result
+
+
+def _mean_of_children(tree: Tree, leaf_values: np.ndarray) -> np.ndarray:
+    values = np.zeros(len(tree.nodes))
+    for node in reversed(tree.depth_first()):
+        leaf = tree.leaf_at(node)
+        if leaf is not None:
+            values[node] = leaf_values[leaf]
+        elif tree.children(node):
+            values[node] = values[tree.children(node)].mean()
+    return values
+
+
+def _among_siblings(tree: Tree, values: np.ndarray) -> np.ndarray:
+    scored = values.copy()
+    for node in range(len(tree.nodes)):
+        children = tree.children(node)
+        if len(children) > 1:  # an only child keeps its value
+            centred = values[children] - values[children].mean()
+            spread = values[children].std()
+            scored[children] = centred / spread if spread > 0 else centred
+    return scored
+
+
+def _loss_weights(tree: Tree, config: AdvantageConfig) -> np.ndarray:
+    if config.mass_loss_weight:
+        return tree.masses() * len(tree.leaves)
+    return np.ones(len(tree.leaves))
+
+
+def _per_node(config: AdvantageConfig) -> bool:
+    return config.estimator in ("segment", "spo")
+
+
+def _rewards(tree: Tree) -> np.ndarray:
+    rewards = []
+    for index, leaf in enumerate(tree.leaves):
+        if leaf.reward is None:
+            raise ValueError(f"prompt {tree.prompt_id}: leaf {index} has no reward")
+        rewards.append(leaf.reward)
+    if not rewards:
+        raise ValueError(f"prompt {tree.prompt_id}: no leaves")
+    return np.array(rewards, dtype=np.float64)
+
+
+def _response_lengths(tree: Tree) -> np.ndarray:
+    return np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))])
+
+
+def _node_tokens(tree: Tree) -> np.ndarray:
+    """Logical tokens of each node: its length times the leaves below; 0 for the prompt."""
+    lengths = np.array([len(node.tokens) for node in tree.nodes])
+    lengths[PROMPT] = 0
+    return lengths * tree.leaf_counts()
+
+
+def tree_from_plain(data: dict[str, Any]) -> Tree:
+    """A tree from ``{"prompt_id", "leaves": [{"path": [node ids], "reward", "n_tokens"}]}``.
+
+    Two leaves share their first k nodes iff the first k ids of their paths are equal. The form does not say how long
+    inner nodes are: they become empty and a leaf's last node holds all its tokens (of id 0).
+    Raises ValueError on a missing field and on a path that ends inside another one.
+    """
+    tree = Tree(str(data.get("prompt_id", "0")), [0])
+    numbers: dict[tuple[str, ...], int] = {(): PROMPT}
+    for index, leaf in enumerate(data.get("leaves", [])):
+        missing = [name for name in ("path", "reward", "n_tokens") if name not in leaf]
+        if missing or not leaf["path"]:
+            raise ValueError(f"prompt {tree.prompt_id}: leaf {index}: missing {', '.join(missing) or 'path'}")
+        path = tuple(str(part) for part in leaf["path"])
+        for depth in range(1, len(path) + 1):
+            if path[:depth] not in numbers:
+                numbers[path[:depth]] = tree.add_node(numbers[path[: depth - 1]], depth)
+        node = tree.nodes[numbers[path]]
+        node.tokens, node.logprobs = array("i", [0] * leaf["n_tokens"]), array("f", [0.0] * leaf["n_tokens"])
+        tree.leaves[tree.add_leaf(numbers[path], EOS)].reward = float(leaf["reward"])
+    return tree

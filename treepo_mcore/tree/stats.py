@@ -1,0 +1,77 @@
+"""What trees look like: sharing, effective leaves, endings, diversity (spec 2.12, 2.13 R11).
+
+Physical tokens are those stored and decoded, logical tokens those counted once per leaf; a speed claim in logical
+tokens alone flatters trees.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from treepo_mcore.tree.tree import Tree
+
+
+@dataclass(frozen=True)
+class TreeStats:
+    """Sums and means over one or more trees."""
+
+    trees: int
+    leaves: int
+    fallback_leaves: int
+    physical_tokens: int  # of responses
+    logical_tokens: int
+    mean_length: float  # of leaves, tokens
+    mass_mean_length: float  # weighted by path mass: unbiased for independent sampling, apart from fallback
+    effective_leaves: float  # mean over trees of 1 / sum of squared path masses
+    reasons: dict[str, int]  # leaves by the reason of their end
+    depths: dict[int, int]  # leaves by the segment they ended in
+    sharing: list[float]  # logical / physical tokens of segments 1, 2, ...; W for a common first segment
+    distinct_answers: float | None  # mean over trees
+
+
+def tree_stats(trees: Sequence[Tree], answer_of: Callable[[str], str | None] | None = None) -> TreeStats:
+    """Statistics of finished trees. `answer_of` extracts the answer of a leaf's text; without it none are counted.
+
+    Raises ValueError on an empty list.
+    """
+    if not trees:
+        raise ValueError("tree_stats: no trees")
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    masses = [tree.masses() for tree in trees]
+    lengths = [np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))]) for tree in trees]
+    return TreeStats(
+        trees=len(trees),
+        leaves=len(leaves),
+        fallback_leaves=sum(leaf.from_fallback for leaf in leaves),
+        physical_tokens=sum(tree.unique_tokens for tree in trees),
+        logical_tokens=sum(tree.logical_tokens for tree in trees),
+        mean_length=float(np.concatenate(lengths).mean()),
+        mass_mean_length=float(np.mean([mass @ length for mass, length in zip(masses, lengths, strict=True)])),
+        effective_leaves=float(np.mean([1 / (mass**2).sum() for mass in masses])),
+        reasons=dict(Counter(leaf.reason for leaf in leaves)),
+        depths=dict(sorted(Counter(tree.nodes[leaf.node].depth for tree in trees for leaf in tree.leaves).items())),
+        sharing=_sharing(trees),
+        distinct_answers=_distinct(trees, answer_of) if answer_of else None,
+    )
+
+
+def _sharing(trees: Sequence[Tree]) -> list[float]:
+    physical: Counter[int] = Counter()
+    logical: Counter[int] = Counter()
+    for tree in trees:
+        for node, count in zip(tree.nodes[1:], tree.leaf_counts()[1:].tolist(), strict=True):
+            physical[node.depth] += len(node.tokens)
+            logical[node.depth] += len(node.tokens) * count
+    return [logical[depth] / physical[depth] for depth in sorted(physical)]
+
+
+def _distinct(trees: Sequence[Tree], answer_of: Callable[[str], str | None]) -> float:
+    counts = []
+    for tree in trees:
+        answers = {answer_of(leaf.text) for leaf in tree.leaves if leaf.text is not None}
+        counts.append(len(answers - {None}))
+    return float(np.mean(counts))

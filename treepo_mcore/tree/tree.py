@@ -1,0 +1,313 @@
+"""The tree of one prompt: a node table with append-only token and log-prob arenas, leaves, JSONL in and out."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Why a path ended (spec 2.4).
+BOXED = "boxed"  # our own stop: the token that closes a \boxed{...}
+FINISHED = "boxed_and_eos"  # the model's own stop, with a box before it
+EOS = "eos"  # the model's own stop, without one
+LENGTH = "length"
+DEPTH = "depth"
+REPETITION = "repetition"
+PRUNED = "pruned"
+REASONS = (BOXED, FINISHED, EOS, LENGTH, DEPTH, REPETITION, PRUNED)
+
+PROMPT = 0  # the node id of the prompt
+
+
+@dataclass(slots=True)
+class Node:
+    """A run of tokens between two boundaries."""
+
+    parent: int  # -1 for the prompt
+    tokens: array[int]  # int32
+    logprobs: array[float]  # float32, of the sampled tokens under the tempered distribution; empty for the prompt
+    start: int  # position of the first token, counted from the start of the prompt
+    depth: int  # segment index, 0 for the prompt; both halves of a split node keep it
+    from_fallback: bool
+
+    @property
+    def end(self) -> int:
+        """One past the position of the last token."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A finished path. Its node never has children."""
+
+    node: int
+    reason: str  # one of REASONS
+    from_fallback: bool
+    reward: float | None = None
+    correct: bool | None = None
+    text: str | None = None
+
+
+class Tree:
+    """All paths sampled for one prompt (spec 2.13 R1, appendix B).
+
+    A path is a node id: its tokens are the spans of its ancestors, so no context can disagree with what is stored.
+    Children are kept in the order of their creation, which follows logical time; node ids and the order of `leaves`
+    follow arrival. `canonical` removes that difference.
+    """
+
+    def __init__(self, prompt_id: str, prompt_tokens: Sequence[int], meta: dict[str, Any] | None = None) -> None:
+        if not len(prompt_tokens):
+            raise ValueError(f"prompt {prompt_id}: expected at least one token, found none")
+        self.prompt_id = prompt_id
+        self.meta = meta or {}
+        self.nodes: list[Node] = [Node(-1, array("i", prompt_tokens), array("f"), 0, 0, False)]
+        self.leaves: list[Leaf] = []
+        self._children: list[list[int]] = [[]]
+        self._leaf_at: dict[int, int] = {}  # node -> index into leaves
+
+    # Growing.
+
+    def add_node(self, parent: int, depth: int, from_fallback: bool = False) -> int:
+        """A new empty child of `parent`, starting where it ends now; returns its id."""
+        if parent in self._leaf_at:
+            raise ValueError(f"prompt {self.prompt_id}: node {parent} is a leaf and cannot have children")
+        node = len(self.nodes)
+        self.nodes.append(Node(parent, array("i"), array("f"), self.nodes[parent].end, depth, from_fallback))
+        self._children.append([])
+        self._children[parent].append(node)
+        return node
+
+    def add_leaf(self, node: int, reason: str) -> int:
+        """End the path at `node`; returns the index into `leaves`."""
+        if self._children[node] or node in self._leaf_at:
+            raise ValueError(f"prompt {self.prompt_id}: node {node} is an inner node or already a leaf")
+        self._leaf_at[node] = len(self.leaves)
+        self.leaves.append(Leaf(node, reason, self.nodes[node].from_fallback))
+        return self._leaf_at[node]
+
+    def split(self, node: int, offset: int) -> int:
+        """Make a boundary before token `offset` of `node`, which keeps the head; returns the new child, the tail."""
+        head = self.nodes[node]
+        if node == PROMPT or not 0 < offset < len(head.tokens):
+            raise ValueError(f"prompt {self.prompt_id}: cannot split node {node} at {offset} of {len(head.tokens)}")
+        tail = len(self.nodes)
+        self.nodes.append(
+            Node(
+                node, head.tokens[offset:], head.logprobs[offset:], head.start + offset, head.depth, head.from_fallback
+            )
+        )
+        del head.tokens[offset:], head.logprobs[offset:]
+        self._children.append(self._children[node])
+        self._children[node] = [tail]
+        for child in self._children[tail]:
+            self.nodes[child].parent = tail
+        if node in self._leaf_at:
+            index = self._leaf_at[tail] = self._leaf_at.pop(node)
+            self.leaves[index].node = tail
+        return tail
+
+    def cut(self, node: int, position: int) -> int:
+        """The node on the path to `node` that ends at `position` (from the start of the prompt), split if need be."""
+        if not self.nodes[PROMPT].end <= position <= self.nodes[node].end:
+            raise ValueError(f"prompt {self.prompt_id}: position {position} is not on the response to node {node}")
+        while self.nodes[node].start >= position:
+            node = self.nodes[node].parent
+        if position < self.nodes[node].end:
+            self.split(node, position - self.nodes[node].start)
+        return node
+
+    # Reading.
+
+    def children(self, node: int) -> list[int]:
+        """Child ids in order of creation. The list is the tree's own: read only."""
+        return self._children[node]
+
+    def leaf_at(self, node: int) -> int | None:
+        """The index into `leaves` of the leaf that ends at `node`, if one does."""
+        return self._leaf_at.get(node)
+
+    def path(self, node: int) -> list[int]:
+        """Node ids from the prompt to `node`, both included."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.nodes[node].parent
+        return path[::-1]
+
+    def key(self, node: int) -> tuple[int, ...]:
+        """Child indices from the prompt to `node`: a name that does not depend on arrival order."""
+        path = self.path(node)
+        return tuple(self._children[a].index(b) for a, b in pairwise(path))
+
+    def context(self, node: int) -> list[int]:
+        """Token ids from the start of the prompt to the end of `node`."""
+        return self._joined(self.path(node)).tolist()
+
+    def response(self, leaf: int) -> list[int]:
+        """Token ids of leaf number `leaf`, without the prompt."""
+        return self._joined(self.path(self.leaves[leaf].node)[1:]).tolist()
+
+    def response_logprobs(self, leaf: int) -> list[float]:
+        """Log-probs of `response`, token by token."""
+        joined = array("f")
+        for node in self.path(self.leaves[leaf].node)[1:]:
+            joined.extend(self.nodes[node].logprobs)
+        return joined.tolist()
+
+    def leaf_tokens(self, leaf: int) -> int:
+        """Response length of leaf number `leaf`."""
+        return self.nodes[self.leaves[leaf].node].end - self.nodes[PROMPT].end
+
+    @property
+    def unique_tokens(self) -> int:
+        """Physical response tokens: each stored token once."""
+        return sum(len(node.tokens) for node in self.nodes[1:])
+
+    @property
+    def logical_tokens(self) -> int:
+        """Response tokens counted once per leaf."""
+        return sum(self.leaf_tokens(leaf) for leaf in range(len(self.leaves)))
+
+    def leaf_counts(self) -> np.ndarray:
+        """Leaves at or below each node, int64[nodes]."""
+        counts = np.zeros(len(self.nodes), dtype=np.int64)
+        for leaf in self.leaves:
+            counts[self.path(leaf.node)] += 1
+        return counts
+
+    def masses(self) -> np.ndarray:
+        """Path mass of each leaf, the product of 1/children over its ancestors, float64[leaves] (spec 2.12).
+
+        Sums to 1 once every path has ended.
+        """
+        masses = np.ones(len(self.leaves))
+        for index, leaf in enumerate(self.leaves):
+            for node in self.path(leaf.node)[:-1]:
+                masses[index] /= len(self._children[node])
+        return masses
+
+    def depth_first(self) -> list[int]:
+        """Node ids in depth-first order, children in order of creation."""
+        order, stack = [], [PROMPT]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(reversed(self._children[node]))
+        return order
+
+    def canonical(self) -> Tree:
+        """The same tree with nodes and leaves numbered depth first: equal trees become equal tables."""
+        order = self.depth_first()
+        number = {old: new for new, old in enumerate(order)}
+        tree = Tree(self.prompt_id, self.nodes[PROMPT].tokens, self.meta)
+        for old in order[1:]:
+            node = self.nodes[old]
+            new = tree.nodes[tree.add_node(number[node.parent], node.depth, node.from_fallback)]
+            new.tokens, new.logprobs = node.tokens[:], node.logprobs[:]
+        for leaf in sorted(self.leaves, key=lambda leaf: number[leaf.node]):
+            added = tree.leaves[tree.add_leaf(number[leaf.node], leaf.reason)]
+            added.reward, added.correct, added.text = leaf.reward, leaf.correct, leaf.text
+        return tree
+
+    def _joined(self, path: Iterable[int]) -> array[int]:
+        joined = array("i")
+        for node in path:
+            joined.extend(self.nodes[node].tokens)
+        return joined
+
+    # JSON.
+
+    def to_json(self) -> dict[str, Any]:
+        """The canonical tree as a mapping that `json.dumps` takes and `from_json` reads back exactly."""
+        tree = self.canonical()
+        return {
+            "prompt_id": self.prompt_id,
+            "prompt": tree.nodes[PROMPT].tokens.tolist(),
+            "meta": self.meta,
+            "nodes": [
+                {
+                    "parent": node.parent,
+                    "depth": node.depth,
+                    "from_fallback": node.from_fallback,
+                    "tokens": node.tokens.tolist(),
+                    "logprobs": _shortest(node.logprobs),
+                }
+                for node in tree.nodes[1:]
+            ],
+            "leaves": [
+                {
+                    "node": leaf.node,
+                    "reason": leaf.reason,
+                    "reward": leaf.reward,
+                    "correct": leaf.correct,
+                    "text": leaf.text,
+                }
+                for leaf in tree.leaves
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Tree:
+        """The inverse of `to_json`. Raises ValueError on a missing field or a table that is no tree."""
+        try:
+            tree = cls(data["prompt_id"], data["prompt"], data["meta"])
+            for node in data["nodes"]:
+                tree._read_node(node)
+            for leaf in data["leaves"]:
+                tree._read_leaf(leaf)
+        except KeyError as error:
+            raise ValueError(f"missing field {error}") from error
+        except TypeError as error:
+            raise ValueError(f"wrong type: {error}") from error
+        return tree
+
+    def _read_node(self, data: dict[str, Any]) -> None:
+        parent, number = data["parent"], len(self.nodes)
+        if not 0 <= parent < number:
+            raise ValueError(f"node {number}: expected a parent in 0..{number - 1}, found {parent}")
+        node = self.nodes[self.add_node(parent, data["depth"], data["from_fallback"])]
+        node.tokens, node.logprobs = array("i", data["tokens"]), array("f", data["logprobs"])
+        if len(node.tokens) != len(node.logprobs):
+            raise ValueError(f"node {number}: {len(node.tokens)} tokens but {len(node.logprobs)} log-probs")
+
+    def _read_leaf(self, data: dict[str, Any]) -> None:
+        node = data["node"]
+        if not 0 < node < len(self.nodes):
+            raise ValueError(f"leaf {len(self.leaves)}: expected a node in 1..{len(self.nodes) - 1}, found {node}")
+        if data["reason"] not in REASONS:
+            raise ValueError(f"leaf {len(self.leaves)}: expected a reason of {REASONS}, found {data['reason']!r}")
+        leaf = self.leaves[self.add_leaf(node, data["reason"])]
+        leaf.reward, leaf.correct, leaf.text = data["reward"], data["correct"], data["text"]
+
+
+def write_trees(path: str | Path, trees: Iterable[Tree]) -> None:
+    """Write a JSONL file, one tree a line."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for tree in trees:
+            file.write(json.dumps(tree.to_json(), ensure_ascii=False) + "\n")
+
+
+def read_trees(path: str | Path) -> Iterator[Tree]:
+    """Trees of a JSONL file, one by one. A malformed line raises ValueError that names ``file:line``."""
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                data = json.loads(line)
+                if not isinstance(data, dict):
+                    raise ValueError(f"expected an object, found {type(data).__name__}")
+                tree = Tree.from_json(data)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            yield tree
+
+
+def _shortest(values: array[float]) -> list[float]:
+    # The shortest decimals that read back to the same float32: a third of the file size of float64 digits.
+    return [float(text) for text in np.asarray(values, dtype=np.float32).astype(str)]

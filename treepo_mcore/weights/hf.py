@@ -1,0 +1,157 @@
+"""Hugging Face directories in and out, through the same pieces as every other layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from treepo_mcore.architecture import Architecture, safetensors_header, weight_files
+from treepo_mcore.config import ConfigError
+from treepo_mcore.weights.layout import Piece, box, hf_shapes
+
+SHARD_BYTES = 5 << 30  # of one exported safetensors file, the hub's habit
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, chat template
+
+
+def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
+    """Tensor name -> file, after comparing every header with the shapes that config.json implies.
+
+    Raises `ConfigError` with the tensor's name.
+    """
+    files = weight_files(directory)
+    headers = {file: safetensors_header(file) for file in set(files.values())}
+    for name, shape in hf_shapes(arch).items():
+        if name not in files:
+            raise ConfigError(f"{directory}: tensor {name} is missing from the safetensors files")
+        found = tuple(headers[files[name]][name]["shape"])
+        if found != shape:
+            raise ConfigError(f"{files[name]}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}")
+    return files
+
+
+@torch.no_grad()
+def load_pieces(directory: Path, arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor]) -> None:
+    """Fill local tensors from the files; each rank reads only the slices of its own pieces."""
+    files = check_weights(directory, arch)
+    by_file: dict[Path, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_file[files[piece.tensor]].append(piece)
+    for file, wanted in sorted(by_file.items()):
+        with safe_open(file, framework="pt") as handle:
+            for piece in wanted:
+                index = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
+                piece.of_local(tensors).copy_(handle.get_slice(piece.tensor)[index])
+
+
+@torch.no_grad()
+def gather_tensors(
+    arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Every full HF tensor in turn, on every rank. Collective; peak memory is one tensor.
+
+    The plain way, against which shard-to-shard transfer is tested. Among replicas the lowest rank sends.
+    """
+    owned = _owners(pieces)
+    rank, device = dist.get_rank(), next(iter(tensors.values())).device
+    mine = {(p.tensor, p.start, p.shape): p for p in pieces}
+    for name, shape in hf_shapes(arch).items():
+        full = torch.empty(shape, dtype=dtype, device=device)
+        covered = 0
+        for owner, boxes in owned[name].items():
+            size = sum(_numel(s) for _, s in boxes)
+            flat = torch.empty(size, dtype=dtype, device=device)
+            parts = flat.split([_numel(s) for _, s in boxes])
+            if owner == rank:
+                for part, (start, extent) in zip(parts, boxes, strict=True):
+                    part.view(extent).copy_(mine[name, start, extent].of_local(tensors))
+            if dist.get_world_size() > 1:
+                dist.broadcast(flat, owner)
+            for part, (start, extent) in zip(parts, boxes, strict=True):
+                box(full, start, extent).copy_(part.view(extent))
+            covered += size
+        if covered != full.numel():
+            raise RuntimeError(f"{name}: {covered} of {full.numel()} elements have an owner")
+        yield name, full
+
+
+def _owners(pieces: list[Piece]) -> dict[str, dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]]]:
+    """HF tensor -> sending rank -> its boxes (start, shape); every distinct box once."""
+    boxes = sorted({(p.tensor, p.start, p.shape) for p in pieces})
+    everyone: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, boxes)
+    seen: set = set()
+    owned: dict = defaultdict(lambda: defaultdict(list))
+    for rank, theirs in enumerate(everyone):
+        for key in theirs:
+            if key not in seen:
+                seen.add(key)
+                owned[key[0]][rank].append(key[1:])
+    return owned
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def export_directory(source: Path, target: Path, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a directory that `transformers` and vLLM load: sharded safetensors, index, config and tokenizer.
+
+    named comes from `gather_tensors`, which every rank must run through; only rank 0 writes.
+    """
+    writes = dist.get_rank() == 0
+    if writes:
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in COPIED:
+            for file in source.glob(pattern):
+                if not file.name.endswith(".index.json"):
+                    shutil.copy(file, target / file.name)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    dtype = None
+    for name, tensor in named:
+        if not writes:
+            continue
+        dtype = tensor.dtype
+        nbytes = tensor.numel() * tensor.element_size()
+        if size and size + nbytes > SHARD_BYTES:
+            _flush(target, shards)
+            size = 0
+        shards[-1][name] = tensor.cpu()
+        size += nbytes
+        total += nbytes
+    if writes:
+        _finish(target, shards, total, dtype)
+    dist.barrier()
+
+
+def _flush(target: Path, shards: list[dict[str, Tensor]]) -> None:
+    save_file(shards[-1], target / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+    shards[-1] = dict.fromkeys(shards[-1])  # type: ignore[arg-type]  # names only; the memory is free again
+    shards.append({})
+
+
+def _finish(target: Path, shards: list[dict[str, Tensor]], total: int, dtype: torch.dtype | None) -> None:
+    if len(shards) == 1:
+        save_file(shards[0], target / "model.safetensors", metadata={"format": "pt"})
+    else:
+        save_file(shards[-1], target / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        where = {}
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            (target / f"part-{number}.safetensors").rename(target / file)
+            where |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2))
