@@ -1,4 +1,4 @@
-"""Package description. `make` installs the locked CPU environment; on GPUs see docs/quickstart.md and the Dockerfile."""
+"""Package description. `make setup` installs the locked CPU environment instead of resolving these again."""
 
 from pathlib import Path
 

@@ -117,7 +117,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
     if index.is_file():
         where = {name: directory / file for name, file in _read_json(index)["weight_map"].items()}
     elif single.is_file():
-        where = {name: single for name in safetensors_header(single)}
+        where = dict.fromkeys(safetensors_header(single), single)
     else:
         raise ConfigError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
     headers = {file: safetensors_header(file) for file in sorted(set(where.values()))}

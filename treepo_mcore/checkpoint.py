@@ -68,7 +68,9 @@ def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
-    optimizer = actor.optimizer.sharded_state_dict(models if len(models) > 1 else models["model0"], is_loading=loading, metadata=metadata)
+    optimizer = actor.optimizer.sharded_state_dict(
+        models if len(models) > 1 else models["model0"], is_loading=loading, metadata=metadata
+    )
     return {**models, "optimizer": optimizer}
 
 
@@ -80,7 +82,7 @@ class _torch_adam:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.parts = [o for o in getattr(optimizer, "chained_optimizers", [optimizer])]
+        self.parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
     def __enter__(self) -> None:
         self.original = DistributedOptimizer._set_main_param_and_optimizer_states

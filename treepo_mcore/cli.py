@@ -14,7 +14,9 @@ import typer
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(".")[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(".")[0]
+)
 
 
 @app.command()
@@ -22,7 +24,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
 ) -> None:
-    """Train a policy. Start it with torchrun: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]..."""
+    """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]..."""
     settings = load_config(config, overrides)
     logging.basicConfig(level=settings.run.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from treepo_mcore.trainer import Trainer

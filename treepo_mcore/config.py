@@ -132,7 +132,9 @@ class TreeConfig(Section):
     @property
     def response_tokens(self) -> int:
         """Longest response, in tokens."""
-        return min(self.max_response_tokens or self.max_depth * self.segment_tokens, self.max_depth * self.segment_tokens)
+        return min(
+            self.max_response_tokens or self.max_depth * self.segment_tokens, self.max_depth * self.segment_tokens
+        )
 
 
 class RolloutConfig(Section):
@@ -265,7 +267,9 @@ class Config(Section):
         # ratios would compare two different distributions.
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
             found = f"top_p={self.rollout.top_p}, top_k={self.rollout.top_k}"
-            raise ValueError(f"rollout: {found} cuts the sampled distribution, so ratios would be wrong; use top_p=1, top_k=0")
+            raise ValueError(
+                f"rollout: {found} cuts the sampled distribution, so ratios would be wrong; use top_p=1, top_k=0"
+            )
         if self.trainer.prompts_per_update > self.trainer.prompts_per_step:
             raise ValueError(
                 f"trainer.prompts_per_update: {self.trainer.prompts_per_update} is more than "

@@ -18,15 +18,16 @@ from treepo_mcore.actor.model import DTYPES, megatron_configs
 from treepo_mcore.actor.parallel import build_grid, check_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
 from treepo_mcore.config import Config, dump_config
-from treepo_mcore.data.prompts import Prompt, PromptStream, load_prompts
+from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.observe.environment import versions
 from treepo_mcore.observe.metrics import Clock, MetricsLog, progress_line
 from treepo_mcore.rewards.pool import RewardPool
-from treepo_mcore.rollout.collector import Collector, Counts, reasons
+from treepo_mcore.rollout.collector import Collector, Counts
 from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
 from treepo_mcore.tree.advantage import advantages
 from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.tree.stats import tree_stats
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 
@@ -176,7 +177,11 @@ class Trainer:
         old = self._old_log_probs(mini_batches)
         steps = [self.actor.update(batch, logp) for batch, logp in zip(mini_batches, old, strict=True)]
         mean = {f"actor/{k}": sum(s[k] for s in steps) / len(steps) for k in (steps[0] if steps else {})}
-        return mean | {"actor/lr": self.actor.learning_rate, "actor/updates": len(steps)} | self._mismatch(mini_batches, old)
+        return (
+            mean
+            | {"actor/lr": self.actor.learning_rate, "actor/updates": len(steps)}
+            | self._mismatch(mini_batches, old)
+        )
 
     def _old_log_probs(self, mini_batches: list[list[PackedSequence]]) -> list[list[torch.Tensor]]:
         if self.config.actor.old_logprobs == "engine":
@@ -196,7 +201,10 @@ class Trainer:
         top = torch.tensor([float(joined.max()) if len(joined) else 0.0])
         dist.all_reduce(sums)
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
-        return {"mismatch/logprob_abs_mean": float(sums[0] / sums[1].clamp(min=1)), "mismatch/logprob_abs_max": float(top)}
+        return {
+            "mismatch/logprob_abs_mean": float(sums[0] / sums[1].clamp(min=1)),
+            "mismatch/logprob_abs_max": float(top),
+        }
 
     def _resume(self) -> None:
         run = self.config.run
@@ -210,7 +218,9 @@ class Trainer:
             (run.dir / "config.yaml").write_text(dump_config(self.config))
             (run.dir / "versions.json").write_text(json.dumps(versions(), indent=1))
             self.metrics = MetricsLog(run.dir, self.step)
-            print(f"{'resumed at' if found else 'start at'} step {self.step}  {self._layout()}  -> {run.dir}", flush=True)
+            print(
+                f"{'resumed at' if found else 'start at'} step {self.step}  {self._layout()}  -> {run.dir}", flush=True
+            )
         dist.barrier()
 
     def _finish(self, before: float | None, seconds: float) -> dict[str, Any]:
@@ -272,7 +282,9 @@ class Trainer:
         size = self.config.rollout.tp
         if size == 1:
             return None
-        groups = [dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo") for e in range(self.grid.engines)]
+        groups = [
+            dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo") for e in range(self.grid.engines)
+        ]
         return groups[self.grid.engine]
 
 
@@ -285,21 +297,23 @@ def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
     leaves = [leaf for tree in trees for leaf in tree.leaves]
     verdicts = [(leaf.reward, leaf.correct) for leaf in leaves]
     rng.shuffle(verdicts)
-    for leaf, (leaf.reward, leaf.correct) in zip(leaves, verdicts, strict=True):
-        pass
+    for leaf, (reward, correct) in zip(leaves, verdicts, strict=True):
+        leaf.reward, leaf.correct = reward, correct
 
 
 def _describe(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
     leaves = [leaf for tree in trees for leaf in tree.leaves]
-    physical = sum(tree.unique_tokens for tree in trees)
-    logical = sum(tree.logical_tokens for tree in trees)
+    stats = tree_stats(trees)
     return {
         "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
         "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
-        "rollout/leaves": len(leaves),
-        "rollout/response_tokens_mean": logical / len(leaves),
-        "rollout/physical_tokens": physical,
-        "rollout/logical_tokens": logical,
+        "rollout/leaves": stats.leaves,
+        "rollout/response_tokens_mean": stats.mean_length,
+        "rollout/physical_tokens": stats.physical_tokens,
+        "rollout/logical_tokens": stats.logical_tokens,
+        "rollout/effective_leaves": stats.effective_leaves,
+        "rollout/fallback_share": stats.fallback_leaves / stats.leaves,
+        **{f"rollout/ended_{reason}": count / stats.leaves for reason, count in sorted(stats.reasons.items())},
         "rollout/decoded_tokens": counts.decoded_tokens,
         "rollout/tokens_per_second": counts.decoded_tokens / seconds,
         "rollout/engine_steps": counts.steps,
@@ -308,7 +322,4 @@ def _describe(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str
         "rollout/prefix_hit_tokens": counts.cached_tokens,
         "rollout/prefill_tokens": counts.context_tokens - counts.cached_tokens,
         "rollout/failed_prompts": counts.failed_prompts,
-        "rollout/effective_leaves": sum(1 / (tree.masses() ** 2).sum() for tree in trees) / len(trees),
-        "rollout/fallback_share": sum(leaf.from_fallback for leaf in leaves) / len(leaves),
-        **{f"rollout/ended_{reason}": share for reason, share in reasons(trees).items()},
     }

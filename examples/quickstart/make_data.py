@@ -25,7 +25,7 @@ from typing import Literal
 NAMES = ("Tom", "Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia")
 THINGS = ("marbles", "stamps", "cards", "shells", "apples", "coins", "beads", "books", "pens", "cups")
 
-LARGEST = 79  # no intermediate result is larger
+LARGEST = 49  # no intermediate result is larger
 
 Style = Literal["plain", "told", "hasty"]
 Expression = tuple[tuple[int, tuple[int, ...]], ...]  # sorted signed products, e.g. 14 + 3 * 12
@@ -52,51 +52,51 @@ class Problem:
 
 TEMPLATES = (
     Template(
-        "{n} has {a} red and {b} blue {t}. {n} buys {c} bags of {d} {t}. How many {t} does {n} have now?",
+        "{n} has {a} red and {b} blue {t} and buys {c} bags of {d}. How many {t} are there?",
         ("x=a+b", "y=c*d", "z=x+y"),
-        {"a": (2, 15), "b": (2, 15), "c": (2, 4), "d": (2, 6)},
+        {"a": (2, 12), "b": (2, 12), "c": (2, 4), "d": (2, 6)},
         0.7,
     ),
     Template(
-        "{n} has {a} {t}. {n} gives {b} {t} to {m} and then finds {c} more. How many {t} does {n} have now?",
+        "{n} has {a} {t}, gives {b} to {m} and finds {c} more. How many {t} are there?",
         ("x=a-b", "y=x+c"),
-        {"a": (10, 40), "b": (2, 20), "c": (2, 15)},
+        {"a": (10, 30), "b": (2, 12), "c": (2, 12)},
         0.1,
     ),
     Template(
-        "{n} packs {a} boxes of {b} {t} and {m} packs {c} boxes of {d} {t}. How many {t} do they pack in all?",
+        "{n} packs {a} boxes of {b} {t} and {m} packs {c} boxes of {d}. How many {t} are there?",
         ("x=a*b", "y=c*d", "z=x+y"),
-        {"a": (2, 5), "b": (2, 9), "c": (2, 5), "d": (2, 9)},
+        {"a": (2, 5), "b": (2, 6), "c": (2, 5), "d": (2, 6)},
         0.1,
     ),
     Template(
-        "{n} buys {a} boxes of {b} {t} and {c} more {t}. {n} gives {d} {t} to {m}. How many {t} are left?",
+        "{n} buys {a} boxes of {b} {t} and {c} more, and gives {d} to {m}. How many {t} are left?",
         ("x=a*b", "y=x+c", "z=y-d"),
-        {"a": (2, 5), "b": (2, 9), "c": (2, 15), "d": (2, 15)},
+        {"a": (2, 5), "b": (2, 6), "c": (2, 12), "d": (2, 12)},
         0.7,
     ),
     Template(
-        "{n} has {a} {t} and {m} has {b} {t} more than {n}. How many {t} do they have in all?",
+        "{n} has {a} {t} and {m} has {b} more than {n}. How many {t} are there?",
         ("x=a+b", "y=a+x"),
-        {"a": (2, 25), "b": (2, 15)},
+        {"a": (2, 16), "b": (2, 12)},
         0.1,
     ),
     Template(
-        "{n} finds {a} {t} on Monday and {b} on Friday. {n} loses {c} of the {t}. How many {t} are left?",
+        "{n} finds {a} {t} on Monday and {b} on Friday, and loses {c}. How many {t} are left?",
         ("x=a+b", "y=x-c"),
-        {"a": (2, 25), "b": (2, 25), "c": (2, 20)},
+        {"a": (2, 16), "b": (2, 16), "c": (2, 12)},
         0.7,
     ),
     Template(
-        "{n} has {a} {t} and sells {b} {t}. Then {c} friends give {n} {d} {t} each. How many {t} does {n} have now?",
+        "{n} has {a} {t} and sells {b}. Then {c} friends give {d} each. How many {t} are there?",
         ("x=a-b", "y=c*d", "z=x+y"),
-        {"a": (10, 40), "b": (2, 20), "c": (2, 4), "d": (2, 6)},
+        {"a": (10, 30), "b": (2, 12), "c": (2, 4), "d": (2, 6)},
         0.7,
     ),
     Template(
-        "{n} and {m} have {a} {t} each. {n} buys {b} more and {m} loses {c}. How many {t} do they have in all?",
+        "{n} and {m} have {a} {t} each. {n} buys {b} more and {m} loses {c}. How many {t} are there?",
         ("x=a+b", "y=a-c", "z=x+y"),
-        {"a": (10, 30), "b": (2, 15), "c": (2, 15)},
+        {"a": (6, 18), "b": (2, 12), "c": (2, 12)},
         0.1,
     ),
 )
@@ -122,7 +122,7 @@ def solve(problem: Problem, style: Style) -> str:
     return f" The answer is {box}"
 
 
-def write_data(out: str | Path, seed: int = 0, train_size: int = 10000, eval_size: int = 512) -> None:
+def write_data(out: str | Path, seed: int = 0, train_size: int = 6000, eval_size: int = 512) -> None:
     """Write `train.jsonl`, `eval.jsonl` and `sft.jsonl` under `out`; the same arguments give the same bytes.
 
     Sizes are in problems; `sft.jsonl` works each training problem once, half of the careful ones "plain", half "told".
@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write worded arithmetic problems and worked solutions.")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl, eval.jsonl and sft.jsonl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=10000, help="training problems")
+    parser.add_argument("--train", type=int, default=6000, help="training problems")
     parser.add_argument("--eval", type=int, default=512, help="held-out problems")
     arguments = parser.parse_args()
     write_data(arguments.out, arguments.seed, arguments.train, arguments.eval)

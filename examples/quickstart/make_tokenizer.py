@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tokenizer(corpus_files: Sequence[str | Path], out: str | Path, vocab_size: int = 320) -> None:
+def write_tokenizer(corpus_files: Sequence[str | Path], out: str | Path, vocab_size: int = 448) -> None:
     """Train on every string of the JSONL `corpus_files` that is a prompt or a solution; write the folder `out`.
 
     Raises `ValueError` when a text does not survive encoding and decoding, or the two forms disagree on it.
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart's tokenizer.")
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="JSONL files with prompt and solution")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=320)
+    parser.add_argument("--vocab-size", type=int, default=448)
     arguments = parser.parse_args()
     write_tokenizer(arguments.corpus, arguments.out, arguments.vocab_size)
 

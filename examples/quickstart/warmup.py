@@ -1,4 +1,4 @@
-"""Make the quickstart's model: a small Qwen3-shaped network, taught by supervised training until it half knows its task.
+"""Make the quickstart's model: a small Qwen3-shaped network, taught under supervision until it half knows its task.
 
     torchrun --nproc-per-node 2 examples/quickstart/warmup.py --data DIR --tokenizer DIR --out DIR
 
@@ -108,11 +108,8 @@ def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Na
             continue
         accuracy = trainer.evaluate()
         if grid.rank == 0:
-            seconds = time.perf_counter() - begin
-            print(
-                f"warm-up step {step + 1}  loss {metrics['loss']:.3f}  held-out accuracy {accuracy:.3f}  {seconds:.0f}s",
-                flush=True,
-            )
+            taken = f"loss {metrics['loss']:.3f}  {time.perf_counter() - begin:.0f}s"
+            print(f"warm-up step {step + 1}  held-out accuracy {accuracy:.3f}  {taken}", flush=True)
         if accuracy >= arguments.until:
             break
     return accuracy

@@ -135,9 +135,7 @@ class Actor:
     def _empty_batch(self) -> MicroBatch:
         return self._micro_batch(empty_sequence(), torch.zeros(1))
 
-    def _run(
-        self, batches: list[MicroBatch], *, forward_only: bool, objective: Objective = "policy"
-    ) -> list[Any]:
+    def _run(self, batches: list[MicroBatch], *, forward_only: bool, objective: Objective = "policy") -> list[Any]:
         if forward_only:
             batches = batches + [self._empty_batch() for _ in range(self._missing(len(batches)))]
         iterators = [iter(batches) for _ in self.chunks]

@@ -11,16 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.cuda.random
 
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like")
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class _Stream:
@@ -109,7 +106,7 @@ def megatron_device() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def on_megatron_device(function: Callable[P, R]) -> Callable[P, R]:
+def on_megatron_device[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Run a function inside `megatron_device()`."""
 
     @functools.wraps(function)

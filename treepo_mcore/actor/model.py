@@ -103,12 +103,12 @@ def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
 
 
 def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    recompute: dict[str, Any] = {
+    recompute: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[actor.recompute]
-    return recompute | {
+    }
+    return recompute[actor.recompute] | {
         "num_layers": arch.layers,
         "hidden_size": arch.hidden,
         "ffn_hidden_size": arch.ffn,
@@ -193,10 +193,11 @@ def _typed(key: str, value: Any, annotation: str) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise ConfigError(f"actor.megatron.{key}: expected the name of a torch dtype, found {value!r}")
         return dtype
-    for name, types in (("bool", bool), ("int", int), ("float", (int, float)), ("str", str)):
-        if annotation in (f"<class '{name}'>", name):
-            if not isinstance(value, types) or (name != "bool" and isinstance(value, bool)):
-                raise ConfigError(f"actor.megatron.{key}: expected {name}, found {value!r}")
+    checks: list[tuple[str, Any]] = [("bool", bool), ("int", int), ("float", (int, float)), ("str", str)]
+    for name, types in checks:
+        wrong = not isinstance(value, types) or (name != "bool" and isinstance(value, bool))
+        if annotation in (f"<class '{name}'>", name) and wrong:
+            raise ConfigError(f"actor.megatron.{key}: expected {name}, found {value!r}")
     return value
 
 

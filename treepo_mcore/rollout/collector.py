@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -94,6 +94,8 @@ class Collector:
         self._agree(digest, result.counts.steps)
         result.trees = [trees[number] for number in sorted(trees)]
         self._score(result.trees)
+        # Node ids followed the arrival of tokens; equal trees become identical tables.
+        result.trees = [tree.canonical() for tree in result.trees]
         return result
 
     def _admit(
@@ -127,9 +129,7 @@ class Collector:
         counts.cached_tokens += chunk.cached_tokens
         if chunk.finish is not None:
             del owner[chunk.request]
-        actions = entry.sampler.on_tokens(
-            self._inner(chunk.request, entry), chunk.tokens, chunk.logprobs, chunk.finish
-        )
+        actions = entry.sampler.on_tokens(self._inner(chunk.request, entry), chunk.tokens, chunk.logprobs, chunk.finish)
         self._apply(entry, actions, owner, counts)
         if entry.sampler.failed:
             counts.failed_prompts += 1
@@ -162,8 +162,8 @@ class Collector:
     def _submit_reward(self, entry: _Prompt, leaf: int) -> None:
         assert self.rewards is not None
         tree = entry.sampler.tree
-        tree.leaves[leaf].text = self.tokenizer.decode(tree.response(leaf))
-        self.rewards.submit((entry.number, leaf), tree.leaves[leaf].text, entry.prompt.answer, entry.prompt.text)
+        text = tree.leaves[leaf].text = self.tokenizer.decode(tree.response(leaf))
+        self.rewards.submit((entry.number, leaf), text, entry.prompt.answer, entry.prompt.text)
 
     def _score(self, trees: list[Tree]) -> None:
         """Wait for the last verdicts and write rewards into the leaves."""
@@ -171,6 +171,7 @@ class Collector:
             return
         by_number = {tree.meta["number"]: tree for tree in trees}
         for result in self.rewards.drain():
+            assert isinstance(result.key, tuple)
             number, index = result.key
             if number not in by_number:  # its prompt was dropped
                 continue
@@ -200,13 +201,6 @@ def tree_config(rollout: RolloutConfig) -> TreeConfig:
         return rollout.tree
     width = rollout.tree.width
     return rollout.tree.model_copy(update={"branching": BranchingConfig(factor=(1, 1), first=(width, width))})
-
-
-def reasons(trees: Sequence[Tree]) -> dict[str, float]:
-    """Share of leaves by the reason they ended for."""
-    counted = Counter(leaf.reason for tree in trees for leaf in tree.leaves)
-    total = sum(counted.values())
-    return {reason: count / total for reason, count in sorted(counted.items())}
 
 
 def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from treepo_mcore.tree.sampler import Request
+from treepo_mcore.tree.sampler import Finish, Request
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Chunk:
     request: str
     tokens: list[int]
     logprobs: list[float]  # of the sampled tokens, natural log, under the tempered distribution
-    finish: str | None  # None while running, else "stop" (the last token is an EOS id) or "length"
+    finish: Finish | None  # None while running, else "stop" (the last token is an EOS id) or "length"
     cached_tokens: int  # context tokens served by the prefix cache; on a request's first chunk, else 0
 
 

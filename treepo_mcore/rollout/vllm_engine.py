@@ -45,10 +45,13 @@ CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 3
 
 
 class VllmEngine:
-    """See `rollout.engine.Engine`. Build it after `init_process_group` and Megatron's groups, outside its device scope."""
+    """See `rollout.engine.Engine`. Build it after the process groups, outside `megatron_device`."""
 
     def __init__(self, config: Config, arch: Architecture, directory: Path, eos_ids: tuple[int, ...]) -> None:
-        """eos_ids: tokens that end an answer; they stay part of it. Raises `ConfigError` for unknown or owned keys under rollout.engine and for what vLLM refuses."""
+        """eos_ids: tokens that end an answer; they stay part of it.
+
+        Raises `ConfigError` for unknown or owned keys under rollout.engine and for what vLLM refuses.
+        """
         self.config = config.rollout
         self.eos_ids = list(eos_ids)
         arguments = engine_arguments(config, arch, directory)

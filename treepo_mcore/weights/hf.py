@@ -34,7 +34,9 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
             raise ConfigError(f"{directory}: tensor {name} is missing from the safetensors files")
         found = tuple(headers[files[name]][name]["shape"])
         if found != shape:
-            raise ConfigError(f"{files[name]}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}")
+            raise ConfigError(
+                f"{files[name]}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}"
+            )
     return files
 
 
@@ -144,7 +146,7 @@ def _finish(target: Path, shards: list[dict[str, Tensor]], total: int, dtype: to
         save_file(shards[0], target / "model.safetensors", metadata={"format": "pt"})
     else:
         save_file(shards[-1], target / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        where = {}
+        where: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             (target / f"part-{number}.safetensors").rename(target / file)

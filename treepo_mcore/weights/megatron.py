@@ -81,9 +81,7 @@ def _pieces(
         yield Piece(tensor, (0, tp_rank * shape[1]), shape, local, (0, 0))
 
 
-def _outer_pieces(
-    arch: Architecture, name: str, local: str, shape: tuple[int, ...], tp_rank: int
-) -> Iterator[Piece]:
+def _outer_pieces(arch: Architecture, name: str, local: str, shape: tuple[int, ...], tp_rank: int) -> Iterator[Piece]:
     if name == "decoder.final_layernorm.weight":
         yield rows("model.norm.weight", 0, shape[0], None, local, 0)
         return
