@@ -6,17 +6,23 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(".")[0]
-)
+OTHERS_WAIT_SECONDS = 10
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Tree-structured reinforcement learning with Megatron-Core and vLLM."""
 
 
 @app.command()
@@ -40,6 +46,13 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(error)
+
+
+def _fail(error: ConfigError) -> NoReturn:
+    """Rank 0 speaks. The others usually found the same: they give it time, and torchrun ends them meanwhile."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
+    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

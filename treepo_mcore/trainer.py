@@ -72,7 +72,7 @@ class Trainer:
         """Train to the configured end; returns the summary that is also written to ``summary.json``."""
         self._resume()
         trainer = self.config.trainer
-        before = self.evaluate() if trainer.eval_before and self.held_out else None
+        before = self._evaluate_and_say("before training") if trainer.eval_before and self.held_out else None
         begin = time.perf_counter()
         first = self.step
         while self.step < trainer.steps and not self._out_of_time(begin):
@@ -83,7 +83,7 @@ class Trainer:
                 self.metrics.write(self.step, values)
             self.step += 1
             if trainer.eval_every and self.step % trainer.eval_every == 0 and self.step < trainer.steps:
-                self._log_eval(self.evaluate())
+                self._evaluate_and_say(f"after {self.step} steps")
             if trainer.save_every and self.step % trainer.save_every == 0 and self.step < trainer.steps:
                 self._save()
         seconds = time.perf_counter() - begin
@@ -225,7 +225,7 @@ class Trainer:
 
     def _finish(self, before: float | None, seconds: float) -> dict[str, Any]:
         trainer, run = self.config.trainer, self.config.run
-        after = self.evaluate() if trainer.eval_after and self.held_out else None
+        after = self._evaluate_and_say("after training") if trainer.eval_after and self.held_out else None
         self._save()
         if trainer.export:
             named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
@@ -253,10 +253,12 @@ class Trainer:
         state = {"step": self.step, "prompts": self.prompts.state_dict()}
         checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)
 
-    def _log_eval(self, accuracy: float) -> None:
+    def _evaluate_and_say(self, when: str) -> float:
+        accuracy = self.evaluate()
         if self.grid.rank == 0:
-            print(f"held-out accuracy {accuracy:.3f} after {self.step} steps", flush=True)
+            print(f"held-out accuracy {accuracy:.3f} {when}", flush=True)
             self.metrics.write(self.step, {"eval/accuracy": accuracy})
+        return accuracy
 
     def _save_trees(self, trees: list[Tree]) -> None:
         every = self.config.trainer.save_trees_every

@@ -1,0 +1,36 @@
+"""What every test needs before torch is imported, and the small models that many share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from treepo_mcore.environment import has_gpu, prepare_environment
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+prepare_environment()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not has_gpu():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    """Function (family, **overrides) -> directory of a tiny model, written once a session for equal arguments."""
+    from models import make_model
+
+    made = {}
+
+    def get(family, **overrides):
+        key = repr((family, sorted(overrides.items())))
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(family), family, **overrides)
+        return made[key]
+
+    return get

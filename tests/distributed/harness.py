@@ -1,0 +1,77 @@
+"""Runs a function on N processes under torchrun and brings back what each rank returned.
+
+Starting costs about ten seconds, so one launch should look at many cases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
+
+
+class LaunchError(AssertionError):
+    """The job failed or ran too long; the message ends with the tail of its output."""
+
+
+def launch(function: str, processes: int, arguments: dict[str, Any], limit: float = 300) -> list[Any]:
+    """Call ``module:function`` (a module of tests/ or tests/distributed/) with JSON `arguments` on every rank.
+
+    Returns what the ranks returned, in their order; it must be JSON too. limit: seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder)
+        (job / "job.json").write_text(json.dumps({"function": function, "arguments": arguments}))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        code, output = _run([*torchrun, str(Path(__file__)), str(job)], job / "output", limit)
+        if code:
+            raise LaunchError(f"{function} on {processes} processes: {code}\n{output[-6000:]}")
+        return [json.loads((job / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+
+
+def _run(command: list[str], log: Path, limit: float) -> tuple[str, str]:
+    """Why the command failed ("" when it did not) and what it printed."""
+    path = os.pathsep.join([str(TESTS), str(HERE), os.environ.get("PYTHONPATH", "")])
+    with log.open("w") as output:
+        # A session of its own: at the limit the workers have to go as well, not only torchrun.
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+            reason = f"exit status {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reason = f"still running after {limit} s"
+    return reason, log.read_text(errors="replace")
+
+
+def main() -> None:
+    """Inside a rank."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    from treepo_mcore.environment import prepare_environment
+
+    prepare_environment()
+    module, name = job["function"].split(":")
+    result = getattr(importlib.import_module(module), name)(**job["arguments"])
+    (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

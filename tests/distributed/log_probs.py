@@ -1,0 +1,53 @@
+"""On every rank: log-probs of packed trees under many layouts and models, one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.parallel import build_grid, init_process_group
+from treepo_mcore.architecture import read_architecture
+from treepo_mcore.config import ActorConfig
+from treepo_mcore.tree.advantage import LeafAdvantage
+from treepo_mcore.tree.packing import pack_flat, pack_trees
+from treepo_mcore.tree.tree import Tree, read_trees
+
+
+def make_actor(directory: Path, settings: dict[str, Any], temperature: float = 1.0, rollout_tp: int = 1) -> Actor:
+    """An actor in groups of its own; the groups of the one before are dropped."""
+    init_process_group()
+    parallel_state.destroy_model_parallel()
+    config = ActorConfig.model_validate({"dtype": "float32"} | settings)
+    grid = build_grid(config, rollout_tp, seed=0)
+    return Actor(config, read_architecture(directory), directory, grid, temperature=temperature, total_steps=1)
+
+
+def no_advantages(trees: list[Tree]) -> list[LeafAdvantage]:
+    """For packing where the loss does not matter."""
+    return [LeafAdvantage(torch.zeros(len(t.leaves)).numpy(), torch.ones(len(t.leaves)).numpy()) for t in trees]
+
+
+def by_edge(sequences: list[Any], values: list[torch.Tensor]) -> dict[tuple[int, int, int], tuple[float, ...]]:
+    """(tree, node, offset) -> the edge's column of `values` [rows, E]."""
+    table = {}
+    for sequence, value in zip(sequences, values, strict=True):
+        for key, column in zip(sequence.edge_key.tolist(), value.T.tolist(), strict=True):
+            table[tuple(key)] = tuple(column)
+    return table
+
+
+def run(models: dict[str, str], layouts: dict[str, dict[str, Any]], trees: str, temperature: float, out: str) -> None:
+    """Every model under every layout; each rank saves {(layout, model): edge table}."""
+    loaded = list(read_trees(trees))
+    tables = {}
+    for layout, settings in layouts.items():
+        pack = pack_flat if settings.get("packing") == "flat" else pack_trees
+        sequences = pack(loaded, no_advantages(loaded), 512)
+        for name, directory in models.items():
+            actor = make_actor(Path(directory), settings, temperature)
+            tables[layout, name] = by_edge(sequences, actor.log_probs(sequences))
+    torch.save(tables, Path(out) / f"rank_{torch.distributed.get_rank()}.pt")

@@ -1,0 +1,43 @@
+"""Random trees with rewards, and their paths."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+from treepo_mcore.tree.tree import EOS, PROMPT, Tree
+
+VOCAB = 330
+
+
+def random_tree(seed: int, leaves: int = 6, segment: int = 6, prompt: int = 8, first_token: int = 4) -> Tree:
+    """Up to `leaves` leaves below nodes of 1 to `segment` tokens; rewards of both signs, whatever the path is."""
+    draw = random.Random(seed)
+    tree = Tree(f"tree-{seed}", _tokens(draw, draw.randint(2, prompt), first_token))
+    open_nodes = [PROMPT]
+    while open_nodes:
+        parent = open_nodes.pop(draw.randrange(len(open_nodes)))
+        room = leaves - len(tree.leaves) - len(open_nodes)
+        children = draw.choice((1, 2, 2, 3)) if room > 1 else 1
+        for _ in range(max(1, min(children, room))):
+            node = tree.add_node(parent, tree.nodes[parent].depth + 1)
+            size = draw.randint(1, segment)
+            tree.nodes[node].tokens = array("i", _tokens(draw, size, first_token))
+            tree.nodes[node].logprobs = array("f", [-draw.random() for _ in range(size)])
+            if tree.nodes[node].depth >= 2 and draw.random() < 0.4 or tree.nodes[node].depth == 5:
+                tree.add_leaf(node, EOS)
+            else:
+                open_nodes.append(node)
+    for index, leaf in enumerate(tree.leaves):
+        leaf.correct = index == 0 or (index > 1 and draw.random() < 0.4)
+        leaf.reward = 1.0 if leaf.correct else -1.0
+    return tree.canonical()
+
+
+def path_of(tree: Tree, leaf: int) -> list[int]:
+    """Tokens of prompt and response."""
+    return tree.context(tree.leaves[leaf].node)
+
+
+def _tokens(draw: random.Random, count: int, first: int) -> list[int]:
+    return [draw.randrange(first, VOCAB) for _ in range(count)]
