@@ -11,7 +11,7 @@ export TORCHDYNAMO_DISABLE ?= 1
 
 setup: $(STAMP)
 
-$(STAMP): requirements/cpu.lock setup.py
+$(STAMP): requirements/cpu.lock
 	tools/setup_venv.sh $(VENV) requirements/cpu.lock
 	touch $@
 

@@ -21,5 +21,5 @@ python=$(find_python)
 echo "setting up $venv with $("$python" --version): about 6 GB and two minutes"
 "$python" -m venv --clear "$venv"
 # The lock was resolved as a whole: no dependency is looked up again, every file is checked by its hash.
-"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r "$lock"
-"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+"$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r "$lock"
+"$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .

@@ -11,7 +11,7 @@ from trees import path_of, random_tree
 from treepo_mcore.tree.tree import write_trees
 
 TEMPERATURE = 0.7
-TOLERANCE = 1e-4  # nats, the issue's; 1e-5 is what we see
+TOLERANCE = 3e-5  # nats; the issue asks for 1e-4
 MODELS = {
     "qwen2 with biases": ("qwen2", {}),
     "qwen2 tied, yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),

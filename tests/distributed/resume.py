@@ -1,0 +1,65 @@
+"""On every rank: whole runs of the trainer, and checkpoints that change their layout."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from layouts import in_hf, mini_batches, noise
+from log_probs import make_actor
+
+from treepo_mcore import checkpoint
+from treepo_mcore.actor.actor import Actor
+from treepo_mcore.config import parse_config
+from treepo_mcore.trainer import Trainer
+
+
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    """A run from beginning, or checkpoint, to end."""
+    return Trainer(parse_config(config)).run()
+
+
+def steps(actor: Actor, trees: str, out: Path) -> None:
+    """Two updates, from where the optimizer stands; rank 0 saves the weights."""
+    metrics = []
+    for batch in mini_batches(actor, trees, 5, "tree"):
+        actor.set_step(0)
+        old = [o[0] + noise(s) for s, o in zip(batch, actor.log_probs(batch), strict=True)]
+        metrics.append(actor.update(batch, old))
+    save_weights(actor, out, metrics)
+
+
+def save_weights(actor: Actor, out: Path, metrics: Any = None) -> None:
+    """In Hugging Face coordinates."""
+    named, gap = in_hf(actor, actor.tensors)
+    if dist.get_rank() == 0:
+        torch.save({"weights": named, "metrics": metrics, "gap": gap}, out)
+
+
+def change_layout(
+    directory: str, first: dict[str, Any], others: dict[str, dict[str, Any]], trees: str, out: str
+) -> dict[str, float]:
+    """Train under `first`, save, go on; then load under each of `others` and go on from there.
+
+    Returns the seconds that saving and each loading took.
+    """
+    folder, seconds = Path(out), {}
+    actor = make_actor(Path(directory), first)
+    steps(actor, trees, folder / "before.pt")
+    begin = time.perf_counter()
+    checkpoint.save(folder / "checkpoints", 2, actor, {"step": 2}, keep=1)
+    seconds["save"] = time.perf_counter() - begin
+    steps(actor, trees, folder / "after.pt")
+    for name, settings in others.items():
+        actor = make_actor(Path(directory), settings)
+        begin = time.perf_counter()
+        found = checkpoint.newest(folder / "checkpoints")
+        assert found is not None
+        assert checkpoint.load(found, actor) == {"step": 2}
+        seconds[name] = time.perf_counter() - begin
+        save_weights(actor, folder / f"before {name}.pt")
+        steps(actor, trees, folder / f"after {name}.pt")
+    return seconds

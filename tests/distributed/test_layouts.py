@@ -1,0 +1,161 @@
+"""One optimizer step is the same step in every layout (issue 2, point 9).
+
+All layouts get the same saved trees. Old log-probs are pushed away from the new ones, so that clipping acts: at ratio
+one a whitened batch has loss zero in any layout, right or wrong.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import launch
+from models import YARN
+from trees import random_tree
+
+from treepo_mcore.tree.tree import write_trees
+
+MODELS = {
+    "qwen2": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+}
+# eps near the gradients' size: Adam's sign of a gradient that is nothing but rounding says nothing about a layout.
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5, "clip_grad": 0.05}
+LAYOUTS = {
+    1: {
+        "flat packing": {"packing": "flat"},
+        "dense attention": {"attention": "dense"},
+        "recompute full": {"recompute": "full"},
+        "recompute selective": {"recompute": "selective"},
+        "distributed optimizer": {"distributed": True},
+    },
+    2: {
+        "tp2": {"tp": 2},
+        "tp2 sp": {"tp": 2, "sequence_parallel": True},
+        "tp2 sp recompute full": {"tp": 2, "sequence_parallel": True, "recompute": "full"},
+        "pp2": {"pp": 2},
+        "pp2 uneven": {"pp": 2, "first_stage_layers": 1},
+        "pp2 vpp2": {"pp": 2, "vpp": 2},
+        "pp2 distributed optimizer": {"pp": 2, "distributed": True},
+        "dp2": {},
+        "dp2 flat packing": {"packing": "flat"},
+        "dp2 distributed optimizer": {"distributed": True},
+    },
+    4: {
+        "tp2 pp2": {"tp": 2, "pp": 2},
+        "tp2 pp2 sp vpp2": {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
+        "tp2 dp2 distributed optimizer": {"tp": 2, "distributed": True},
+        "pp2 dp2": {"pp": 2},
+    },
+}
+PER_UPDATE = 5
+
+
+def settings(layout):
+    layout = dict(layout)
+    return {"optimizer": OPTIMIZER | {"distributed": layout.pop("distributed", False)}} | layout
+
+
+def run(processes, layouts, directories, folder):
+    trees, out = folder / "trees.jsonl", folder / f"{processes}.pt"
+    write_trees(trees, [random_tree(seed, leaves=7) for seed in range(10)])
+    arguments = {
+        "models": {name: str(path) for name, path in directories.items()},
+        "layouts": {name: settings(layout) for name, layout in layouts.items()},
+        "trees": str(trees),
+        "per_update": PER_UPDATE,
+        "out": str(out),
+    }
+    launch("layouts:run", processes, arguments, limit=600)
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def directories(model_directory):
+    return {name: model_directory(family, **overrides) for name, (family, overrides) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def single(directories, tmp_path_factory):
+    """One process: the reference and its own variants."""
+    return run(1, {"reference": {}} | LAYOUTS[1], directories, tmp_path_factory.mktemp("single"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_reference_clips_and_moves(single, model):
+    """Otherwise the comparisons below would compare nothing."""
+    reference = single["reference", model]
+    first, second = reference["metrics"]
+    assert 0.05 < first["clipped"] < 0.95
+    assert abs(first["loss"]) > 1e-3
+    assert first["grad_norm"] > OPTIMIZER["clip_grad"]
+    assert second["tokens"] != first["tokens"]
+    for before, after in zip(reference["weights"][0].values(), reference["weights"][1].values(), strict=True):
+        assert relative(before, after) > 1e-4
+
+
+@pytest.mark.parametrize("processes", sorted(LAYOUTS))
+def test_equal_one_process(processes, directories, single, tmp_path):
+    results = single if processes == 1 else run(processes, LAYOUTS[processes], directories, tmp_path)
+    wrong, worst = {}, dict.fromkeys(LIMITS, 0.0)
+    for layout in LAYOUTS[processes]:
+        for model in MODELS:
+            found = errors(results[layout, model], single["reference", model])
+            worst = {what: max(worst[what], found.get(what, 0.0)) for what in worst}
+            wrong |= {(layout, model, w): error for w, error in found.items() if not error < LIMITS[w]}
+    print("largest errors:", {what: f"{error:.1e}" for what, error in worst.items()})
+    assert not wrong
+
+
+LIMITS = {
+    "log-prob": 1e-5,  # nats
+    "gradient norm of a parameter": 1e-5,  # relative, as the ones below
+    "gradient": 1e-5,
+    "total gradient norm": 1e-5,
+    "loss": 1e-5,
+    "weights": 1e-5,
+    "replicas": 1e-6,  # absolute: copies of one weight or gradient on several ranks
+}
+
+
+def errors(result, reference):
+    found = {
+        "log-prob": max(log_prob_error(table, reference["log_probs"][0]) for table in result["log_probs"]),
+        "weights": worst_relative(result["weights"], reference["weights"]),
+        "replicas": max(result["gaps"]),
+        "total gradient norm": metric_error(result, reference, "grad_norm"),
+        "loss": metric_error(result, reference, "loss"),
+    }
+    for mine, theirs in zip(result["metrics"], reference["metrics"], strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+    if "gradients" in result:
+        found["gradient"] = worst_relative(result["gradients"], reference["gradients"])
+        found["gradient norm of a parameter"] = max(
+            abs(mine[name].norm() / theirs[name].norm() - 1).item()
+            for mine, theirs in zip(result["gradients"], reference["gradients"], strict=True)
+            for name in theirs
+        )
+    return found
+
+
+def log_prob_error(table, reference):
+    """Of the edges of one rank; `test_equal_one_process` looks at all ranks."""
+    assert table
+    assert table.keys() <= reference.keys()
+    mine = torch.tensor(list(table.values()))
+    return (mine - torch.tensor([reference[key] for key in table])).abs().max().item()
+
+
+def metric_error(result, reference, name):
+    pairs = zip(result["metrics"], reference["metrics"], strict=True)
+    return max(abs(mine[name] / theirs[name] - 1) for mine, theirs in pairs)
+
+
+def worst_relative(results, references):
+    assert all(mine.keys() == theirs.keys() for mine, theirs in zip(results, references, strict=True))
+    return max(
+        relative(mine[name], theirs[name]) for mine, theirs in zip(results, references, strict=True) for name in theirs
+    )
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()

@@ -1,0 +1,110 @@
+"""A run that was killed and continued is the run that was never killed; a checkpoint loads in any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from harness import launch
+from models import YARN, write_prompts
+from safetensors.torch import load_file
+from test_engine import configuration
+from trees import random_tree
+
+from treepo_mcore.tree.tree import read_trees, write_trees
+
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5}
+LAYOUTS = {
+    "dp2": {},
+    "tp2": {"tp": 2},
+    "tp2 sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "pp2 uneven": {"pp": 2, "first_stage_layers": 1},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "plain optimizer": {"distributed": False},
+}
+
+
+def settings(layout):
+    layout = dict(layout)
+    return {"optimizer": OPTIMIZER | {"distributed": layout.pop("distributed", True)}} | layout
+
+
+@pytest.mark.parametrize("first", ["dp2", "pp2"])
+def test_a_checkpoint_loads_in_another_layout(first, model_directory, tmp_path):
+    """Weights are equal at once, and moments show in the two steps after."""
+    write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=7) for seed in range(10)])
+    others = {name: layout for name, layout in LAYOUTS.items() if layout.get("distributed", True)}
+    arguments = {
+        "directory": str(model_directory("qwen3", tie_word_embeddings=True)),
+        "first": settings(LAYOUTS[first]),
+        "others": {name: settings(layout) for name, layout in others.items()},
+        "trees": str(tmp_path / "trees.jsonl"),
+        "out": str(tmp_path),
+    }
+    seconds = launch("resume:change_layout", 2, arguments, limit=500)[0]
+    print("seconds:", {name: round(value, 2) for name, value in seconds.items()})
+    before, after = torch.load(tmp_path / "before.pt"), torch.load(tmp_path / "after.pt")
+    assert distance(after, before) > 1e-3
+    worst = 0.0
+    for name in others:
+        loaded = torch.load(tmp_path / f"before {name}.pt")
+        assert all(torch.equal(loaded["weights"][key], before["weights"][key]) for key in before["weights"]), name
+        assert loaded["gap"] == 0
+        continued = torch.load(tmp_path / f"after {name}.pt")
+        worst = max(worst, distance(continued, after))
+        assert distance(continued, after) < 1e-5, name
+    print("largest relative distance after two more steps:", worst)
+
+
+def distance(one, other):
+    pairs = ((one["weights"][key], tensor) for key, tensor in other["weights"].items())
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+@pytest.mark.long
+def test_a_resumed_run_is_bit_identical(model_directory, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole.mkdir()
+    config = configuration(model_directory("qwen2", rope_parameters=YARN), whole, {"optimizer": OPTIMIZER}, 1)
+    config["data"]["train"] = str(write_prompts(whole / "train.jsonl", 9, tokens=40, seed=1))
+    config["run"] = {"dir": str(whole / "run"), "deterministic": True, "seed": 3}
+    config["filter"] = {"enabled": True}
+    config["trainer"] = {
+        "steps": 4,
+        "prompts_per_step": 4,
+        "prompts_per_update": 2,
+        "save_every": 2,
+        "eval_every": 2,
+        "save_trees_every": 1,
+    }
+    launch("resume:train", 1, {"config": config}, limit=400)
+    # What a job leaves behind that was killed in its third step.
+    checkpoints = whole / "run" / "checkpoints"
+    kept = resumed / "checkpoints" / "iter_0000002"
+    shutil.copytree(checkpoints / "iter_0000002", kept)
+    (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    (resumed / "checkpoints" / "iter_0000004").mkdir()
+    lines = (whole / "run" / "metrics.jsonl").read_text().splitlines()
+    (resumed / "metrics.jsonl").write_text("".join(line + "\n" for line in lines[:4]))
+    config["run"]["dir"] = str(resumed)
+    launch("resume:train", 1, {"config": config}, limit=400)
+    for step in (2, 3):
+        one, other = (list(read_trees(d / "trees" / f"step_{step:06d}.jsonl")) for d in (whole / "run", resumed))
+        assert [tree.to_json() for tree in one] == [tree.to_json() for tree in other]
+    assert equal_files(whole / "run" / "policy", resumed / "policy")
+    assert not equal_files(whole / "run" / "policy", model_directory("qwen2", rope_parameters=YARN))
+    assert losses(whole / "run") == losses(resumed)
+
+
+def equal_files(one, other):
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(run):
+    """(step, loss, grad norm) of every line that has them; no step comes twice."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["actor/loss"], row["actor/grad_norm"]) for row in rows if "actor/loss" in row]

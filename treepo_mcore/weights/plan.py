@@ -1,0 +1,190 @@
+"""Two layouts -> who sends which box to whom. Pure: every rank computes the same plan from the same layouts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from treepo_mcore.weights.layout import Piece
+
+Layouts = list[list[Piece]]  # pieces of every rank, by rank
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and shape, in the HF tensor
+
+
+class PlanError(ValueError):
+    """The source cannot fill the target; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One box of one HF tensor, from a local tensor of `source` into a local tensor of `target`."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    source: int  # rank
+    source_local: str
+    source_start: tuple[int, ...]
+    target: int  # rank
+    target_local: str
+    target_start: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements in the box."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def local(self) -> bool:
+        """Whether it stays on its rank."""
+        return self.source == self.target
+
+
+def make_plan(sources: Layouts, targets: Layouts) -> list[Transfer]:
+    """Transfers that fill every target piece exactly once, in the order of the targets' tensors.
+
+    A rank takes what it has from itself; otherwise, among replicas, from the rank that has the fewest elements to
+    send so far. Raises `PlanError` when part of a target has no source, or when source boxes overlap without being
+    equal (then two ranks would both claim to own the same elements).
+    """
+    owners = _owners(sources)
+    wanted: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
+    for rank, pieces in enumerate(targets):
+        for piece in pieces:
+            wanted[piece.tensor].append((rank, piece))
+    load = [0] * len(sources)
+    plan: list[Transfer] = []
+    for tensor, requests in wanted.items():
+        held = owners.get(tensor, {})
+        _check_disjoint(tensor, list(held))
+        for rank, piece in requests:
+            plan += _fill(rank, piece, held, load)
+    return plan
+
+
+def _owners(sources: Layouts) -> dict[str, dict[Box, dict[int, Piece]]]:
+    """HF tensor -> box -> rank -> its piece. A rank that holds a box twice (tied embeddings) offers the first."""
+    owners: dict[str, dict[Box, dict[int, Piece]]] = defaultdict(dict)
+    for rank, pieces in enumerate(sources):
+        for piece in pieces:
+            owners[piece.tensor].setdefault((piece.start, piece.shape), {}).setdefault(rank, piece)
+    return owners
+
+
+def _check_disjoint(tensor: str, boxes: list[Box]) -> None:
+    for index, one in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            if _intersect(one, other) is not None:
+                raise PlanError(f"{tensor}: sources disagree, boxes {_show(one)} and {_show(other)} overlap")
+
+
+def _fill(rank: int, piece: Piece, held: dict[Box, dict[int, Piece]], load: list[int]) -> list[Transfer]:
+    transfers = []
+    missing = piece.numel
+    for box, replicas in held.items():
+        shared = _intersect(box, (piece.start, piece.shape))
+        if shared is None:
+            continue
+        source = rank if rank in replicas else min(replicas, key=lambda r: (load[r], r))
+        transfer = _transfer(shared, source, replicas[source], rank, piece)
+        missing -= transfer.numel
+        if not transfer.local:
+            load[source] += transfer.numel
+        transfers.append(transfer)
+    if missing:
+        raise PlanError(
+            f"{piece.tensor}: {missing} of the {piece.numel} elements that {piece.local} on rank {rank} needs "
+            "have no source"
+        )
+    return transfers
+
+
+def _transfer(shared: Box, source: int, held: Piece, target: int, wanted: Piece) -> Transfer:
+    start, shape = shared
+    return Transfer(
+        wanted.tensor,
+        shape,
+        source,
+        held.local,
+        _translate(start, held),
+        target,
+        wanted.local,
+        _translate(start, wanted),
+    )
+
+
+def _translate(start: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+    """An index of the HF tensor as an index of the piece's local tensor."""
+    return tuple(i - a + b for i, a, b in zip(start, piece.start, piece.local_start, strict=True))
+
+
+def _intersect(one: Box, other: Box) -> Box | None:
+    start = tuple(map(max, one[0], other[0]))
+    shape = tuple(
+        min(a + n, b + m) - s for a, n, b, m, s in zip(one[0], one[1], other[0], other[1], start, strict=True)
+    )
+    return (start, shape) if min(shape) > 0 else None
+
+
+def _show(box: Box) -> str:
+    return "[" + ", ".join(f"{a}:{a + n}" for a, n in zip(*box, strict=True)) + "]"
+
+
+def make_rounds(plan: list[Transfer], limit: int) -> list[list[Transfer]]:
+    """What crosses ranks, cut into rounds in which no rank sends or receives more than `limit` elements.
+
+    Each transfer goes into the first round that its sender and its receiver both still have room in, so that
+    pipeline stages send side by side. Boxes larger than a round are cut by rows; raises `PlanError` where one row
+    is larger than `limit`.
+    """
+    rounds: list[list[Transfer]] = []
+    sending: dict[int, _Room] = defaultdict(_Room)
+    receiving: dict[int, _Room] = defaultdict(_Room)
+    for transfer in plan:
+        if transfer.local:
+            continue
+        for part in _cut(transfer, limit):
+            sender, receiver = sending[part.source], receiving[part.target]
+            number = max(sender.first_with(part.numel, limit), receiver.first_with(part.numel, limit))
+            sender.take(number, part.numel)
+            receiver.take(number, part.numel)
+            while len(rounds) <= number:
+                rounds.append([])
+            rounds[number].append(part)
+    return rounds
+
+
+class _Room:
+    """How far one rank's rounds are filled, in one direction."""
+
+    def __init__(self) -> None:
+        self.round = 0
+        self.used = 0
+
+    def first_with(self, numel: int, limit: int) -> int:
+        return self.round if self.used + numel <= limit else self.round + 1
+
+    def take(self, number: int, numel: int) -> None:
+        self.used = numel if number > self.round else self.used + numel
+        self.round = number
+
+
+def _cut(transfer: Transfer, limit: int) -> list[Transfer]:
+    if transfer.numel <= limit:
+        return [transfer]
+    height = transfer.shape[0]
+    count = limit // (transfer.numel // height)
+    if count == 0:
+        raise PlanError(f"{transfer.tensor}: one row of {transfer.numel // height} elements is more than {limit}")
+    return [_rows(transfer, first, min(count, height - first)) for first in range(0, height, count)]
+
+
+def _rows(transfer: Transfer, first: int, count: int) -> Transfer:
+    return replace(
+        transfer,
+        shape=(count, *transfer.shape[1:]),
+        source_start=(transfer.source_start[0] + first, *transfer.source_start[1:]),
+        target_start=(transfer.target_start[0] + first, *transfer.target_start[1:]),
+    )
