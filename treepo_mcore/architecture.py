@@ -22,6 +22,7 @@ FAMILIES = {
     "Qwen2ForCausalLM": ("qwen2", True, False),
     "Qwen3ForCausalLM": ("qwen3", False, True),
     "LlamaForCausalLM": ("llama", False, False),
+    "MistralForCausalLM": ("mistral", False, False),
 }
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the sequence's length
 
@@ -165,6 +166,13 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: str) -> No
         raise ConfigError(f"{where}: partial_rotary_factor {raw['partial_rotary_factor']}; supported: 1.0")
     if raw.get("use_sliding_window") and "sliding_attention" in raw.get("layer_types", ["sliding_attention"]):
         raise ConfigError(f"{where}: use_sliding_window is true: sliding-window attention is not supported")
+    # What transformers assumes where the key is absent: the window of Mistral 7B v0.1.
+    window = raw.get("sliding_window", 4096) if family == "mistral" else None
+    if window is not None and window < raw.get("max_position_embeddings", 32768):
+        raise ConfigError(
+            f"{where}: sliding_window {window} is less than max_position_embeddings: "
+            "sliding-window attention is not supported"
+        )
     if raw.get("quantization_config"):
         raise ConfigError(f"{where}: the checkpoint is quantised; training needs bf16, fp16 or fp32 weights")
 

@@ -21,7 +21,8 @@ from treepo_mcore.config import Config, dump_config
 from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.observe.environment import versions
-from treepo_mcore.observe.metrics import Clock, MetricsLog, progress_line
+from treepo_mcore.observe.metrics import Clock, MetricsLog
+from treepo_mcore.observe.progress import Progress
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import Collector, Counts
 from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
@@ -66,20 +67,22 @@ class Trainer:
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
         self.engine.sleep()
         self.collector = Collector(config, self.engine, tokenizer, self.rewards, self._engine_group())
+        self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
         self.step = 0
+        self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
 
     def run(self) -> dict[str, Any]:
         """Train to the configured end; returns the summary that is also written to ``summary.json``."""
         self._resume()
         trainer = self.config.trainer
-        before = self._evaluate_and_say("before training") if trainer.eval_before and self.held_out else None
+        if trainer.eval_before and self.held_out and self.accuracy_before is None:
+            self.accuracy_before = self._evaluate_and_say("before training")
         begin = time.perf_counter()
-        first = self.step
+        self.progress.start(self.step)
         while self.step < trainer.steps and not self._out_of_time(begin):
             values = self.train_step()
+            self.progress.step(self.step, values)
             if self.grid.rank == 0:
-                left = (time.perf_counter() - begin) / (self.step + 1 - first) * (trainer.steps - self.step - 1)
-                print(progress_line(self.step, trainer.steps, values, left), flush=True)
                 self.metrics.write(self.step, values)
             self.step += 1
             if trainer.eval_every and self.step % trainer.eval_every == 0 and self.step < trainer.steps:
@@ -87,11 +90,11 @@ class Trainer:
             if trainer.save_every and self.step % trainer.save_every == 0 and self.step < trainer.steps:
                 self._save()
         seconds = time.perf_counter() - begin
-        return self._finish(before, seconds)
+        return self._finish(seconds)
 
     def train_step(self) -> dict[str, Any]:
         """One rollout phase and its updates."""
-        clock = Clock()
+        clock = Clock(lambda phase: self.progress.phase(self.step, phase))
         with clock.phase("push"):
             self._push()
         with clock.phase("rollout"):
@@ -212,18 +215,18 @@ class Trainer:
         if found is not None:
             state = checkpoint.load(found, self.actor)
             self.step = state["step"]
+            self.accuracy_before = state["accuracy_before"]
             self.prompts.load_state_dict(state["prompts"])
         if self.grid.rank == 0:
             run.dir.mkdir(parents=True, exist_ok=True)
             (run.dir / "config.yaml").write_text(dump_config(self.config))
             (run.dir / "versions.json").write_text(json.dumps(versions(), indent=1))
             self.metrics = MetricsLog(run.dir, self.step)
-            print(
-                f"{'resumed at' if found else 'start at'} step {self.step}  {self._layout()}  -> {run.dir}", flush=True
-            )
+        where = "resumed at" if found else "start at"
+        self.progress.say(f"{where} step {self.step}  {self._layout()}  -> {run.dir}")
         dist.barrier()
 
-    def _finish(self, before: float | None, seconds: float) -> dict[str, Any]:
+    def _finish(self, seconds: float) -> dict[str, Any]:
         trainer, run = self.config.trainer, self.config.run
         after = self._evaluate_and_say("after training") if trainer.eval_after and self.held_out else None
         self._save()
@@ -231,7 +234,7 @@ class Trainer:
             named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
             export_directory(self.directory, run.dir / "policy", named)
         summary = {
-            "accuracy_before": before,
+            "accuracy_before": self.accuracy_before,
             "accuracy_after": after,
             "steps": self.step,
             "train_seconds": round(seconds, 1),
@@ -250,13 +253,17 @@ class Trainer:
 
     def _save(self) -> None:
         trainer = self.config.trainer
-        state = {"step": self.step, "prompts": self.prompts.state_dict()}
+        state = {
+            "step": self.step,
+            "accuracy_before": self.accuracy_before,
+            "prompts": self.prompts.state_dict(),
+        }
         checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)
 
     def _evaluate_and_say(self, when: str) -> float:
         accuracy = self.evaluate()
+        self.progress.say(f"held-out accuracy {accuracy:.3f} {when}")
         if self.grid.rank == 0:
-            print(f"held-out accuracy {accuracy:.3f} {when}", flush=True)
             self.metrics.write(self.step, {"eval/accuracy": accuracy})
         return accuracy
 

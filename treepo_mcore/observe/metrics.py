@@ -1,10 +1,10 @@
-"""Metrics of a run: one JSON object a step in metrics.jsonl, and one line a step for a person."""
+"""Metrics of a run: wall time by phase, and one JSON object a step in metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 class Clock:
     """Wall seconds of named phases within a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        """announce is called with a phase's name when it begins."""
         self.seconds: dict[str, float] = {}
+        self.announce = announce
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside the block to `name`."""
+        self.announce(name)
         begin = time.perf_counter()
         try:
             yield
@@ -41,13 +44,3 @@ class MetricsLog:
 
     def _lines(self) -> list[str]:
         return self.file.read_text().splitlines() if self.file.is_file() else []
-
-
-def progress_line(step: int, steps: int, values: dict[str, Any], left: float) -> str:
-    """What a person follows."""
-    minutes, seconds = divmod(int(left), 60)
-    return (
-        f"step {step + 1:>4}/{steps}  reward {values['reward/mean']:+.3f}  accuracy {values['reward/accuracy']:.3f}  "
-        f"length {values['rollout/response_tokens_mean']:.0f}  {values['rollout/tokens_per_second']:.0f} tok/s  "
-        f"rollout {values['time/rollout']:.1f}s update {values['time/update']:.1f}s  left {minutes}m{seconds:02d}s"
-    )

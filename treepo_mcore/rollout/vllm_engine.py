@@ -57,6 +57,7 @@ class VllmEngine:
         arguments = engine_arguments(config, arch, directory)
         if not torch.cuda.is_available():
             _name_shared_memory(config.rollout.tp)
+            _leave_weights_unpacked()
         # vLLM seeds the global generators while it starts.
         with torch.random.fork_rng(devices=[]):
             try:
@@ -109,12 +110,30 @@ class VllmEngine:
         self.llm.sleep(level=2)
 
     def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.llm.wake_up(["weights"])
+        self.wake_weights()
         # The method of the worker that `reload_weights` names; called directly, because an RPC pickles its arguments.
-        self.core.model_executor.driver_worker.worker.model_runner.reload_weights(weights_iterator=iter(weights))
+        self._runner().reload_weights(weights_iterator=iter(weights))
+        self.wake_cache()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's own parameters by vLLM's names, for direct writes between `wake_weights` and `wake_cache`.
+
+        They stay where they are for the engine's life, asleep or awake.
+        """
+        return {name: parameter.detach() for name, parameter in self._runner().model.named_parameters()}
+
+    def wake_weights(self) -> None:
+        """Memory for the weights, whose values are then undefined."""
+        self.llm.wake_up(["weights"])
+
+    def wake_cache(self) -> None:
+        """Ready to generate, after the last parameter is written."""
         self.llm.wake_up(["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached prefixes of the old weights: requests were still running at the push")
+
+    def _runner(self) -> Any:
+        return self.core.model_executor.driver_worker.worker.model_runner
 
     def _chunk(self, output: Any) -> Chunk:
         new = output.outputs[0]
@@ -168,6 +187,18 @@ def _check_pass_through(config: RolloutConfig) -> None:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
             hint = f"; did you mean rollout.engine.{near[0]}?" if near else ""
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
+
+
+def _leave_weights_unpacked() -> None:
+    """Keep parameters ordinary tensors on a CPU, where vLLM would hide them inside its matrix kernels.
+
+    vLLM has no setting for it; this makes its dispatcher take its own fallback, torch's linear layer. What that
+    costs is in docs/resharding.md.
+    """
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
+    os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
 
 
 def _name_shared_memory(tp: int) -> None:

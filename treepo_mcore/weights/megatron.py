@@ -54,13 +54,17 @@ def megatron_layout(chunks: list[nn.Module], arch: Architecture, tp_rank: int) -
         model = unwrap(chunk)
         offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
         for name, parameter in model.named_parameters():
-            pieces += _pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, tp_rank)
+            pieces += parameter_pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, tp_rank)
     return pieces
 
 
-def _pieces(
+def parameter_pieces(
     arch: Architecture, name: str, local: str, shape: tuple[int, ...], offset: int, tp_rank: int
 ) -> Iterator[Piece]:
+    """Pieces of one parameter of a model chunk.
+
+    name: Megatron's, local to the chunk; local: the same with the chunk's number; offset: layers before the chunk.
+    """
     if not name.startswith("decoder.layers."):
         yield from _outer_pieces(arch, name, local, shape, tp_rank)
         return
