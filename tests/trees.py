@@ -24,7 +24,7 @@ def random_tree(seed: int, leaves: int = 6, segment: int = 6, prompt: int = 8, f
             size = draw.randint(1, segment)
             tree.nodes[node].tokens = array("i", _tokens(draw, size, first_token))
             tree.nodes[node].logprobs = array("f", [-draw.random() for _ in range(size)])
-            if tree.nodes[node].depth >= 2 and draw.random() < 0.4 or tree.nodes[node].depth == 5:
+            if (tree.nodes[node].depth >= 2 and draw.random() < 0.4) or tree.nodes[node].depth == 5:
                 tree.add_leaf(node, EOS)
             else:
                 open_nodes.append(node)

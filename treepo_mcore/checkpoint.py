@@ -45,7 +45,9 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
         temporary = tracker.with_suffix(".tmp")
         temporary.write_text(str(step))
         temporary.replace(tracker)
-        for old in sorted(directory.glob("iter_*"))[:-keep]:
+        # Later ones belong to a run that was not continued; they say nothing about what to keep of this one.
+        upto = sorted(old for old in directory.glob("iter_*") if old.name <= target.name)
+        for old in upto[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -56,7 +58,7 @@ def load(checkpoint: Path, actor: Actor) -> dict[str, Any]:
     with _torch_adam(actor.optimizer):
         loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint))
         for index, chunk in enumerate(actor.chunks):
-            chunk.load_state_dict(loaded[f"model{index}"])
+            chunk.module.load_state_dict(loaded[f"model{index}"])
         actor.optimizer.load_state_dict(loaded["optimizer"])
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state
@@ -67,7 +69,8 @@ def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
+    # The data-parallel wrapper would put its own "module." before every name.
+    models = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
     optimizer = actor.optimizer.sharded_state_dict(
         models if len(models) > 1 else models["model0"], is_loading=loading, metadata=metadata
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import typer
 
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
+from treepo_mcore.observe.logs import set_up_logging
 
 OTHERS_WAIT_SECONDS = 10
 
@@ -32,7 +32,7 @@ def train(
 ) -> None:
     """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]..."""
     settings = load_config(config, overrides)
-    logging.basicConfig(level=settings.run.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings.run.log_level)
     from treepo_mcore.trainer import Trainer
 
     summary = Trainer(settings).run()

@@ -11,6 +11,7 @@ CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 ENVIRONMENT = {
     # The engine runs inside the trainer's process and is driven step by step.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +62,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for the trainer")
     arguments = parser.parse_args()
     prepare_environment()
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     config = load_config(HERE / "config.yaml", arguments.overrides)
     warmup_seconds = prepare(2)
     begin = time.perf_counter()

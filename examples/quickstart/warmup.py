@@ -27,6 +27,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed  # noqa: E402
 from treepo_mcore.actor.parallel import init_process_group  # noqa: E402
 from treepo_mcore.config import Config, parse_config  # noqa: E402
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from treepo_mcore.observe.logs import set_up_logging  # noqa: E402
 from treepo_mcore.trainer import Trainer  # noqa: E402
 from treepo_mcore.tree.advantage import LeafAdvantage  # noqa: E402
 from treepo_mcore.tree.packing import pack_trees  # noqa: E402
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=0.3, help="held-out accuracy at which to stop")
     parser.add_argument("--look-every", type=int, default=100, help="steps between looks at the held-out problems")
     arguments = parser.parse_args()
+    set_up_logging("info")
     init_process_group()
     start = arguments.out.with_name(arguments.out.name + ".start")
     if dist.get_rank() == 0:

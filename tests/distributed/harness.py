@@ -5,6 +5,7 @@ Starting costs about ten seconds, so one launch should look at many cases.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ def launch(function: str, processes: int, arguments: dict[str, Any], limit: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)
-        (job / "job.json").write_text(json.dumps({"function": function, "arguments": arguments}))
+        (job / "job.json").write_text(json.dumps({"function": function, "arguments": arguments, "limit": limit}))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         code, output = _run([*torchrun, str(Path(__file__)), str(job)], job / "output", limit)
         if code:
@@ -42,29 +43,38 @@ def _run(command: list[str], log: Path, limit: float) -> tuple[str, str]:
     """Why the command failed ("" when it did not) and what it printed."""
     path = os.pathsep.join([str(TESTS), str(HERE), os.environ.get("PYTHONPATH", "")])
     with log.open("w") as output:
-        # A session of its own: at the limit the workers have to go as well, not only torchrun.
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,
         )
         try:
             code = process.wait(limit)
             reason = f"exit status {code}" if code else ""
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             reason = f"still running after {limit} s"
+        finally:
+            _end(process)
     return reason, log.read_text(errors="replace")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Workers have sessions of their own, and only torchrun ends them: it must not be killed before it has."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def main() -> None:
     """Inside a rank."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
+    faulthandler.dump_traceback_later(job["limit"] * 0.9)  # a job that hangs says where
     from treepo_mcore.environment import prepare_environment
 
     prepare_environment()

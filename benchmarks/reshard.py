@@ -1,0 +1,264 @@
+"""Weights from Megatron's shards into vLLM's: gathered, shard to shard, and the floor of a raw copy, side by side.
+
+    nice python benchmarks/reshard.py --processes 2 --millions 50 --out benchmarks/results/reshard.json
+
+Starts itself under torchrun for every number of processes. The actor's side is a real Megatron model with random
+float32 weights and no optimizer, the engine's a real vLLM model in bfloat16. In every repetition the three ways
+take turns; times are from barrier to barrier, medians over the repetitions with the range beside them.
+
+floor: for every pair of ranks one contiguous tensor of the plan's bytes, cast and copied into a send buffer, sent,
+and copied out; and one contiguous cast copy of the bytes that stay. No plan can do less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LAYOUTS: dict[int, dict[str, tuple[dict[str, int], int]]] = {  # processes -> name -> (actor, rollout.tp)
+    2: {
+        "TP2 -> TP2": ({"tp": 2}, 2),
+        "PP2 -> TP2": ({"pp": 2}, 2),
+        "TP2 -> 2 x TP1": ({"tp": 2}, 1),
+        "DP2 -> TP2": ({}, 2),
+    },
+    4: {
+        "TP2 PP2 -> 2 x TP2": ({"tp": 2, "pp": 2}, 2),
+        "TP4 -> 4 x TP1": ({"tp": 4}, 1),
+    },
+    8: {"TP2 PP2 DP2 -> 4 x TP2": ({"tp": 2, "pp": 2}, 2)},
+}
+SIZES = {  # millions of parameters -> sizes of a Qwen2 model
+    3: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 1024},
+    50: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 16000},
+    500: {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "vocab_size": 32000},
+}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
+
+
+def main() -> None:
+    """Parse arguments; without torchrun's environment, start it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], choices=sorted(LAYOUTS))
+    parser.add_argument("--millions", type=int, default=50, choices=sorted(SIZES))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reshard.json"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        measure(options)
+        return
+    rows = []
+    for processes in options.processes:
+        for case in LAYOUTS[processes]:
+            rows.append(launch(options, processes, case))
+            print(line(rows[-1]), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def launch(options: argparse.Namespace, processes: int, case: str) -> dict[str, Any]:
+    """One layout in its own job."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        arguments = ["--processes", str(processes), "--millions", str(options.millions), "--case", case]
+        arguments += ["--repeats", str(options.repeats), "--out", str(out)]
+        subprocess.run([*torchrun, __file__, *arguments], check=True, stderr=subprocess.DEVNULL)
+        row: dict[str, Any] = json.loads(out.read_text())
+        return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    times = "  ".join(f"{way} {row[way]['median'] * 1e3:8.1f}" for way in ("gather", "direct", "unverified", "floor"))
+    return (
+        f"{row['processes']} {row['case']:24}  ms: {times}  direct/floor {row['direct_over_floor']:.2f}  "
+        f"gather/direct {row['gather_over_direct']:.2f}  MB on the wire, most a rank receives: "
+        f"{max(r['received_bytes'] for r in row['ranks']) / 1e6:.2f}"
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers belong to."""
+    import torch
+
+    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Inside a rank."""
+    from treepo_mcore.environment import prepare_environment
+
+    prepare_environment()
+    import torch.distributed as dist
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(options, Path(folder))
+        row = bench.run()
+        if dist.get_rank() == 0:
+            options.out.write_text(json.dumps(row))
+        dist.barrier()
+
+
+class _Bench:
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        import torch.distributed as dist
+
+        from treepo_mcore.actor.parallel import build_grid, init_process_group
+        from treepo_mcore.architecture import read_architecture
+        from treepo_mcore.config import parse_config
+
+        self.options = options
+        init_process_group()
+        settings, rollout_tp = LAYOUTS[dist.get_world_size()][options.case]
+        directory = _write_config(folder, SIZES[options.millions] | HEADS)
+        self.arch = read_architecture(directory)
+        self.config = parse_config(
+            {
+                "model": {"path": str(directory)},
+                "data": {"train": "none", "max_prompt_tokens": 64},
+                "actor": {"dtype": "float32"} | settings,
+                "rollout": {"tp": rollout_tp, "tree": {"segment_tokens": 16, "max_depth": 4}},
+            }
+        )
+        self.grid = build_grid(self.config.actor, rollout_tp, 0)
+        self._build(directory)
+
+    def _build(self, directory: Path) -> None:
+        import torch
+
+        from treepo_mcore.actor.cpu import megatron_device
+        from treepo_mcore.actor.model import build_model, megatron_configs
+        from treepo_mcore.rollout.vllm_engine import VllmEngine
+        from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
+        from treepo_mcore.weights.transfer import Push, plan_push
+        from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
+
+        with megatron_device():
+            model = build_model(megatron_configs(self.config.actor, self.arch), self.arch)
+        self.pieces = megatron_layout(model, self.arch, self.grid.tp_rank)
+        self.tensors = megatron_tensors(model)
+        torch.manual_seed(0)  # replicas agree
+        for tensor in self.tensors.values():
+            tensor.normal_()
+        self.engine = VllmEngine(self.config, self.arch, directory, ())
+        parameters = self.engine.parameters()
+        where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
+        begin = time.perf_counter()
+        self.plan = plan_push(self.pieces, vllm_layout(*where))
+        self.plan_seconds = time.perf_counter() - begin
+        self.push = Push(self.plan, self.tensors, parameters, padding=vllm_padding(*where))
+        self.floor = _Floor(self.plan, torch.bfloat16)
+
+    def run(self) -> dict[str, Any]:
+        """The row of the table."""
+        import torch.distributed as dist
+
+        ways: dict[str, Callable[[], Any]] = {
+            "gather": self._gather,
+            "direct": self.push.run,
+            "unverified": lambda: self.push.run(verify=False),
+            "floor": self.floor.run,
+        }
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        reports = []
+        for repeat in range(self.options.repeats + 1):
+            for way, act in ways.items():
+                dist.barrier()
+                begin = time.perf_counter()
+                result = act()
+                dist.barrier()
+                if repeat:  # the first warms up
+                    times[way].append(time.perf_counter() - begin)
+                if repeat and way == "direct":
+                    reports.append(result)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        mine = vars(reports[0]) | {"checksum_seconds": statistics.median(r.checksum_seconds for r in reports)}
+        dist.all_gather_object(everyone, mine)
+        median = {way: statistics.median(values) for way, values in times.items()}
+        return {
+            "case": self.options.case,
+            "processes": dist.get_world_size(),
+            "parameters": sum(t.numel for t in self.plan if t.target < self.config.rollout.tp),
+            "transfers": len(self.plan),
+            "plan_seconds": self.plan_seconds,
+            **{way: {"median": median[way], "min": min(v), "max": max(v)} for way, v in times.items()},
+            "direct_over_floor": median["direct"] / median["floor"],
+            "gather_over_direct": median["gather"] / median["direct"],
+            "ranks": everyone,
+        }
+
+    def _gather(self) -> None:
+        import torch
+
+        from treepo_mcore.weights.hf import gather_tensors
+
+        self.engine.wake(gather_tensors(self.arch, self.pieces, self.tensors, torch.bfloat16))
+
+
+class _Floor:
+    """The plan's bytes between the same ranks, as contiguous as bytes can be."""
+
+    def __init__(self, plan: list[Any], dtype: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        rank, world = dist.get_rank(), dist.get_world_size()
+        moved = [[0] * world for _ in range(world)]
+        for transfer in plan:
+            moved[transfer.source][transfer.target] += transfer.numel
+        self.local = (torch.ones(moved[rank][rank]), torch.empty(moved[rank][rank], dtype=dtype))
+        self.out = [_Buffers(peer, n, dtype) for peer, n in enumerate(moved[rank]) if n and peer != rank]
+        self.inbox = [_Buffers(peer, row[rank], dtype) for peer, row in enumerate(moved) if row[rank] and peer != rank]
+
+    def run(self) -> None:
+        """Cast, send, receive, copy."""
+        import torch.distributed as dist
+
+        for buffers in self.out:
+            buffers.wire.copy_(buffers.full)
+        operations = [dist.P2POp(dist.isend, b.wire, b.peer) for b in self.out]
+        operations += [dist.P2POp(dist.irecv, b.wire, b.peer) for b in self.inbox]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        self.local[1].copy_(self.local[0])
+        for work in works:
+            work.wait()
+        for buffers in self.inbox:
+            buffers.target.copy_(buffers.wire)
+
+
+class _Buffers:
+    def __init__(self, peer: int, numel: int, dtype: Any) -> None:
+        import torch
+
+        self.peer = peer
+        self.full = torch.ones(numel)
+        self.wire = torch.empty(numel, dtype=dtype)
+        self.target = torch.empty(numel, dtype=dtype)
+
+
+def _write_config(folder: Path, sizes: dict[str, Any]) -> Path:
+    """A directory with a configuration and no weights. Rank 0's, so that all ranks read the same."""
+    import torch.distributed as dist
+    from transformers import Qwen2Config
+
+    shared = [str(folder)]
+    if dist.get_rank() == 0:
+        Qwen2Config(architectures=["Qwen2ForCausalLM"], max_position_embeddings=256, **sizes).save_pretrained(folder)
+    dist.broadcast_object_list(shared, 0)
+    return Path(shared[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The commands of the README on small models: train, resume, export, layouts, a killed rank, the whole demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from treepo_mcore.config import load_config
+from treepo_mcore.tree.tree import read_trees
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart"
+
+LAYOUTS = {
+    "tp2, two engines": (2, ["actor.tp=2"]),
+    "tp2 with sequence parallelism, one engine": (2, ["actor.tp=2", "actor.sequence_parallel=true", "rollout.tp=2"]),
+    "pp2": (2, ["actor.pp=2"]),
+    "dp2, one engine": (2, ["rollout.tp=2"]),
+    "tp2 x pp2, four engines": (4, ["actor.tp=2", "actor.pp=2"]),
+}
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that point the quickstart's configuration to its data and an untrained model."""
+    folder = tmp_path_factory.mktemp("task")
+    python = [sys.executable]
+    subprocess.run(
+        [*python, QUICKSTART / "make_data.py", "--out", folder, "--train", "200", "--eval", "16"], check=True
+    )
+    corpus = ["--corpus", folder / "sft.jsonl", "--out", folder / "tokenizer", "--vocab-size", "320"]
+    subprocess.run([*python, QUICKSTART / "make_tokenizer.py", *corpus], check=True)
+    make = (
+        "import sys; from pathlib import Path; from warmup import make_model; make_model(*map(Path, sys.argv[1:]), 0)"
+    )
+    subprocess.run([*python, "-c", make, folder / "tokenizer", folder / "model"], check=True, cwd=QUICKSTART)
+    return [
+        f"model.path={folder / 'model'}",
+        f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'eval.jsonl'}",
+        "trainer.prompts_per_step=4",
+        "trainer.prompts_per_update=2",
+        "filter.enabled=false",
+    ]
+
+
+def start(processes: int, overrides: list[str]) -> subprocess.Popen[str]:
+    """The quickstart's configuration under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, "-m", "treepo_mcore", "train", str(QUICKSTART / "config.yaml"), *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def train(processes: int, overrides: list[str]) -> str:
+    """Run to the end; returns what was printed."""
+    process = start(processes, overrides)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def test_train_then_the_same_command_continues(task: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = [*task, f"run.dir={run}", "trainer.save_trees_every=1"]
+    first = train(2, [*overrides, "trainer.steps=2"])
+    assert json.loads(first.strip().splitlines()[-1]) == json.loads((run / "summary.json").read_text())
+    assert "start at step 0" in first
+    config = load_config(run / "config.yaml")
+    assert config.trainer.steps == 2
+    trees = list(read_trees(run / "trees" / "step_000001.jsonl"))
+    assert [len(tree.leaves) for tree in trees] == [8] * 4
+    assert all(leaf.reward is not None and leaf.text is not None for tree in trees for leaf in tree.leaves)
+    second = train(2, [*overrides, "trainer.steps=3"])
+    assert "resumed at step 2" in second
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "reward/mean" in row] == [0, 1, 2]
+    # The log-probs of engine and actor are of the same float32 weights.
+    assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in steps) < 1e-4
+    _check_policy(run / "policy")
+
+
+def _check_policy(directory: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert AutoTokenizer.from_pretrained(directory).vocab_size == model.config.vocab_size
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains(layout: str, task: list[str], tmp_path: Path) -> None:
+    processes, overrides = LAYOUTS[layout]
+    train(processes, [*task, *overrides, f"run.dir={tmp_path}", "trainer.steps=2"])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in rows) < 1e-4
+
+
+@pytest.mark.long
+def test_a_killed_rank_ends_the_job_and_the_command_continues(task: list[str], tmp_path: Path) -> None:
+    overrides = [*task, f"run.dir={tmp_path}", "trainer.save_every=1", "trainer.keep_checkpoints=2"]
+    process = start(2, [*overrides, "trainer.steps=1000"])
+    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 200
+    while not (tracker.is_file() and int(tracker.read_text()) >= 2):
+        assert time.monotonic() < deadline, "no checkpoint"
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.5)
+    killed = time.monotonic()
+    os.kill(_worker(process.pid), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - killed < 60
+    done = int(tracker.read_text())
+    output = train(2, [*overrides, f"trainer.steps={done + 1}"])
+    assert f"resumed at step {done}" in output
+
+
+def _worker(launcher: int) -> int:
+    """A training process below torchrun."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    workers = [int(c) for c in children if b"treepo_mcore" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return workers[-1]
+
+
+@pytest.mark.long
+def test_demo_learns(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, QUICKSTART / "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1500
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    summary = json.loads(result.stdout.strip().splitlines()[-1])
+    assert 0.2 <= summary["accuracy_before"] <= 0.5
+    assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.15
+    assert summary["seconds"] > summary["warmup_seconds"] > 0
