@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from treepo_mcore.actor.actor import Actor
@@ -38,6 +40,8 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
         shutil.rmtree(target, ignore_errors=True)  # left behind by a job that died while it wrote
         target.mkdir(parents=True)
     dist.barrier()
+    # Megatron would start a server process for a queue that, saving synchronously, only this thread uses.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(_sharded_state(actor, loading=False), str(target))
     if dist.get_rank() == 0:
         (target / STATE).write_text(json.dumps(state, indent=1))

@@ -24,7 +24,7 @@ class LaunchError(AssertionError):
     """The job failed or ran too long; the message ends with the tail of its output."""
 
 
-def launch(function: str, processes: int, arguments: dict[str, Any], limit: float = 300) -> list[Any]:
+def launch(function: str, processes: int, arguments: dict[str, Any], limit: float = 900) -> list[Any]:
     """Call ``module:function`` (a module of tests/ or tests/distributed/) with JSON `arguments` on every rank.
 
     Returns what the ranks returned, in their order; it must be JSON too. limit: seconds.

@@ -55,7 +55,7 @@ def job(request, model_directory, tmp_path_factory):
         "tokens": TOKENS,
         "out": str(folder),
     }
-    return launch("engine:run", processes, arguments, limit=400), folder
+    return launch("engine:run", processes, arguments), folder
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def run(processes, layouts, directories, folder):
         "per_update": PER_UPDATE,
         "out": str(out),
     }
-    launch("layouts:run", processes, arguments, limit=600)
+    launch("layouts:run", processes, arguments)
     return torch.load(out, weights_only=False)
 
 

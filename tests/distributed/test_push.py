@@ -42,7 +42,7 @@ def job(request, model_directory, tmp_path_factory):
         "staging": STAGING,
         "out": str(folder),
     }
-    return request.param, launch("push:run", processes, arguments, limit=600), folder
+    return request.param, launch("push:run", processes, arguments), folder
 
 
 def test_greedy_answers_equal_transformers(job):

@@ -44,7 +44,7 @@ def test_a_checkpoint_loads_in_another_layout(first, model_directory, tmp_path):
         "trees": str(tmp_path / "trees.jsonl"),
         "out": str(tmp_path),
     }
-    seconds = launch("resume:change_layout", 2, arguments, limit=500)[0]
+    seconds = launch("resume:change_layout", 2, arguments)[0]
     print("seconds:", {name: round(value, 2) for name, value in seconds.items()})
     before, after = torch.load(tmp_path / "before.pt"), torch.load(tmp_path / "after.pt")
     assert distance(after, before) > 1e-3
@@ -80,7 +80,7 @@ def test_a_resumed_run_is_bit_identical(model_directory, tmp_path):
         "eval_every": 2,
         "save_trees_every": 1,
     }
-    launch("resume:train", 1, {"config": config}, limit=400)
+    launch("resume:train", 1, {"config": config})
     # What a job leaves behind that was killed in its third step.
     checkpoints = whole / "run" / "checkpoints"
     kept = resumed / "checkpoints" / "iter_0000002"
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_bit_identical(model_directory, tmp_path):
     lines = (whole / "run" / "metrics.jsonl").read_text().splitlines()
     (resumed / "metrics.jsonl").write_text("".join(line + "\n" for line in lines[:4]))
     config["run"]["dir"] = str(resumed)
-    launch("resume:train", 1, {"config": config}, limit=400)
+    launch("resume:train", 1, {"config": config})
     for step in (2, 3):
         one, other = (list(read_trees(d / "trees" / f"step_{step:06d}.jsonl")) for d in (whole / "run", resumed))
         assert [tree.to_json() for tree in one] == [tree.to_json() for tree in other]
