@@ -12,12 +12,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from treepo_mcore import cli_trees
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 
 OTHERS_WAIT_SECONDS = 10
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(cli_trees.app, name="trees")
 
 
 @app.callback()
