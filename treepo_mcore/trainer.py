@@ -70,11 +70,8 @@ class Trainer:
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
         self.engine.sleep()
         self.collector = Collector(config, self.engine, tokenizer, self.rewards, self._engine_group())
-<<<<<<< HEAD
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
-=======
         self.leaders = dist.new_group(list(range(0, self.grid.world, config.rollout.tp)), backend="gloo")
->>>>>>> 348b258 (Trees from the command line; admission by cache blocks, one queue for all engines, streaming filter)
         self.step = 0
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
 

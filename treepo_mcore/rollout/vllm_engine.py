@@ -202,7 +202,6 @@ def _check_pass_through(config: RolloutConfig) -> None:
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
 
 
-<<<<<<< HEAD
 def _leave_weights_unpacked() -> None:
     """Keep parameters ordinary tensors on a CPU, where vLLM would hide them inside its matrix kernels.
 
@@ -213,7 +212,8 @@ def _leave_weights_unpacked() -> None:
 
     vllm._custom_ops._supports_onednn = False
     os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
-=======
+
+
 def _scheduler(core: Any) -> Any:
     """The scheduler inside an in-process engine; its names are not vLLM's public interface."""
     return core.engine_core.engine_core.scheduler
@@ -230,7 +230,6 @@ def _count_preemptions(scheduler: Any) -> list[int]:
 
     scheduler._preempt_request = preempt
     return count
->>>>>>> 348b258 (Trees from the command line; admission by cache blocks, one queue for all engines, streaming filter)
 
 
 def _name_shared_memory(tp: int) -> None:
