@@ -147,7 +147,10 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # 0: off
     tree: TreeConfig = TreeConfig()
-    live_paths: int = Field(256, ge=1)  # new prompts are admitted while fewer paths are live on an engine
+    # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
+    # of its steps in that state the engine gives up what is unfinished; default: never.
+    tail_steps: int | None = Field(None, ge=0)
+    unfinished: Literal["carry", "drop"] = "carry"  # carry: such prompts come first in the next step, sampled anew
     agreement_every: int = Field(16, ge=1)  # engine steps between comparisons of the ranks' decisions
     engine: dict[str, Any] = {}  # any argument of vLLM's EngineArgs
 
@@ -156,7 +159,7 @@ class FilterConfig(Section):
     """Dynamic sampling (DAPO): prompts whose leaves all agree teach nothing and are replaced."""
 
     enabled: bool = True
-    max_prompts_factor: float = Field(3.0, ge=1)  # sample at most this many times `prompts_per_step`
+    max_prompts_factor: float = Field(3.0, ge=1)  # draw at most this many times `prompts_per_step`
 
 
 class AdvantageConfig(Section):

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from treepo_mcore.observe.environment import versions
 from treepo_mcore.observe.metrics import Clock, MetricsLog
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.rewards.pool import RewardPool
-from treepo_mcore.rollout.collector import Collector, Counts
+from treepo_mcore.rollout.collector import Collection, Collector, Counts, informative
+from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
 from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
 from treepo_mcore.tree.advantage import advantages
 from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
@@ -32,6 +34,7 @@ from treepo_mcore.tree.stats import tree_stats
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 
+ENGINE_TIMEOUT = 60  # seconds that the ranks of an engine wait for each other
 ROLLOUT_DTYPES = DTYPES | {"float16": torch.float16}
 
 
@@ -68,6 +71,7 @@ class Trainer:
         self.engine.sleep()
         self.collector = Collector(config, self.engine, tokenizer, self.rewards, self._engine_group())
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
+        self.leaders = dist.new_group(list(range(0, self.grid.world, config.rollout.tp)), backend="gloo")
         self.step = 0
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
 
@@ -102,11 +106,11 @@ class Trainer:
         with clock.phase("sleep"):
             self.engine.sleep()
         values = _describe(trees, counts, clock.seconds["rollout"])
-        informative = [tree for tree in trees if _informative(tree)] if self.config.filter.enabled else trees
+        kept = [tree for tree in trees if informative(tree)] if self.config.filter.enabled else trees
         with clock.phase("update"):
-            values |= self._update(informative)
+            values |= self._update(kept)
         values |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
-        values["filter/kept"] = len(informative) / len(trees)
+        values["filter/kept"] = len(kept) / max(len(trees), 1)
         self._save_trees(trees)
         return values
 
@@ -133,35 +137,43 @@ class Trainer:
         """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts."""
         wanted, filter_ = self.config.trainer.prompts_per_step, self.config.filter
         limit = math.ceil(wanted * filter_.max_prompts_factor) if filter_.enabled else wanted
-        trees: list[Tree] = []
-        counts = Counts()
-        drawn = 0
-        missing = wanted
+        prompts = self.prompts.peek(limit)
+        queue = self._queue(wanted, limit) if self.grid.leads_engine else None
         progress = self.step / max(self.config.trainer.steps, 1)
-        while missing > 0 and drawn < limit:
-            batch = self.prompts.next(min(missing, limit - drawn))
-            numbered = list(enumerate(batch, drawn))
-            drawn += len(batch)
-            got = self.collector.collect(numbered[self.grid.engine :: self.grid.engines], self.step, progress)
-            new, spent = self._exchange(got.trees, got.counts)
-            trees += new
-            counts.add(spent)
-            missing = wanted - sum(map(_informative, trees)) if filter_.enabled else 0
+        result = self._exchange(self.collector.collect(prompts, queue, self.step, progress))
+        if not result.trees:
+            raise RuntimeError(f"step {self.step}: no prompt was finished; see rollout.tail_steps and the engine's log")
+        self.prompts.next(result.counts.drawn_prompts)
+        if self.config.rollout.unfinished == "carry":
+            self.prompts.put_back([prompts[number] for number in result.unfinished])
         if self.config.reward.shuffle:
-            _shuffle_rewards(trees, random.Random(f"{self.config.run.seed}/{self.step}"))
-        return trees, counts
+            _shuffle_rewards(result.trees, random.Random(f"{self.config.run.seed}/{self.step}"))
+        return result.trees, result.counts
 
-    def _exchange(self, trees: list[Tree], counts: Counts) -> tuple[list[Tree], Counts]:
-        """All engines' trees on every rank; the first rank of each engine speaks for it."""
+    def _queue(self, wanted: int, limit: int) -> PromptQueue:
+        engine, engines = self.grid.engine, self.grid.engines
+        if self.config.run.deterministic:
+            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
+        # The store that the process groups met at; with one engine nobody else looks.
+        store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
+        return SharedQueue(dist.PrefixStore(f"treepo/step{self.step}", store), engine, wanted, limit)
+
+    def _exchange(self, mine: Collection) -> Collection:
+        """All engines' results on every rank; the first rank of each engine speaks for it."""
         everyone: list[Any] = [None] * self.grid.world
-        dist.all_gather_object(everyone, (trees, counts) if self.grid.leads_engine else None)
-        total = Counts()
-        merged: list[Tree] = []
-        for item in everyone:
-            if item is not None:
-                merged += item[0]
-                total.add(item[1])
-        return sorted(merged, key=lambda tree: tree.meta["number"]), total
+        begin = time.perf_counter()
+        dist.barrier()
+        mine.counts.idle_seconds += time.perf_counter() - begin  # until the slowest engine is done
+        dist.all_gather_object(everyone, mine if self.grid.leads_engine else None)
+        total = Collection()
+        for part in everyone:
+            if part is not None:
+                total.trees += part.trees
+                total.unfinished += part.unfinished
+                total.counts.add(part.counts)
+        total.trees.sort(key=lambda tree: int(tree.meta["number"]))
+        total.unfinished.sort()
+        return total
 
     def _update(self, trees: list[Tree]) -> dict[str, float]:
         """Optimizer steps over mini-batches of whole prompts; old log-probs all come from before the first."""
@@ -291,14 +303,13 @@ class Trainer:
         size = self.config.rollout.tp
         if size == 1:
             return None
+        # A rank that went another way must not keep the others for half an hour.
+        wait = timedelta(seconds=ENGINE_TIMEOUT)
         groups = [
-            dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo") for e in range(self.grid.engines)
+            dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo", timeout=wait)
+            for e in range(self.grid.engines)
         ]
         return groups[self.grid.engine]
-
-
-def _informative(tree: Tree) -> bool:
-    return len({leaf.correct for leaf in tree.leaves}) > 1
 
 
 def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
@@ -330,5 +341,11 @@ def _describe(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str
         "rollout/requests": counts.requests,
         "rollout/prefix_hit_tokens": counts.cached_tokens,
         "rollout/prefill_tokens": counts.context_tokens - counts.cached_tokens,
+        "rollout/preemptions": counts.preemptions,
+        "rollout/drawn_prompts": counts.drawn_prompts,
         "rollout/failed_prompts": counts.failed_prompts,
+        "rollout/unfinished_prompts": counts.unfinished_prompts,
+        "rollout/discarded_tokens": counts.discarded_tokens,
+        "rollout/tail_steps": counts.tail_steps,
+        "rollout/idle_seconds": counts.idle_seconds,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,12 @@ class PromptStream:
         self._seed, self._shuffle = seed, shuffle
         self._epoch, self._position = 0, 0
         self._order = self._draw()
+        self._returned: list[int] = []
 
     def next(self, n: int) -> list[Prompt]:
-        """The next `n` prompts; an epoch's end does not stop it."""
-        taken: list[Prompt] = []
+        """The next `n` prompts, returned ones first; an epoch's end does not stop it."""
+        taken = [self._prompts[i] for i in self._returned[:n]]
+        del self._returned[:n]
         while len(taken) < n:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
@@ -85,9 +87,26 @@ class PromptStream:
             self._position += len(indices)
         return taken
 
+    def peek(self, n: int) -> list[Prompt]:
+        """What `next` would give; the stream stays where it is."""
+        before = self._epoch, self._position, self._order, self._returned[:]
+        taken = self.next(n)
+        self._epoch, self._position, self._order, self._returned = before
+        return taken
+
+    def put_back(self, prompts: Sequence[Prompt]) -> None:
+        """Let these come again, before all others."""
+        index = {prompt.id: i for i, prompt in enumerate(self._prompts)}
+        self._returned = [index[prompt.id] for prompt in prompts] + self._returned
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON values."""
-        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "returned": self._returned[:],
+            **self._identity(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises `ConfigError` when data, seed or shuffling are not the same."""
@@ -95,6 +114,7 @@ class PromptStream:
             if state[key] != ours:
                 raise ConfigError(f"cannot resume the prompts: {key} is {ours!r}, the checkpoint has {state[key]!r}")
         self._epoch, self._position = state["epoch"], state["position"]
+        self._returned = list(state["returned"])
         self._order = self._draw()
 
     def _draw(self) -> list[int]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import zlib
-from collections import deque
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import torch
 import torch.distributed as dist
 
 from treepo_mcore.config import BranchingConfig, Config, RolloutConfig, TreeConfig
 from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
-from treepo_mcore.rewards.pool import RewardPool
+from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import shape
+from treepo_mcore.rollout.agreement import Agreement
 from treepo_mcore.rollout.engine import Chunk, Engine
+from treepo_mcore.rollout.queue import PromptQueue
 from treepo_mcore.tree.sampler import Actions, TreeSampler
 from treepo_mcore.tree.stopping import BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import Tree
+
+IDLE_POLL_SECONDS = 0.005
 
 
 @dataclass
@@ -31,7 +34,13 @@ class Counts:
     cached_tokens: int = 0  # of these, served by the prefix cache
     requests: int = 0
     live_sum: int = 0  # live paths summed over steps: occupancy is live_sum / steps
+    preemptions: int = 0  # requests that lost their cache blocks and were recomputed
+    drawn_prompts: int = 0
     failed_prompts: int = 0
+    unfinished_prompts: int = 0  # given up in the tail
+    discarded_tokens: int = 0  # decoded for failed and unfinished prompts
+    tail_steps: int = 0  # engine steps with room for another prompt and none to draw
+    idle_seconds: float = 0.0  # nothing to run, and the phase not over
 
     def add(self, other: Counts) -> None:
         """Sum in place."""
@@ -40,18 +49,23 @@ class Counts:
 
 
 @dataclass
+class Collection:
+    """What one engine made of its prompts; only the engine's first rank holds rewards."""
+
+    trees: list[Tree] = field(default_factory=list)  # complete, in the order of their numbers
+    unfinished: list[int] = field(default_factory=list)  # numbers of the prompts given up in the tail
+    counts: Counts = field(default_factory=Counts)
+
+
+@dataclass(slots=True)
 class _Prompt:
+    number: int
     prompt: Prompt
     sampler: TreeSampler
-    number: int
-
-
-@dataclass
-class Collection:
-    """Trees of one call, in the order of the prompts; only the engine's first rank holds rewards."""
-
-    trees: list[Tree]
-    counts: Counts = field(default_factory=Counts)
+    unscored: int = 0  # leaves
+    decoded: int = 0  # tokens
+    context: int = 0
+    cached: int = 0
 
 
 class Collector:
@@ -72,127 +86,241 @@ class Collector:
         stopping = self.tree_config.stopping
         self.stopper = RuleStopper(stopping, BoxDetector(_decoder(tokenizer)) if stopping.boxed != "none" else None)
 
-    def collect(self, prompts: Sequence[tuple[int, Prompt]], step: int, progress: float) -> Collection:
-        """One tree for each (number in the step, prompt). progress in [0, 1] drives the schedules."""
-        result = Collection([])
-        queue = deque(prompts)
-        owner: dict[str, _Prompt] = {}
-        active: dict[int, _Prompt] = {}
-        trees: dict[int, Tree] = {}
-        digest = 0
-        while queue or active:
-            while queue and len(owner) < self.config.rollout.live_paths:
-                self._admit(*queue.popleft(), step, progress, owner, active, result.counts)
-            chunks = self.engine.step()
-            result.counts.steps += 1
-            result.counts.live_sum += len(owner)
-            for chunk in chunks:
-                digest = zlib.crc32(repr((chunk.request, chunk.tokens)).encode(), digest)
-                self._feed(chunk, owner, active, trees, result.counts)
-            if result.counts.steps % self.config.rollout.agreement_every == 0:
-                self._agree(digest, result.counts.steps)
-        self._agree(digest, result.counts.steps)
-        result.trees = [trees[number] for number in sorted(trees)]
-        self._score(result.trees)
-        # Node ids followed the arrival of tokens; equal trees become identical tables.
-        result.trees = [tree.canonical() for tree in result.trees]
-        return result
+    def collect(self, prompts: Sequence[Prompt], queue: PromptQueue | None, step: int, progress: float) -> Collection:
+        """Trees of the prompts that this engine draws, until the step has enough.
 
-    def _admit(
-        self,
-        number: int,
-        prompt: Prompt,
-        step: int,
-        progress: float,
-        owner: dict[str, _Prompt],
-        active: dict[int, _Prompt],
-        counts: Counts,
+        prompts: all that may be drawn, by number. queue: only on the engine's first rank. progress in [0, 1] drives
+        the schedules. Raises RuntimeError when the ranks of the engine disagree.
+        """
+        return _Phase(self, prompts, queue, step, progress).run()
+
+
+class _Phase:
+    """One call of `collect`."""
+
+    def __init__(
+        self, collector: Collector, prompts: Sequence[Prompt], queue: PromptQueue | None, step: int, progress: float
     ) -> None:
+        self.config, self.tree_config = collector.config, collector.tree_config
+        self.engine, self.tokenizer, self.rewards = collector.engine, collector.tokenizer, collector.rewards
+        self.stopper, self.prompts, self.queue = collector.stopper, prompts, queue
+        self.step, self.progress = step, progress
+        self.agreement = Agreement(collector.group, self.config.rollout.agreement_every)
+        self.result = Collection()
+        self.counts = self.result.counts
+        self.active: dict[int, _Prompt] = {}  # with running requests
+        self.scoring: dict[int, _Prompt] = {}  # complete, verdicts outstanding
+        self.owner: dict[str, tuple[_Prompt, str]] = {}  # the engine's request id -> its prompt, the sampler's id
+        self.promised = 0  # blocks of contexts that the engine has not taken in yet
+        self.dry = False  # the queue had nothing at the last look
+        self.next_look = 0
+        self.over = False  # the tail was cut
+        self.closed = False
+
+    def run(self) -> Collection:
+        preempted = self.engine.preemptions()
+        while True:
+            self._admit()
+            if self.active:
+                self._engine_step()
+            elif self.closed:
+                break
+            else:
+                self._idle()
+        self.counts.preemptions = self.engine.preemptions() - preempted
+        if self.rewards is not None:
+            self.rewards.drain()  # of prompts that were given up
+        self.result.trees.sort(key=lambda tree: int(tree.meta["number"]))
+        return self.result
+
+    # Admission.
+
+    def _admit(self) -> None:
+        """Draw prompts while there is room for them."""
+        while self._fits():
+            if self.dry and self.active and self.counts.steps < self.next_look:
+                return
+            number = self._draw()
+            if number is None:
+                # Several ranks look again now and then only: each look is a message.
+                self.next_look = self.counts.steps + (
+                    1 if self.agreement.alone else self.config.rollout.agreement_every
+                )
+                return
+            self._start(number, self.prompts[number])
+
+    def _fits(self) -> bool:
+        """Whether every live path and a whole new tree can grow by a segment in the blocks that are free.
+
+        Paths end on the way, so a full cache is rare; should it fill up, the engine preempts and recomputes. With
+        nothing running a prompt always fits, so the phase goes on in any cache that can hold one path.
+        """
+        if not self.active:
+            return True
+        if len(self.owner) >= self.engine.max_requests:
+            return False
+        segment = math.ceil(self.tree_config.segment_tokens / self.engine.block_tokens) + 1
+        growth = (len(self.owner) + self.tree_config.width) * segment
+        return self.engine.free_blocks() - self.promised >= growth
+
+    def _draw(self) -> int | None:
+        number, closed = None, False
+        if self.queue is not None:
+            number = None if self.over else self.queue.draw()
+            closed = not self.active and not self.scoring and number is None and self.queue.closed()
+        number, self.closed = self.agreement.order(number, closed)
+        self.dry = number is None
+        return number
+
+    def _start(self, number: int, prompt: Prompt) -> None:
         tree = Tree(prompt.id, prompt.tokens, {"prompt": prompt.text, "answer": prompt.answer, "number": number})
-        key = (self.config.run.seed, step, number)
-        entry = _Prompt(prompt, TreeSampler(tree, self.tree_config, self.stopper, key, progress), number)
-        active[number] = entry
-        self._apply(entry, entry.sampler.start(), owner, counts)
+        key = (self.config.run.seed, self.step, number)
+        entry = _Prompt(number, prompt, TreeSampler(tree, self.tree_config, self.stopper, key, self.progress))
+        self.active[number] = entry
+        self.counts.drawn_prompts += 1
+        self._apply(entry, entry.sampler.start())
 
-    def _feed(
-        self,
-        chunk: Chunk,
-        owner: dict[str, _Prompt],
-        active: dict[int, _Prompt],
-        trees: dict[int, Tree],
-        counts: Counts,
-    ) -> None:
-        entry = owner.get(chunk.request)
-        if entry is None:  # aborted in this very step
+    def _idle(self) -> None:
+        """Nothing runs, but other engines or rewards may still bring prompts."""
+        begin = time.perf_counter()
+        if self.queue is not None:
+            self._tick()
+            if not self.config.run.deterministic:
+                time.sleep(IDLE_POLL_SECONDS)
+        self.counts.idle_seconds += time.perf_counter() - begin
+
+    # Engine steps.
+
+    def _engine_step(self) -> None:
+        counts = self.counts
+        counts.live_sum += len(self.owner)
+        chunks = self.engine.step()
+        counts.steps += 1
+        self.promised = 0
+        self.agreement.saw(chunks)
+        for chunk in chunks:
+            self._feed(chunk)
+        if self.queue is not None:
+            if counts.steps % self.config.rollout.agreement_every == 0:
+                self._tick()
+            elif self.rewards is not None:
+                self._scored(self.rewards.poll())
+        if self.dry and self._fits():
+            counts.tail_steps += 1
+            limit = self.config.rollout.tail_steps
+            if limit is not None and counts.tail_steps > limit:
+                self._cut_tail()
+
+    def _feed(self, chunk: Chunk) -> None:
+        owned = self.owner.get(chunk.request)
+        if owned is None:  # aborted in this very step
             return
-        counts.decoded_tokens += len(chunk.tokens)
-        counts.cached_tokens += chunk.cached_tokens
+        entry, request = owned
+        tokens = len(chunk.tokens)
+        self.counts.decoded_tokens += tokens
+        entry.decoded += tokens
+        if chunk.cached_tokens:
+            self.counts.cached_tokens += chunk.cached_tokens
+            entry.cached += chunk.cached_tokens
         if chunk.finish is not None:
-            del owner[chunk.request]
-        actions = entry.sampler.on_tokens(self._inner(chunk.request, entry), chunk.tokens, chunk.logprobs, chunk.finish)
-        self._apply(entry, actions, owner, counts)
+            del self.owner[chunk.request]
+        actions = entry.sampler.on_tokens(request, chunk.tokens, chunk.logprobs, chunk.finish)
+        if actions.submit or actions.abort or actions.leaves:
+            self._apply(entry, actions)
         if entry.sampler.failed:
-            counts.failed_prompts += 1
-            del active[entry.number]
+            self._lose(entry)
+            self.counts.failed_prompts += 1
         elif entry.sampler.done:
-            trees[entry.number] = entry.sampler.tree
-            del active[entry.number]
+            del self.active[entry.number]
+            self.scoring[entry.number] = entry
+            self._finish_if_scored(entry)
 
-    def _apply(self, entry: _Prompt, actions: Actions, owner: dict[str, _Prompt], counts: Counts) -> None:
+    def _apply(self, entry: _Prompt, actions: Actions) -> None:
         # A prompt can come twice in a step, and ids must not: the engine sees them with the prompt's number.
         if actions.abort:
-            ids = [self._outer(request, entry) for request in actions.abort]
-            self.engine.abort([request for request in ids if owner.pop(request, None)])
+            ids = [f"{entry.number}:{request}" for request in actions.abort]
+            self.engine.abort([request for request in ids if self.owner.pop(request, None)])
         for request in actions.submit:
-            outer = self._outer(request.id, entry)
-            self.engine.submit(type(request)(outer, request.node, request.context, request.max_tokens, request.seed))
-            owner[outer] = entry
-            counts.requests += 1
-            counts.context_tokens += len(request.context)
+            outer = f"{entry.number}:{request.id}"
+            self.engine.submit(replace(request, id=outer))
+            self.owner[outer] = entry, request.id
+            tokens = len(request.context)
+            self.counts.requests += 1
+            self.counts.context_tokens += tokens
+            entry.context += tokens
+            self.promised += math.ceil(tokens / self.engine.block_tokens)
         if self.rewards is not None:
             for leaf in actions.leaves:
                 self._submit_reward(entry, leaf)
 
-    def _outer(self, request: str, entry: _Prompt) -> str:
-        return f"{entry.number}:{request}"
+    # Rewards and the ends of prompts.
 
-    def _inner(self, request: str, entry: _Prompt) -> str:
-        return request.removeprefix(f"{entry.number}:")
+    def _tick(self) -> None:
+        """Take verdicts in and meet the other engines; by logical time under `deterministic`."""
+        assert self.queue is not None
+        if self.rewards is not None:
+            self._scored(self.rewards.drain() if self.config.run.deterministic else self.rewards.poll())
+        self.queue.tick(finished=not self.active and not self.scoring)
 
     def _submit_reward(self, entry: _Prompt, leaf: int) -> None:
         assert self.rewards is not None
         tree = entry.sampler.tree
         text = tree.leaves[leaf].text = self.tokenizer.decode(tree.response(leaf))
-        self.rewards.submit((entry.number, leaf), text, entry.prompt.answer, entry.prompt.text)
+        entry.unscored += 1
+        self.rewards.submit((self.step, entry.number, leaf), text, entry.prompt.answer, entry.prompt.text)
 
-    def _score(self, trees: list[Tree]) -> None:
-        """Wait for the last verdicts and write rewards into the leaves."""
-        if self.rewards is None:
-            return
-        by_number = {tree.meta["number"]: tree for tree in trees}
-        for result in self.rewards.drain():
+    def _scored(self, results: Sequence[Result]) -> None:
+        for result in results:
             assert isinstance(result.key, tuple)
-            number, index = result.key
-            if number not in by_number:  # its prompt was dropped
+            step, number, index = result.key
+            entry = self.active.get(number) or self.scoring.get(number)
+            if entry is None or step != self.step:  # its prompt was given up
                 continue
-            tree = by_number[number]
+            tree = entry.sampler.tree
             leaf = tree.leaves[index]
             leaf.correct = result.correct
-            leaf.reward = shape(
-                result.score, tree.leaf_tokens(index), self.tree_config.response_tokens, self.config.reward
-            )
+            longest = self.tree_config.response_tokens
+            leaf.reward = shape(result.score, tree.leaf_tokens(index), longest, self.config.reward)
+            entry.unscored -= 1
+            self._finish_if_scored(entry)
 
-    def _agree(self, digest: int, step: int) -> None:
-        """Raise where the ranks of an engine saw different tokens; otherwise they would hang much later."""
-        if self.group is None:
+    def _finish_if_scored(self, entry: _Prompt) -> None:
+        if entry.unscored or entry.number not in self.scoring:
             return
-        pair = torch.tensor([digest, -digest])
-        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group)
-        if int(pair[0]) != -int(pair[1]):
-            raise RuntimeError(
-                f"the ranks of this engine sampled different tokens within the last "
-                f"{self.config.rollout.agreement_every} steps before engine step {step}"
-            )
+        del self.scoring[entry.number]
+        tree = entry.sampler.tree
+        computed = entry.context - entry.cached
+        tree.meta |= {"prefix_hit_tokens": entry.cached, "recomputed_tokens": computed - len(entry.prompt.tokens)}
+        # Node ids followed the arrival of tokens; equal trees become identical tables.
+        self.result.trees.append(tree.canonical())
+        if self.queue is not None:
+            self.queue.report(rejected=self.config.filter.enabled and not informative(tree))
+
+    def _lose(self, entry: _Prompt) -> None:
+        """The engine dropped one of its requests: only this prompt is lost, and another one may be drawn."""
+        del self.active[entry.number]
+        self.counts.discarded_tokens += entry.decoded
+        if self.queue is not None:
+            self.queue.report(rejected=True)
+
+    def _cut_tail(self) -> None:
+        """Give up what is unfinished; nothing more is drawn in this step."""
+        self.over = True
+        for entry in list(self.active.values()):
+            self._apply(entry, entry.sampler.fail())
+            del self.active[entry.number]
+            self.result.unfinished.append(entry.number)
+            self.counts.unfinished_prompts += 1
+            self.counts.discarded_tokens += entry.decoded
+            if self.queue is not None:
+                self.queue.report(rejected=False)
+        if self.queue is not None:
+            self.queue.give_up()
+
+
+def informative(tree: Tree) -> bool:
+    """Whether the leaves differ; where they all agree, advantages are zero."""
+    return len({leaf.correct for leaf in tree.leaves}) > 1
 
 
 def tree_config(rollout: RolloutConfig) -> TreeConfig:

@@ -34,8 +34,19 @@ class Engine(Protocol):
     def step(self) -> list[Chunk]:
         """One forward pass over everything that runs."""
 
-    def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one KV-cache block."""
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that can run at once; more of them wait inside the engine."""
+
+    def free_blocks(self) -> int:
+        """KV-cache blocks that no running request holds, cached prefixes of ended ones included."""
+
+    def preemptions(self) -> int:
+        """Times that a running request lost its blocks and had to start over, since the engine was built."""
 
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """The most likely answer to each prompt, EOS included."""

@@ -65,6 +65,8 @@ class VllmEngine:
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
         self.core = self.llm.llm_engine
+        self.scheduler = _scheduler(self.core)
+        self.preempted = _count_preemptions(self.scheduler)
         self.started: set[str] = set()
         self.counter = 0
 
@@ -87,8 +89,19 @@ class VllmEngine:
     def step(self) -> list[Chunk]:
         return [self._chunk(output) for output in self.core.step()]
 
-    def has_work(self) -> bool:
-        return self.core.has_unfinished_requests()
+    @property
+    def block_tokens(self) -> int:
+        return int(self.scheduler.block_size)
+
+    @property
+    def max_requests(self) -> int:
+        return int(self.scheduler.max_num_running_reqs)
+
+    def free_blocks(self) -> int:
+        return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def preemptions(self) -> int:
+        return self.preempted[0]
 
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, detokenize=False, stop_token_ids=self.eos_ids)
@@ -199,6 +212,24 @@ def _leave_weights_unpacked() -> None:
 
     vllm._custom_ops._supports_onednn = False
     os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
+
+
+def _scheduler(core: Any) -> Any:
+    """The scheduler inside an in-process engine; its names are not vLLM's public interface."""
+    return core.engine_core.engine_core.scheduler
+
+
+def _count_preemptions(scheduler: Any) -> list[int]:
+    """A counter of one number that goes up whenever the scheduler takes a request's blocks away."""
+    count = [0]
+    original = scheduler._preempt_request
+
+    def preempt(*arguments: Any, **keywords: Any) -> Any:
+        count[0] += 1
+        return original(*arguments, **keywords)
+
+    scheduler._preempt_request = preempt
+    return count
 
 
 def _name_shared_memory(tp: int) -> None:

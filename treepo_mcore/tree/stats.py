@@ -66,7 +66,7 @@ def _sharing(trees: Sequence[Tree]) -> list[float]:
         for node, count in zip(tree.nodes[1:], tree.leaf_counts()[1:].tolist(), strict=True):
             physical[node.depth] += len(node.tokens)
             logical[node.depth] += len(node.tokens) * count
-    return [logical[depth] / physical[depth] for depth in sorted(physical)]
+    return [logical[depth] / max(physical[depth], 1) for depth in sorted(physical)]
 
 
 def _distinct(trees: Sequence[Tree], answer_of: Callable[[str], str | None]) -> float:

@@ -1,0 +1,68 @@
+"""On every rank: the collector on a real engine, with a small cache, and with a rank that goes another way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from treepo_mcore.config import parse_config
+from treepo_mcore.trainer import Trainer
+from treepo_mcore.tree.tree import write_trees
+
+
+def trainer_of(config: dict[str, Any]) -> Trainer:
+    trainer = Trainer(parse_config(config))
+    trainer._push()
+    return trainer
+
+
+def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
+    """One rollout phase; what the engine says about its blocks before, within and behind it."""
+    trainer = trainer_of(config)
+    engine = trainer.engine
+    free, seen = engine.free_blocks(), []
+    step = engine.step
+
+    def watched() -> list[Any]:
+        chunks = step()
+        seen.append(engine.free_blocks())
+        return chunks
+
+    engine.step = watched
+    trees, counts = trainer._rollout()
+    if trainer.grid.rank == 0:
+        write_trees(Path(out), trees)
+    trainer.close()
+    return {
+        "free": free,
+        "lowest": min(seen, default=free),
+        "free_after": engine.free_blocks(),
+        "block_tokens": engine.block_tokens,
+        "max_requests": engine.max_requests,
+        "counts": vars(counts),
+    }
+
+
+def diverge(config: dict[str, Any], kind: str) -> str:
+    """One rank draws other tokens (`seed`) or believes that a request ended (`length`); the error it leads to."""
+    trainer = trainer_of(config)
+    submit = trainer.engine.submit
+
+    def other(request: Any) -> None:
+        if trainer.grid.rank == 1 and request.id.startswith("2:"):
+            request = (
+                replace(request, seed=request.seed ^ 1)
+                if kind == "seed"
+                else replace(request, max_tokens=max(1, request.max_tokens // 2))
+            )
+        submit(request)
+
+    trainer.engine.submit = other
+    try:
+        trainer._rollout()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        trainer.close()
+    return "no error"

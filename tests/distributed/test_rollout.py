@@ -1,0 +1,79 @@
+"""The collector on vLLM: a cache of a quarter of the demand, two engines on one queue, ranks that disagree."""
+
+from __future__ import annotations
+
+import pytest
+from harness import launch
+from models import write_prompts
+
+from treepo_mcore.tree.tree import read_trees
+
+WIDTH = 8
+
+
+def configuration(directory, folder, **rollout):
+    prompts = write_prompts(folder / "prompts.jsonl", 12, tokens=40)
+    return {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(directory)},
+        "data": {"train": str(prompts), "max_prompt_tokens": 64},
+        "rollout": {
+            "dtype": "float32",
+            "tree": {"width": WIDTH, "segment_tokens": 16, "max_depth": 6, "stopping": {"repetition_count": 0}},
+        }
+        | rollout,
+        "filter": {"enabled": False},
+        "actor": {"dtype": "float32", "micro_batch_tokens": 1024},
+        "reward": {"function": "reward_functions:last_word_is_even"},
+        "trainer": {"prompts_per_step": 12, "prompts_per_update": 12},
+    }
+
+
+def collect(model_directory, folder, processes=1, run=None, **rollout):
+    config = configuration(model_directory("qwen2"), folder, **rollout)
+    config["run"] |= run or {}
+    ranks = launch("rollout:collect", processes, {"config": config, "out": str(folder / "trees.jsonl")})
+    return ranks, list(read_trees(folder / "trees.jsonl"))
+
+
+def whole(trees):
+    assert [tree.meta["number"] for tree in trees] == list(range(12))
+    for tree in trees:
+        assert len(tree.leaves) == WIDTH
+        assert all(leaf.reward is not None for leaf in tree.leaves)
+
+
+def test_a_quarter_of_the_cache(model_directory, tmp_path):
+    """Also the test that fails when the names inside vLLM's scheduler change."""
+    (ample,), trees = collect(model_directory, tmp_path, engine={"num_gpu_blocks_override": 600})
+    whole(trees)
+    assert ample["block_tokens"] == 32
+    assert ample["free"] == ample["free_after"] == 599  # one block is vLLM's own
+    assert ample["counts"]["preemptions"] == 0
+    demand = ample["free"] - ample["lowest"]
+    assert demand > 40
+    (small,), trees = collect(model_directory, tmp_path, engine={"num_gpu_blocks_override": demand // 4 + 1})
+    whole(trees)
+    assert small["free"] == small["free_after"] == demand // 4
+    print("demand", demand, "steps", ample["counts"]["steps"], small["counts"]["steps"], small["counts"]["preemptions"])
+    assert small["counts"]["steps"] > ample["counts"]["steps"]
+    # A cache for hardly more than one path: admission cannot help, requests do lose their blocks.
+    (tiny,), trees = collect(model_directory, tmp_path, engine={"num_gpu_blocks_override": 12})
+    whole(trees)
+    assert tiny["counts"]["preemptions"] > 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_two_engines_take_prompts_from_one_queue(model_directory, tmp_path, deterministic):
+    ranks, trees = collect(model_directory, tmp_path, 2, run={"deterministic": deterministic})
+    whole(trees)
+    assert ranks[0]["counts"] == ranks[1]["counts"]  # summed over engines
+    assert ranks[0]["counts"]["drawn_prompts"] == 12
+
+
+@pytest.mark.parametrize("kind", ["seed", "length"])
+def test_a_rank_that_goes_another_way_is_an_error_on_all(model_directory, tmp_path, kind):
+    config = configuration(model_directory("qwen2"), tmp_path, tp=2)
+    errors = launch("rollout:diverge", 2, {"config": config, "kind": kind}, limit=200)
+    assert any("sampled different tokens" in error for error in errors)
+    assert all("of this engine" in error for error in errors)

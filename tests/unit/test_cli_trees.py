@@ -1,0 +1,133 @@
+"""`treepo-mcore trees` through the command line, on both forms of a file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from treepo_mcore.tree.advantage import tree_from_plain
+from treepo_mcore.tree.tree import EOS, Tree, write_trees
+
+CASES = json.loads((Path(__file__).parent / "data" / "advantage_cases.json").read_text())
+
+
+def command(*arguments: str | Path, status: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "treepo_mcore", "trees", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def plain(path: Path, *cases: str) -> Path:
+    lines = [json.dumps({"prompt_id": case, "leaves": CASES[case]["leaves"]}) for case in cases]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("flags", "raw", "whitened"),
+    [
+        (["--aggregation", "average"], "average", "average"),
+        (["--aggregation", "group_size"], "group_size", "group_size"),
+        (["--aggregation", "average", "--no-include-root"], "average_no_root", None),
+    ],
+)
+def test_advantages_of_the_plain_form(tmp_path, case, flags, raw, whitened):
+    out = command("advantages", plain(tmp_path / "a.jsonl", case), *flags, "--json")
+    row = json.loads(out)
+    assert row["prompt_id"] == case
+    np.testing.assert_allclose(row["raw"], CASES[case]["raw"][raw], atol=2e-6)
+    if whitened:
+        np.testing.assert_allclose(row["advantage"], CASES[case]["whitened"][whitened], atol=2e-6)
+
+
+def test_every_switch_reaches_its_estimator(tmp_path):
+    file = plain(tmp_path / "a.jsonl", "C")
+    for flag, name in (
+        ("--reject-uniform-subgroups", "average_reject"),
+        ("--leave-one-out", "average_loo"),
+        ("--distinct-groups", "average_distinct_groups"),
+        ("--mass-baseline", "average_mass_baseline"),
+    ):
+        row = json.loads(command("advantages", file, flag, "--json"))
+        np.testing.assert_allclose(row["raw"], CASES["C"]["raw"][name], atol=2e-6)
+
+
+def test_all_lines_are_one_batch(tmp_path):
+    rows = [
+        json.loads(line) for line in command("advantages", plain(tmp_path / "a.jsonl", "A", "C"), "--json").splitlines()
+    ]
+    assert [row["prompt_id"] for row in rows] == ["A", "C"]
+    values = np.concatenate([row["advantage"] for row in rows])
+    tokens = [leaf["n_tokens"] for case in ("A", "C") for leaf in CASES[case]["leaves"]]
+    assert np.average(values, weights=tokens) == pytest.approx(0, abs=1e-6)
+    assert rows[0]["advantage"][0] != pytest.approx(CASES["A"]["whitened"]["average"][0], abs=1e-3)
+
+
+def saved(path: Path) -> Path:
+    tree = Tree("p", [1, 2, 3], {"prefix_hit_tokens": 32, "recomputed_tokens": 5})
+    for parent, length in ((0, 4), (1, 2), (1, 4)):
+        node = tree.nodes[tree.add_node(parent, tree.nodes[parent].depth + 1)]
+        node.tokens.extend([9] * length)
+        node.logprobs.extend([-1.0] * length)
+    for node, text, reward in ((2, r"\boxed{1}", 1.0), (3, r"it is \boxed{ 1}", 0.0)):
+        leaf = tree.leaves[tree.add_leaf(node, EOS)]
+        leaf.text, leaf.reward = text, reward
+    write_trees(path, [tree])
+    return path
+
+
+def test_saved_trees(tmp_path):
+    file = saved(tmp_path / "t.jsonl")
+    assert json.loads(command("advantages", file, "--json"))["raw"] == [0.5, -0.5]
+    segments = json.loads(command("advantages", file, "--estimator", "spo", "--json"))["raw"]
+    assert [len(path) for path in segments] == [2, 2]
+    row = json.loads(command("stats", file, "--json"))
+    assert row["sharing"] == [2.0, 1.0]
+    assert (row["physical_tokens"], row["logical_tokens"]) == (10, 14)
+    assert (row["prefix_hit_tokens"], row["recomputed_tokens"]) == (32, 5)
+    assert row["reasons"] == {"eos": 2}
+    assert row["distinct_answers"] == 1.0
+    assert "sharing            2  1" in command("stats", file)
+
+
+def test_stats_of_the_plain_form_say_what_they_do_not_know(tmp_path):
+    row = json.loads(command("stats", plain(tmp_path / "a.jsonl", "A"), "--json"))
+    assert row["leaves"] == 8
+    assert row["logical_tokens"] == 40
+    assert row["physical_tokens"] is row["sharing"] is row["prefix_hit_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "2: Expecting"),
+        ("[]", "2: expected an object, found list"),
+        ('{"prompt_id": "x", "leaves": []}', "2: prompt x: no leaves"),
+        ('{"prompt_id": "x", "leaves": [{"path": ["a"], "reward": 1}]}', "2: prompt x: leaf 0: missing n_tokens"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = plain(tmp_path / "a.jsonl", "A")
+    file.write_text(file.read_text() + line + "\n")
+    error = command("advantages", file, status=2)
+    assert error.startswith(f"error: {file}:{message}")
+    assert error.count("\n") == 1
+
+
+def test_a_leaf_without_a_reward_is_named(tmp_path):
+    tree = tree_from_plain({"prompt_id": "A", "leaves": CASES["A"]["leaves"]})
+    tree.leaves[3].reward = None
+    write_trees(tmp_path / "t.jsonl", [tree])
+    assert "prompt A: leaf 3 has no reward" in command("advantages", tmp_path / "t.jsonl", status=2)
+
+
+def test_starts_without_heavy_libraries():
+    code = "import sys, treepo_mcore.cli; print([m for m in ('torch', 'vllm', 'megatron') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,272 @@
+"""The collector on a fake engine: admission, the streaming filter, the tail, failures, host time."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from rollout_fake_engine import (
+    EOS_TOKEN,
+    FakeEngine,
+    FakeRewards,
+    FakeTokenizer,
+    hazard_draw,
+    make_config,
+    make_prompts,
+)
+
+from treepo_mcore.rollout.collector import Collection, Collector, informative
+from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
+from treepo_mcore.tree.sampler import stable_seed
+
+
+def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, queue=None) -> Collection:
+    config = config or make_config({})
+    wanted = wanted or len(prompts)
+    if queue is None:
+        deterministic = config.run.deterministic
+        queue = (
+            LockstepQueue(None, 0, 1, wanted, len(prompts))
+            if deterministic
+            else SharedQueue(dist.HashStore(), 0, wanted, len(prompts))
+        )
+    return Collector(config, engine, FakeTokenizer(), rewards, None).collect(prompts, queue, step, 0.0)
+
+
+def whole(result: Collection, width: int = 8) -> None:
+    for tree in result.trees:
+        assert len(tree.leaves) == width
+        assert tree.masses().sum() == pytest.approx(1.0)
+
+
+def tables(result: Collection) -> list:
+    rows = [tree.to_json() for tree in result.trees]
+    for row in rows:
+        row["meta"] = row["meta"]["number"]
+    return rows
+
+
+# Admission by free blocks.
+
+
+def peak_blocks(engine, prompts) -> int:
+    seen = []
+    step = engine.step
+
+    def watched():
+        chunks = step()
+        seen.append(engine.held)
+        return chunks
+
+    engine.step = watched
+    whole(collect(engine, prompts))
+    return max(seen)
+
+
+@pytest.mark.parametrize("expansion", ["fork_behind", "stop_and_fork"])
+def test_a_quarter_of_the_cache_loses_nothing(expansion):
+    prompts = make_prompts(40)
+    demand = peak_blocks(FakeEngine(hazard_draw(0.05)), prompts)
+    small = FakeEngine(hazard_draw(0.05), blocks=demand // 4)
+    config = make_config({"tree": {"expansion": expansion}})
+    result = collect(small, prompts, config)
+    whole(result)
+    assert len(result.trees) == 40
+    assert small.held == 0
+    ample = collect(FakeEngine(hazard_draw(0.05)), prompts, config)
+    assert tables(result) == tables(ample)  # trees do not depend on who ran when
+
+
+def test_one_path_at_a_time_still_ends():
+    blocks = (5 + 20) // 4 + 2  # the longest path and hardly more
+    engine = FakeEngine(hazard_draw(0.02), blocks=blocks)
+    result = collect(engine, make_prompts(3))
+    whole(result)
+    assert len(result.trees) == 3
+    assert result.counts.preemptions == engine.lost > 0
+
+
+def test_admission_waits_for_blocks_and_for_places():
+    prompts = make_prompts(30)
+    for limit in ({"blocks": 200}, {"max_requests": 20}):
+        engine = FakeEngine(hazard_draw(0.05), **limit)
+        result = collect(engine, prompts)
+        whole(result)
+        assert engine.lost < len(engine.submitted) / 4
+        assert result.counts.live_sum / result.counts.steps > 10  # and does not starve either
+    assert engine.peak == 20
+
+
+# The streaming filter.
+
+
+def hard_and_easy(prompt: str) -> bool:
+    """Whether a prompt is informative: two of three are not."""
+    return int(prompt.split()[1]) % 3 == 0
+
+
+def verdict(text: str, prompt: str) -> bool:
+    return hard_and_easy(prompt) and stable_seed(text) % 2 == 0
+
+
+@pytest.mark.parametrize("delay", [0, 7])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_uniform_prompts_are_replaced_and_nothing_more_is_drawn(delay, deterministic):
+    config = make_config({}, run={"deterministic": deterministic})
+    prompts = make_prompts(200)
+    result = collect(FakeEngine(hazard_draw(0.05)), prompts, config, FakeRewards(verdict, delay), wanted=10)
+    kept = [tree.meta["number"] for tree in result.trees if informative(tree)]
+    assert len(kept) == 10
+    assert result.counts.drawn_prompts == len(result.trees) == kept[-1] + 1  # the shortest run that holds ten
+    assert all(leaf.reward is not None for tree in result.trees for leaf in tree.leaves)
+
+
+def test_the_limit_holds_when_nothing_is_informative():
+    result = collect(
+        FakeEngine(hazard_draw(0.05)), make_prompts(30), rewards=FakeRewards(lambda text, prompt: False), wanted=10
+    )
+    assert len(result.trees) == 30
+
+
+def length_draw(prompt_numbers_short):
+    def draw(request, position):
+        number = int(request.id.split(":")[0])
+        return EOS_TOKEN if number in prompt_numbers_short and position >= 1 else 5 + position % 7
+
+    return draw
+
+
+def test_the_accepted_set_is_not_biased_towards_fast_prompts():
+    # Half the prompts end after 2 tokens, the others after 20. An engine with few places that accepted whatever is
+    # ready first would take nearly only short ones.
+    rng = random.Random(0)
+    share = []
+    for trial in range(20):
+        short = {number for number in range(200) if rng.random() < 0.5}
+        lucky = {number for number in range(200) if rng.random() < 0.4}
+        rewards = FakeRewards(
+            lambda text, prompt, lucky=lucky: int(prompt.split()[1]) in lucky and bool(rng.random() < 0.5), delay=3
+        )
+        engine = FakeEngine(length_draw(short), max_requests=24)
+        result = collect(engine, make_prompts(200), rewards=rewards, wanted=24, step=trial)
+        kept = [tree.meta["number"] for tree in result.trees if informative(tree)]
+        first = sorted(number for number in lucky if number <= max(kept))
+        assert set(kept) <= set(first)
+        share.append(sum(number in short for number in kept) / len(kept))
+    assert abs(np.mean(share) - 0.5) < 3 * np.std(share) / np.sqrt(len(share)) + 0.01
+
+
+def test_a_run_repeats_token_for_token_under_deterministic():
+    config = make_config({}, run={"deterministic": True})
+    runs = [
+        collect(
+            FakeEngine(hazard_draw(0.05), blocks=400), make_prompts(100), config, FakeRewards(verdict, delay), wanted=12
+        )
+        for delay in (0, 1, 5)
+    ]
+    assert tables(runs[0]) == tables(runs[1]) == tables(runs[2])
+    assert runs[0].counts.steps == runs[1].counts.steps == runs[2].counts.steps
+
+
+# The tail.
+
+
+def slow_last(request, position):
+    number = int(request.id.split(":")[0])
+    return EOS_TOKEN if number < 8 and position >= 1 else 5 + position % 7
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_tail_is_cut_and_what_was_unfinished_is_named(deterministic):
+    config = make_config({"tail_steps": 12}, run={"deterministic": deterministic})
+    result = collect(FakeEngine(slow_last), make_prompts(10), config)
+    assert [tree.meta["number"] for tree in result.trees] == list(range(8))
+    assert sorted(result.unfinished) == [8, 9]
+    assert result.counts.unfinished_prompts == 2
+    assert result.counts.discarded_tokens > 0
+    assert result.counts.tail_steps == 13
+    patient = collect(FakeEngine(slow_last), make_prompts(10))
+    assert len(patient.trees) == 10
+    assert patient.counts.tail_steps > 13
+
+
+# Failures.
+
+
+def test_an_engine_failure_loses_only_its_prompt():
+    engine = FakeEngine(hazard_draw(0.02))
+    original = engine.submit
+
+    def submit(request):
+        original(request)
+        if request.id.startswith("3:") and len(engine.submitted) > 20:
+            engine.fail.add(request.id)
+
+    engine.submit = submit
+    result = collect(engine, make_prompts(12), make_config({}, filter={"enabled": False}), wanted=10)
+    whole(result)
+    assert result.counts.failed_prompts == 1
+    assert len(result.trees) == 10  # another one took its place
+    assert 3 not in [tree.meta["number"] for tree in result.trees]
+    assert engine.held == 0
+
+
+# Two engines.
+
+
+def test_two_engines_share_one_counter():
+    store = dist.HashStore()
+    queues = [SharedQueue(store, engine, 5, 8) for engine in range(2)]
+    drawn = [queues[i % 2].draw() for i in range(5)]
+    assert drawn == [0, 1, 2, 3, 4]
+    assert queues[0].draw() is None
+    queues[1].report(rejected=True)
+    assert queues[0].draw() == 5
+    for _ in range(4):
+        queues[0].report(rejected=False)
+    assert not queues[0].closed()
+    queues[1].report(rejected=False)
+    assert queues[0].closed()
+    assert queues[1].closed()
+
+
+def test_no_replacement_after_a_tail_was_cut():
+    store = dist.HashStore()
+    queues = [SharedQueue(store, engine, 2, 8) for engine in range(2)]
+    assert [queue.draw() for queue in queues] == [0, 1]
+    queues[0].give_up()
+    queues[0].report(rejected=False)
+    queues[1].report(rejected=True)
+    assert queues[1].draw() is None
+    assert queues[1].closed()
+
+
+# Host time (acceptance 9 of spec 2.14).
+
+
+@pytest.mark.parametrize("boxed", ["none", "boxed_and_eos"])
+def test_host_time_of_a_step(boxed):
+    """At most 2 ms for 384 live requests with one token each, the engine's own time left out."""
+    config = make_config(
+        {"tree": {"width": 16, "segment_tokens": 512, "branching": {"first": 16}, "stopping": {"boxed": boxed}}}
+    )
+    engine = FakeEngine(lambda request, position: 5 + position % 97)
+    begin, host = [time.thread_time()], []
+    original = engine.step
+
+    def step():
+        host.append(time.thread_time() - begin[0])
+        if len(host) == 330:
+            raise KeyboardInterrupt
+        assert len(engine.requests) == 384
+        chunks = original()
+        begin[0] = time.thread_time()
+        return chunks
+
+    engine.step = step
+    with pytest.raises(KeyboardInterrupt):
+        collect(engine, make_prompts(24), config, FakeRewards(verdict))
+    # Looks for repetition come every 16 tokens: the mean of such a stretch, of the best one.
+    stretches = np.array(host[1:321]).reshape(-1, 16).mean(axis=1)
+    assert stretches.min() < 0.002, f"{stretches.min() * 1e3:.2f} ms"

@@ -1,0 +1,65 @@
+"""The ranks of one engine in step: the first one orders, all compare what they saw."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from treepo_mcore.rollout.engine import Chunk
+
+
+class Agreement:
+    """One call for everything that the ranks of an engine exchange, so that no two different calls can meet.
+
+    A rank that went another way shows another digest; without the comparison the job would hang much later.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, every: int) -> None:
+        """group: the engine's ranks, None for one. It should have a short timeout. every: engine steps."""
+        self._group = group
+        self._every = every
+        self._digest = 0
+        self._step = 0
+        self._last = 0  # step of the last comparison
+
+    @property
+    def alone(self) -> bool:
+        """Whether the engine has one rank."""
+        return self._group is None
+
+    def saw(self, chunks: Sequence[Chunk]) -> None:
+        """Remember the tokens of an engine step; compares every so many steps."""
+        self._step += 1
+        if self._group is None:
+            return
+        text = " ".join([f"{chunk.request} {chunk.finish}" for chunk in chunks])
+        tokens = array("q", [token for chunk in chunks for token in chunk.tokens])
+        self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(text.encode(), self._digest))
+        if self._step - self._last >= self._every:
+            self.order(None, False)
+
+    def order(self, number: int | None, closed: bool) -> tuple[int | None, bool]:
+        """What the engine's first rank passed in, on all of its ranks. Raises RuntimeError where they differ."""
+        if self._group is None:
+            return number, closed
+        mine = torch.tensor([self._digest, -1 if number is None else number, int(closed)])
+        rows = [torch.empty_like(mine) for _ in range(self._group.size())]
+        try:
+            dist.all_gather(rows, mine, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self._where()}: a rank of this engine is gone or went another way: {error}"
+            ) from error
+        digests = [int(row[0]) for row in rows]
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"{self._where()}: the ranks of this engine sampled different tokens: {digests}")
+        self._last = self._step
+        first = rows[0].tolist()
+        return (None if first[1] < 0 else first[1]), bool(first[2])
+
+    def _where(self) -> str:
+        return f"engine steps {self._last} to {self._step} of this phase"
