@@ -59,7 +59,8 @@ def _kind(field: FieldInfo) -> str:
     text = str(field.annotation)
     if isinstance(field.annotation, type):
         text = field.annotation.__name__
-    text = re.sub(r"typing\.|pathlib\.|<class '|'>", "", text)
+    text = re.sub(r"Annotated\[(.*), BeforeValidator.*\)\]", r"\1", re.sub(r"typing\.|pathlib\.|<class '|'>", "", text))
+    text = re.sub(r"Optional\[(.*)\]$", r"\1 | None", text.replace("tuple[int, int]", "int or [low, high]"))
     text = re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace(", ", " \\| "), text)
     return text.replace(" | None", " or null").replace("'", "")
 

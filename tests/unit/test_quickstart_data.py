@@ -32,7 +32,7 @@ make_tokenizer = load_script("make_tokenizer")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    make_data.write_data(folder, seed=1, train_size=2000, eval_size=200, hasty=0.5)
+    make_data.write_data(folder, seed=1, train_size=2000, eval_size=200)
     make_tokenizer.write_tokenizer([folder / "sft.jsonl"], folder / "tokenizer")
     return folder
 
@@ -69,11 +69,6 @@ def test_solutions_are_right(folder):
         assert quick_verdict(row["solution"], row["answer"])
 
 
-def test_results_are_mostly_small(folder):
-    results = [int(n) for row in rows(folder / "train.jsonl") for n in re.findall(r"=(\d+)", row["solution"])]
-    assert sum(result > 99 for result in results) < 0.12 * len(results)
-
-
 def test_styles(folder):
     answers = {row["prompt"]: row["answer"] for row in rows(folder / "train.jsonl")}
     counts = {"plain": 0, "told": 0, "hasty": 0}
@@ -83,8 +78,8 @@ def test_styles(folder):
         assert ("=" in row["solution"]) == (row["style"] != "hasty")
         assert row["solution"].startswith(" ")
         assert row["prompt"].endswith("\nAnswer:")
-    assert counts["hasty"] == pytest.approx(1000, abs=100)
-    assert counts["plain"] == pytest.approx(500, abs=100)
+    assert counts["plain"] == pytest.approx(counts["told"], abs=120)
+    assert 700 < counts["hasty"] < 1300  # both kinds of kinds are there
 
 
 def test_eval_is_disjoint_from_train(folder):
@@ -121,20 +116,15 @@ def test_no_two_problems_share_an_expression():
 
 
 def test_the_seed_decides_every_byte(folder, tmp_path):
-    make_data.write_data(tmp_path, seed=1, train_size=2000, eval_size=200, hasty=0.5)
+    make_data.write_data(tmp_path, seed=1, train_size=2000, eval_size=200)
     for name in ("train.jsonl", "eval.jsonl", "sft.jsonl"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_hasty_share_is_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"hasty: expected a share in \[0, 1\], found 1.5"):
-        make_data.write_data(tmp_path, hasty=1.5)
 
 
 def test_tokenizer_agrees_with_sentencepiece_and_gives_the_text_back(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     own = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
-    assert tokenizer.vocab_size == own.get_piece_size() == 320
+    assert tokenizer.vocab_size == own.get_piece_size() == 448
     assert tokenizer.eos_ids == (own.eos_id(),) == (2,)
     texts = [row[key] for row in rows(folder / "sft.jsonl")[:500] for key in ("prompt", "solution")]
     texts += [row["prompt"] for row in rows(folder / "eval.jsonl")]
@@ -166,7 +156,7 @@ def test_lengths(folder):
     sft = rows(folder / "sft.jsonl")
     prompts = [len(tokenizer.encode(row["prompt"])) for row in sft]
     careful = [len(tokenizer.encode(row["solution"])) for row in sft if row["style"] != "hasty"]
-    assert 25 <= min(prompts) <= max(prompts) <= 45
+    assert 20 <= min(prompts) <= max(prompts) <= 40
     assert 15 <= min(careful) <= max(careful) <= 50
 
 

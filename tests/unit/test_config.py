@@ -1,0 +1,145 @@
+"""Configuration: errors that name the key, overrides, and a dump that reads back."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treepo_mcore.config import Config, ConfigError, dump_config, load_config, parse_config
+
+SMALL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def message(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("rollout.temprature=1", "rollout.temprature", "rollout.temperature"),
+        ("rollout.tree.widht=4", "rollout.tree.widht", "rollout.tree.width"),
+        ("actor.optimizer.learning=1", "actor.optimizer.learning", None),
+        ("rolout.tp=2", "rolout", "rollout"),
+        ("trainer.prompt_per_step=2", "trainer.prompt_per_step", "trainer.prompts_per_step"),
+    ],
+)
+def test_unknown_key(file, override, key, nearest):
+    text = message(file, override)
+    assert f"unknown key {key}" in text
+    assert str(file) in text
+    if nearest:
+        assert text.endswith(f"did you mean {nearest}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "found"),
+    [
+        ("rollout.tp=two", "rollout.tp", "'two'"),
+        ("actor.optimizer.lr=fast", "actor.optimizer.lr", "'fast'"),
+        ("actor.optimizer.lr=0", "actor.optimizer.lr", "0"),
+        ("rollout.tree=3", "rollout.tree", "3"),
+        ("actor.dtype=float8", "actor.dtype", "'float8'"),
+        ("trainer.steps=1.5", "trainer.steps", "1.5"),
+        ("model.path=", "model.path", "None"),
+    ],
+)
+def test_wrong_type_or_value(file, override, key, found):
+    text = message(file, override)
+    assert f"{key}:" in text
+    assert text.endswith(f"found {found}")
+
+
+def test_missing_key(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\n")
+    assert message(path).endswith("missing key data")
+
+
+@pytest.mark.parametrize("override", ["rollout.top_p=0.9", "rollout.top_k=50"])
+def test_cut_distributions_are_refused(file, override):
+    """Their log-probs are not of the distribution that the importance ratios are about."""
+    assert "use top_p=1, top_k=0" in message(file, override)
+
+
+def test_updates_larger_than_a_step_are_refused(file):
+    text = message(file, "trainer.prompts_per_step=4", "trainer.prompts_per_update=8")
+    assert "trainer.prompts_per_update: 8" in text
+
+
+def test_overrides_are_yaml_values_at_dotted_keys(file):
+    config = load_config(
+        file,
+        [
+            "rollout.tree.width=4",
+            "rollout.tree.branching.factor=[2, 4]",
+            "rollout.engine={max_num_seqs: 8}",
+            "rollout.engine.block_size=16",
+            "actor.sequence_parallel=true",
+            "actor.optimizer.lr=3e-4",
+            "data.eval=null",
+            "trainer.max_seconds=10",
+            "rollout.tree.branching.first=3",
+            "run.dir=a=b",
+        ],
+    )
+    assert config.rollout.tree.width == 4
+    assert config.rollout.tree.branching.factor == (2, 4)
+    assert config.rollout.tree.branching.first == (3, 3)
+    assert config.rollout.engine == {"max_num_seqs": 8, "block_size": 16}
+    assert config.actor.sequence_parallel is True
+    assert config.actor.optimizer.lr == 3e-4
+    assert config.data.eval is None
+    assert config.trainer.max_seconds == 10
+    assert str(config.run.dir) == "a=b"
+
+
+@pytest.mark.parametrize("override", ["rollout.tp", "=3"])
+def test_an_override_without_key_and_value(file, override):
+    assert message(file, override).startswith(f"override {override!r}: expected key=value")
+
+
+def test_an_override_below_a_value(file):
+    assert "path is a value, not a section" in message(file, "model.path.name=x")
+
+
+def test_an_override_that_is_not_yaml(file):
+    assert "not valid YAML" in message(file, "rollout.tp=[1")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    assert message(path) == f"{path}: no such configuration file"
+    path.write_text("- a\n- b\n")
+    assert "expected a mapping at the top, found list" in message(path)
+    path.write_text("model: {path: m\n")
+    assert "not valid YAML" in message(path)
+
+
+@given(
+    st.integers(1, 64),
+    st.floats(0.1, 2, allow_nan=False),
+    st.sampled_from(["tree", "flat"]),
+    st.sampled_from(["none", "selective", "full"]),
+    st.one_of(st.none(), st.integers(2, 4)),
+)
+def test_a_dump_reads_back_to_an_equal_configuration(width, temperature, sampler, recompute, vpp):
+    config = parse_config(
+        SMALL
+        | {
+            "rollout": {"sampler": sampler, "temperature": temperature, "tree": {"width": width}},
+            "actor": {"recompute": recompute, "vpp": vpp, "megatron": {"recompute_modules": ["core_attn"]}},
+        }
+    )
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
