@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import time
-from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,19 +18,17 @@ from treepo_mcore.config import Config, dump_config
 from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.observe.environment import versions
-from treepo_mcore.observe.metrics import Clock, MetricsLog
+from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.rewards.pool import RewardPool
-from treepo_mcore.rollout.collector import Collection, Collector, Counts, informative
-from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
+from treepo_mcore.rollout.collector import informative
+from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
 from treepo_mcore.tree.advantage import advantages
 from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
-from treepo_mcore.tree.stats import tree_stats
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 
-ENGINE_TIMEOUT = 60  # seconds that the ranks of an engine wait for each other
 ROLLOUT_DTYPES = DTYPES | {"float16": torch.float16}
 
 
@@ -69,9 +63,8 @@ class Trainer:
         )
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
         self.engine.sleep()
-        self.collector = Collector(config, self.engine, tokenizer, self.rewards, self._engine_group())
+        self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
-        self.leaders = dist.new_group(list(range(0, self.grid.world, config.rollout.tp)), backend="gloo")
         self.step = 0
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
 
@@ -102,10 +95,10 @@ class Trainer:
         with clock.phase("push"):
             self._push()
         with clock.phase("rollout"):
-            trees, counts = self._rollout()
+            trees, counts = self.rollout.collect(self.prompts, self.step)
         with clock.phase("sleep"):
             self.engine.sleep()
-        values = _describe(trees, counts, clock.seconds["rollout"])
+        values = rollout_metrics(trees, counts, clock.seconds["rollout"])
         kept = [tree for tree in trees if informative(tree)] if self.config.filter.enabled else trees
         with clock.phase("update"):
             values |= self._update(kept)
@@ -117,63 +110,13 @@ class Trainer:
     def evaluate(self) -> float:
         """Share of held-out prompts answered correctly, greedy decoding with the actor's current weights."""
         self._push()
-        mine = self.held_out[self.grid.engine :: self.grid.engines]
-        answers = self.engine.greedy([prompt.tokens for prompt in mine], self.collector.tree_config.response_tokens)
+        accuracy = self.rollout.accuracy(self.held_out)
         self.engine.sleep()
-        correct = 0
-        if self.rewards is not None:
-            for index, (prompt, answer) in enumerate(zip(mine, answers, strict=True)):
-                self.rewards.submit(index, self.tokenizer.decode(answer), prompt.answer, prompt.text)
-            correct = sum(result.correct for result in self.rewards.drain())
-        total = torch.tensor(correct)
-        dist.all_reduce(total)
-        return int(total) / len(self.held_out)
+        return accuracy
 
     def _push(self) -> None:
         dtype = ROLLOUT_DTYPES[self.config.rollout.dtype]
         self.engine.wake(gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, dtype))
-
-    def _rollout(self) -> tuple[list[Tree], Counts]:
-        """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts."""
-        wanted, filter_ = self.config.trainer.prompts_per_step, self.config.filter
-        limit = math.ceil(wanted * filter_.max_prompts_factor) if filter_.enabled else wanted
-        prompts = self.prompts.peek(limit)
-        queue = self._queue(wanted, limit) if self.grid.leads_engine else None
-        progress = self.step / max(self.config.trainer.steps, 1)
-        result = self._exchange(self.collector.collect(prompts, queue, self.step, progress))
-        if not result.trees:
-            raise RuntimeError(f"step {self.step}: no prompt was finished; see rollout.tail_steps and the engine's log")
-        self.prompts.next(result.counts.drawn_prompts)
-        if self.config.rollout.unfinished == "carry":
-            self.prompts.put_back([prompts[number] for number in result.unfinished])
-        if self.config.reward.shuffle:
-            _shuffle_rewards(result.trees, random.Random(f"{self.config.run.seed}/{self.step}"))
-        return result.trees, result.counts
-
-    def _queue(self, wanted: int, limit: int) -> PromptQueue:
-        engine, engines = self.grid.engine, self.grid.engines
-        if self.config.run.deterministic:
-            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
-        # The store that the process groups met at; with one engine nobody else looks.
-        store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
-        return SharedQueue(dist.PrefixStore(f"treepo/step{self.step}", store), engine, wanted, limit)
-
-    def _exchange(self, mine: Collection) -> Collection:
-        """All engines' results on every rank; the first rank of each engine speaks for it."""
-        everyone: list[Any] = [None] * self.grid.world
-        begin = time.perf_counter()
-        dist.barrier()
-        mine.counts.idle_seconds += time.perf_counter() - begin  # until the slowest engine is done
-        dist.all_gather_object(everyone, mine if self.grid.leads_engine else None)
-        total = Collection()
-        for part in everyone:
-            if part is not None:
-                total.trees += part.trees
-                total.unfinished += part.unfinished
-                total.counts.add(part.counts)
-        total.trees.sort(key=lambda tree: int(tree.meta["number"]))
-        total.unfinished.sort()
-        return total
 
     def _update(self, trees: list[Tree]) -> dict[str, float]:
         """Optimizer steps over mini-batches of whole prompts; old log-probs all come from before the first."""
@@ -297,55 +240,3 @@ class Trainer:
 
     def _layout(self) -> str:
         return f"tp{self.grid.tp} pp{self.grid.pp} dp{self.grid.dp} rollout-tp{self.config.rollout.tp}"
-
-    def _engine_group(self) -> dist.ProcessGroup | None:
-        """A group of this engine's ranks; all ranks make all groups."""
-        size = self.config.rollout.tp
-        if size == 1:
-            return None
-        # A rank that went another way must not keep the others for half an hour.
-        wait = timedelta(seconds=ENGINE_TIMEOUT)
-        groups = [
-            dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo", timeout=wait)
-            for e in range(self.grid.engines)
-        ]
-        return groups[self.grid.engine]
-
-
-def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
-    """The control experiment: the same rewards on other leaves."""
-    leaves = [leaf for tree in trees for leaf in tree.leaves]
-    verdicts = [(leaf.reward, leaf.correct) for leaf in leaves]
-    rng.shuffle(verdicts)
-    for leaf, (reward, correct) in zip(leaves, verdicts, strict=True):
-        leaf.reward, leaf.correct = reward, correct
-
-
-def _describe(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
-    leaves = [leaf for tree in trees for leaf in tree.leaves]
-    stats = tree_stats(trees)
-    return {
-        "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
-        "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
-        "rollout/leaves": stats.leaves,
-        "rollout/response_tokens_mean": stats.mean_length,
-        "rollout/physical_tokens": stats.physical_tokens,
-        "rollout/logical_tokens": stats.logical_tokens,
-        "rollout/effective_leaves": stats.effective_leaves,
-        "rollout/fallback_share": stats.fallback_leaves / stats.leaves,
-        **{f"rollout/ended_{reason}": count / stats.leaves for reason, count in sorted(stats.reasons.items())},
-        "rollout/decoded_tokens": counts.decoded_tokens,
-        "rollout/tokens_per_second": counts.decoded_tokens / seconds,
-        "rollout/engine_steps": counts.steps,
-        "rollout/occupancy": counts.live_sum / max(counts.steps, 1),
-        "rollout/requests": counts.requests,
-        "rollout/prefix_hit_tokens": counts.cached_tokens,
-        "rollout/prefill_tokens": counts.context_tokens - counts.cached_tokens,
-        "rollout/preemptions": counts.preemptions,
-        "rollout/drawn_prompts": counts.drawn_prompts,
-        "rollout/failed_prompts": counts.failed_prompts,
-        "rollout/unfinished_prompts": counts.unfinished_prompts,
-        "rollout/discarded_tokens": counts.discarded_tokens,
-        "rollout/tail_steps": counts.tail_steps,
-        "rollout/idle_seconds": counts.idle_seconds,
-    }

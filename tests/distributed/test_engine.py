@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from harness import launch
@@ -78,9 +80,7 @@ def test_greedy_answers_after_every_push(job, prompts):
 
 def test_every_step_changed_the_answers(job):
     answers = job[0][0]["answers"]
-    assert all(
-        a != b for before, after in zip(answers, answers[1:], strict=False) for a, b in zip(before, after, strict=True)
-    )
+    assert all(a != b for before, after in itertools.pairwise(answers) for a, b in zip(before, after, strict=True))
 
 
 def test_every_eos_id_ends_an_answer(job):

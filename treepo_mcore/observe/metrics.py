@@ -1,13 +1,17 @@
-"""Metrics of a run: wall time by phase, and one JSON object a step in metrics.jsonl."""
+"""Metrics of a run: wall time by phase, what the rollout brought, one JSON object a step in metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from treepo_mcore.rollout.collector import Counts
+from treepo_mcore.tree.stats import tree_stats
+from treepo_mcore.tree.tree import Tree
 
 
 class Clock:
@@ -44,3 +48,34 @@ class MetricsLog:
 
     def _lines(self) -> list[str]:
         return self.file.read_text().splitlines() if self.file.is_file() else []
+
+
+def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
+    """What a rollout phase of `seconds` brought; tokens are physical unless the name says logical."""
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    stats = tree_stats(trees)
+    return {
+        "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
+        "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
+        "rollout/leaves": stats.leaves,
+        "rollout/response_tokens_mean": stats.mean_length,
+        "rollout/physical_tokens": stats.physical_tokens,
+        "rollout/logical_tokens": stats.logical_tokens,
+        "rollout/effective_leaves": stats.effective_leaves,
+        "rollout/fallback_share": stats.fallback_leaves / stats.leaves,
+        **{f"rollout/ended_{reason}": count / stats.leaves for reason, count in sorted(stats.reasons.items())},
+        "rollout/decoded_tokens": counts.decoded_tokens,
+        "rollout/tokens_per_second": counts.decoded_tokens / seconds,
+        "rollout/engine_steps": counts.steps,
+        "rollout/occupancy": counts.live_sum / max(counts.steps, 1),
+        "rollout/requests": counts.requests,
+        "rollout/prefix_hit_tokens": counts.cached_tokens,
+        "rollout/prefill_tokens": counts.context_tokens - counts.cached_tokens,
+        "rollout/preemptions": counts.preemptions,
+        "rollout/drawn_prompts": counts.drawn_prompts,
+        "rollout/failed_prompts": counts.failed_prompts,
+        "rollout/unfinished_prompts": counts.unfinished_prompts,
+        "rollout/discarded_tokens": counts.discarded_tokens,
+        "rollout/tail_steps": counts.tail_steps,
+        "rollout/idle_seconds": counts.idle_seconds,
+    }

@@ -1,0 +1,227 @@
+"""Model directories: what is refused and in which words, and rotary frequencies in both spellings."""
+
+import json
+import struct
+
+import pytest
+import torch
+from models import LLAMA3, YARN, make_model
+from transformers import AutoModelForCausalLM
+
+from treepo_mcore.architecture import read_architecture, resolve_model, weight_files
+from treepo_mcore.config import ConfigError, ModelConfig
+from treepo_mcore.weights.hf import check_weights
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return make_model(tmp_path / "model", "qwen2", tokenizer=False)
+
+
+def edit(directory, remove=(), **values):
+    """Change config.json."""
+    file = directory / "config.json"
+    raw = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}))
+    return directory
+
+
+def refused(function, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What config.json says.
+
+
+def test_sizes(directory):
+    arch = read_architecture(directory)
+    assert (arch.family, arch.hidden, arch.layers, arch.heads, arch.kv_heads) == ("qwen2", 128, 4, 4, 2)
+    assert (arch.vocab, arch.head_dim, arch.queries_per_group) == (330, 32, 2)
+    assert (arch.qkv_bias, arch.qk_norm, arch.tied) == (True, False, False)
+
+
+def test_head_dim_need_not_be_hidden_over_heads(tmp_path):
+    arch = read_architecture(make_model(tmp_path, "qwen3", head_dim=64))
+    assert arch.head_dim == 64
+    assert len(arch.rope_inv_freq) == 32
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM; supported: Qwen2ForCausalLM"),
+        ({"architectures": None}, "architecture none"),
+        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}, "sliding-window attention"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
+    ],
+)
+def test_what_megatron_would_ignore_is_refused(directory, values, words):
+    text = refused(read_architecture, edit(directory, **values))
+    assert words in text
+    assert f"{directory}/config.json" in text
+
+
+def test_attention_bias_of_other_families_is_refused(tmp_path):
+    text = refused(read_architecture, edit(make_model(tmp_path, "llama"), attention_bias=True))
+    assert "biases on llama attention" in text
+
+
+def test_a_sliding_window_that_no_layer_uses_is_fine(directory):
+    edit(directory, use_sliding_window=True, layer_types=["full_attention"] * 4)
+    assert read_architecture(directory).layers == 4
+
+
+def test_config_json_missing_or_broken(directory):
+    (directory / "config.json").write_text("{")
+    assert "not valid JSON" in refused(read_architecture, directory)
+    (directory / "config.json").unlink()
+    assert refused(read_architecture, directory) == f"{directory}/config.json: missing"
+
+
+# Rotary embeddings.
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "yarn": YARN,
+    "llama3": LLAMA3,
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_both_spellings_of_the_rotary_embedding_mean_the_same(name, family, tmp_path):
+    rope = ROPES[name]
+    new = make_model(tmp_path / "new", family, rope_parameters=rope, tokenizer=False)
+    assert "rope_parameters" in json.loads((new / "config.json").read_text())
+    old = make_model(tmp_path / "old", family, rope_parameters=rope, tokenizer=False)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    edit(
+        old,
+        remove=["rope_parameters"],
+        rope_theta=rope["rope_theta"],
+        rope_scaling=None if name == "default" else scaling,
+    )
+    one, other = read_architecture(new), read_architecture(old)
+    assert one.rope_inv_freq == other.rope_inv_freq
+    assert one.rope_scale == other.rope_scale
+    assert (one.rope_scale != 1) == (name == "yarn")
+    rotary = AutoModelForCausalLM.from_pretrained(old).model.rotary_emb
+    torch.testing.assert_close(torch.tensor(one.rope_inv_freq), rotary.inv_freq, rtol=0, atol=0)
+    assert one.rope_scale == rotary.attention_scaling
+
+
+def test_the_older_name_of_the_rope_type(directory):
+    edit(directory, remove=["rope_parameters"], rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0})
+    plain = 1 / 1e4 ** (torch.arange(0, 32, 2) / 32)
+    torch.testing.assert_close(torch.tensor(read_architecture(directory).rope_inv_freq), plain / 2)
+
+
+# Weight files.
+
+
+def test_truncated(directory):
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    for size, words in ((len(content) - 10, f"expected {len(content)}"), (100, "header alone"), (3, "truncated")):
+        file.write_bytes(content[:size])
+        text = refused(weight_files, directory)
+        assert f"{file}: truncated safetensors file" in text
+        assert words in text
+
+
+def test_header_that_is_no_json(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 16) + b"x" * 64)
+    assert str(file) in refused(weight_files, directory)
+
+
+def test_missing(directory):
+    (directory / "model.safetensors").unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in refused(weight_files, directory)
+
+
+@pytest.fixture
+def sharded(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="1MB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 1
+    return directory
+
+
+def test_index_that_names_a_missing_file(sharded):
+    gone = sorted(sharded.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    assert refused(weight_files, sharded) == f"{gone}: missing weight file"
+
+
+def test_index_that_places_a_tensor_wrongly(sharded):
+    file = sharded / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name, holder = next(iter(index["weight_map"].items()))
+    other = next(f for f in index["weight_map"].values() if f != holder)
+    index["weight_map"][name] = other
+    file.write_text(json.dumps(index))
+    assert f"{sharded / other}: the index places {name} here" in refused(weight_files, sharded)
+
+
+def test_shape_that_config_json_does_not_imply(directory):
+    arch = read_architecture(edit(directory, intermediate_size=512))
+    text = refused(check_weights, directory, arch)
+    assert "has shape" in text
+    assert "config.json implies" in text
+
+
+def test_tensor_that_is_missing(directory):
+    arch = read_architecture(edit(directory, num_hidden_layers=5))
+    assert "tensor model.layers.4.input_layernorm.weight is missing" in refused(check_weights, directory, arch)
+
+
+def test_complete_directories_pass(directory, sharded):
+    assert len(check_weights(sharded, read_architecture(sharded))) == 4 * 12 + 3
+
+
+# Hub names.
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A cache made by hand that holds org/model at main and at a tag."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository = tmp_path / "hub" / "models--org--model"
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        make_model(repository / "snapshots" / commit, "qwen2", tokenizer=False)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    return repository / "snapshots"
+
+
+def test_hub_name_from_the_cache(hub_cache):
+    assert resolve_model(ModelConfig(path="org/model")) == hub_cache / ("a" * 40)
+    assert resolve_model(ModelConfig(path="org/model", revision="v1")) == hub_cache / ("b" * 40)
+    assert read_architecture(resolve_model(ModelConfig(path="org/model"))).layers == 4
+
+
+@pytest.mark.parametrize(("path", "revision"), [("org/other", None), ("org/model", "v2")])
+def test_hub_name_that_is_not_in_the_cache(path, revision, hub_cache):
+    text = refused(resolve_model, ModelConfig(path=path, revision=revision))
+    assert f"model.path: {path} at revision {revision or 'main'}" in text
+    assert "HF_HUB_OFFLINE is set" in text
+
+
+@pytest.mark.parametrize("path", ["no/such/directory", "/no/such", "./missing", "missing"])
+def test_path_that_is_not_there(path):
+    assert f"model.path: {path}: no such directory" in refused(resolve_model, ModelConfig(path=path))

@@ -1,0 +1,115 @@
+"""The policy loss on tree edges against the loss of the flattened leaves, and log-probs against log_softmax."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_mcore.actor.loss import VocabParallelLogProb, nll_loss, policy_loss
+from treepo_mcore.config import LossConfig
+
+
+def one_leaf_loss(logp, old, advantage, config):
+    """Clip-higher and dual clip as the papers write them, of one token of one leaf."""
+    ratio = (logp - old).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    return torch.where(advantage < 0, torch.minimum(loss, -advantage * config.dual_clip), loss)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.floats(0, 0.1))
+def test_equal_to_the_flattened_leaves(seed, leaves, entropy_coef):
+    draw = torch.Generator().manual_seed(seed)
+    edges = 12
+    config = LossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0, entropy_coef=entropy_coef)
+    logp = torch.randn(edges, generator=draw, dtype=torch.float64).requires_grad_()
+    old = logp.detach() + 1.5 * torch.randn(edges, generator=draw, dtype=torch.float64)
+    entropy = torch.rand(edges, generator=draw, dtype=torch.float64).requires_grad_()
+    through = torch.rand(edges, leaves, generator=draw) < 0.6
+    through[:, 0] = True
+    worth = torch.randn(leaves, generator=draw, dtype=torch.float64) * through
+    mine = policy_loss(logp, old, worth.clamp(min=0).sum(1), worth.clamp(max=0).sum(1), entropy, through.sum(1), config)
+    mine.backward()
+    found = logp.grad.clone(), entropy.grad.clone()
+    logp.grad = entropy.grad = None
+    flat = one_leaf_loss(logp[:, None], old[:, None], worth, config) * through
+    flat = flat.sum() - entropy_coef * (entropy[:, None] * through).sum()
+    flat.backward()
+    torch.testing.assert_close(mine, flat)
+    torch.testing.assert_close(found, (logp.grad, entropy.grad), rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_stops_the_gradient_on_the_right_side():
+    """Good tokens stop above 1 + clip_high, bad ones below 1 - clip_low and above dual_clip."""
+    config = LossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    ratios = torch.tensor([0.5, 1.0, 1.27, 1.29, 2.9, 3.1])
+    for positive, alive in ((1.0, [1, 1, 1, 0, 0, 0]), (0.0, [0, 1, 1, 1, 1, 0])):
+        logp = ratios.log().requires_grad_()
+        good, bad = torch.full((6,), positive), torch.full((6,), positive - 1)
+        policy_loss(logp, torch.zeros(6), good, bad, torch.zeros(6), torch.ones(6), config).backward()
+        assert (logp.grad != 0).int().tolist() == alive
+        torch.testing.assert_close(logp.grad.abs(), ratios * torch.tensor(alive))
+
+
+def test_supervised_loss_counts_leaves():
+    assert nll_loss(torch.tensor([-1.0, -2.0]), torch.tensor([3, 1])).item() == 5.0
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """A group of one."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("columns", [330, 384])
+def test_log_probs_entropy_and_gradients(group, columns):
+    """Padded columns hold large logits, which would show."""
+    vocab, edges = 330, 40
+    draw = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(edges, columns, generator=draw)
+    logits[:, vocab:] += 30
+    target = torch.randint(0, vocab, (edges,), generator=draw)
+    weights = torch.randn(2, edges, generator=draw)
+    mine = logits.clone().requires_grad_()
+    logp, entropy = VocabParallelLogProb.apply(mine, target, vocab, group)
+    (weights[0] * logp + weights[1] * entropy).sum().backward()
+    theirs = logits.double().requires_grad_()
+    full = theirs[:, :vocab].log_softmax(-1)
+    expected = full.gather(1, target[:, None])[:, 0]
+    expected_entropy = -(full.exp() * full).sum(-1)
+    (weights[0] * expected + weights[1] * expected_entropy).sum().backward()
+    torch.testing.assert_close(logp, expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.grad, theirs.grad.float(), rtol=1e-4, atol=1e-6)
+    assert mine.grad[:, vocab:].eq(0).all()
+
+
+def test_logits_are_not_overwritten(group):
+    logits = torch.randn(3, 8)
+    before = logits.clone()
+    VocabParallelLogProb.apply(logits, torch.zeros(3, dtype=torch.int64), 5, group)
+    assert torch.equal(logits, before)
+
+
+def test_half_precision_logits_give_float32(group):
+    logits = torch.randn(3, 8).bfloat16().requires_grad_()
+    logp, entropy = VocabParallelLogProb.apply(logits, torch.zeros(3, dtype=torch.int64), 5, group)
+    assert logp.dtype == entropy.dtype == torch.float32
+    logp.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_very_unlikely_tokens_stay_finite(group):
+    logits = torch.tensor([[500.0, -500.0, 0.0]], requires_grad=True)
+    logp, entropy = VocabParallelLogProb.apply(logits, torch.tensor([1]), 3, group)
+    (logp + entropy).sum().backward()
+    assert logp.item() == -1000
+    assert entropy.item() == 0
+    assert torch.isfinite(logits.grad).all()

@@ -1,0 +1,118 @@
+"""The rollout phase of all engines together: who samples what, and every tree to every rank."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from treepo_mcore.actor.parallel import Grid
+from treepo_mcore.config import Config
+from treepo_mcore.data.prompts import Prompt, PromptStream
+from treepo_mcore.data.tokenizer import Tokenizer
+from treepo_mcore.rewards.pool import RewardPool
+from treepo_mcore.rollout.collector import Collection, Collector, Counts
+from treepo_mcore.rollout.engine import Engine
+from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
+from treepo_mcore.tree.tree import Tree
+
+ENGINE_TIMEOUT = 60  # seconds that the ranks of an engine wait for each other
+
+
+class Rollout:
+    """Every rank makes one and calls it at the same time as the others."""
+
+    def __init__(
+        self, config: Config, grid: Grid, engine: Engine, tokenizer: Tokenizer, rewards: RewardPool | None
+    ) -> None:
+        """rewards: only on the first rank of each engine. Collective: makes process groups."""
+        self.config, self.grid, self.engine = config, grid, engine
+        self.tokenizer, self.rewards = tokenizer, rewards
+        self.collector = Collector(config, engine, tokenizer, rewards, self._engine_group())
+        self.leaders = dist.new_group(list(range(0, grid.world, config.rollout.tp)), backend="gloo")
+
+    def collect(self, stream: PromptStream, step: int) -> tuple[list[Tree], Counts]:
+        """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts.
+
+        Moves the stream on by what was drawn. Raises RuntimeError when not one tree was finished.
+        """
+        wanted, filter_ = self.config.trainer.prompts_per_step, self.config.filter
+        limit = math.ceil(wanted * filter_.max_prompts_factor) if filter_.enabled else wanted
+        prompts = stream.peek(limit)
+        queue = self._queue(step, wanted, limit) if self.grid.leads_engine else None
+        progress = step / max(self.config.trainer.steps, 1)
+        result = self._exchange(self.collector.collect(prompts, queue, step, progress))
+        if not result.trees:
+            raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
+        stream.next(result.counts.drawn_prompts)
+        if self.config.rollout.unfinished == "carry":
+            stream.put_back([prompts[number] for number in result.unfinished])
+        if self.config.reward.shuffle:
+            _shuffle_rewards(result.trees, random.Random(f"{self.config.run.seed}/{step}"))
+        return result.trees, result.counts
+
+    def _queue(self, step: int, wanted: int, limit: int) -> PromptQueue:
+        engine, engines = self.grid.engine, self.grid.engines
+        if self.config.run.deterministic:
+            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
+        # The store that the process groups met at; with one engine nobody else looks.
+        store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
+        return SharedQueue(dist.PrefixStore(f"treepo/step{step}", store), engine, wanted, limit)
+
+    def _exchange(self, mine: Collection) -> Collection:
+        """All engines' results on every rank; the first rank of each engine speaks for it."""
+        everyone: list[Any] = [None] * self.grid.world
+        begin = time.perf_counter()
+        dist.barrier()
+        mine.counts.idle_seconds += time.perf_counter() - begin  # until the slowest engine is done
+        dist.all_gather_object(everyone, mine if self.grid.leads_engine else None)
+        total = Collection()
+        for part in everyone:
+            if part is not None:
+                total.trees += part.trees
+                total.unfinished += part.unfinished
+                total.counts.add(part.counts)
+        total.trees.sort(key=lambda tree: int(tree.meta["number"]))
+        total.unfinished.sort()
+        return total
+
+    def accuracy(self, prompts: Sequence[Prompt]) -> float:
+        """Share of prompts that all engines together answer correctly by greedy decoding."""
+        mine = prompts[self.grid.engine :: self.grid.engines]
+        answers = self.engine.greedy([prompt.tokens for prompt in mine], self.collector.tree_config.response_tokens)
+        correct = 0
+        if self.rewards is not None:
+            for index, (prompt, answer) in enumerate(zip(mine, answers, strict=True)):
+                self.rewards.submit(index, self.tokenizer.decode(answer), prompt.answer, prompt.text)
+            correct = sum(result.correct for result in self.rewards.drain())
+        total = torch.tensor(correct)
+        dist.all_reduce(total)
+        return int(total) / len(prompts)
+
+    def _engine_group(self) -> dist.ProcessGroup | None:
+        """A group of this engine's ranks; all ranks make all groups."""
+        size = self.config.rollout.tp
+        if size == 1:
+            return None
+        # A rank that went another way must not keep the others for half an hour.
+        wait = timedelta(seconds=ENGINE_TIMEOUT)
+        groups = [
+            dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo", timeout=wait)
+            for e in range(self.grid.engines)
+        ]
+        return groups[self.grid.engine]
+
+
+def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
+    """The control experiment: the same rewards on other leaves."""
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    verdicts = [(leaf.reward, leaf.correct) for leaf in leaves]
+    rng.shuffle(verdicts)
+    for leaf, (reward, correct) in zip(leaves, verdicts, strict=True):
+        leaf.reward, leaf.correct = reward, correct
