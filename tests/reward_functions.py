@@ -8,19 +8,22 @@ import time
 
 def last_word_is_even(response: str, answer: str, prompt: str) -> float:
     """Right for about half of all random answers."""
-    words = response.split()
-    return 1.0 if words and int(words[-1].lstrip("w")) % 2 == 0 else 0.0
+    return float(last_number(response) % 2 == 0)
 
 
-def hangs_on_even(response: str, answer: str, prompt: str) -> float:
-    """Never comes back for some answers."""
-    if last_word_is_even(response, answer, prompt):
+def mostly_fails(response: str, answer: str, prompt: str) -> float:
+    """By the last word: hangs, raises, ends its process, or is right."""
+    fate = last_number(response) % 4
+    if fate == 0:
         time.sleep(3600)
+    if fate == 1:
+        raise RuntimeError("no verdict")
+    if fate == 2:
+        os._exit(7)
     return 1.0
 
 
-def raises_or_dies(response: str, answer: str, prompt: str) -> float:
-    """Fails in two ways."""
-    if last_word_is_even(response, answer, prompt):
-        raise RuntimeError("no verdict")
-    os._exit(7)
+def last_number(response: str) -> int:
+    """Of the words w4, w5, ...; 0 where there is none."""
+    words = response.split()
+    return int(words[-1].lstrip("w")) if words else 0

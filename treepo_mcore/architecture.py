@@ -137,7 +137,10 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > size - 8:
             raise ConfigError(f"{file}: truncated safetensors file ({size} bytes, header alone needs {length + 8})")
-        header = json.loads(handle.read(length))
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise ConfigError(f"{file}: not a safetensors file: its header is not valid JSON") from error
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from treepo_mcore import checkpoint
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.model import DTYPES, megatron_configs
+from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.parallel import build_grid, check_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
 from treepo_mcore.config import Config, dump_config
@@ -28,8 +28,8 @@ from treepo_mcore.tree.advantage import advantages
 from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
-
-ROLLOUT_DTYPES = DTYPES | {"float16": torch.float16}
+from treepo_mcore.weights.transfer import Push, plan_push
+from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 
 
 class Trainer:
@@ -62,6 +62,7 @@ class Trainer:
             total_steps=config.trainer.steps,
         )
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
+        self.push = self._make_push()
         self.engine.sleep()
         self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
@@ -93,12 +94,12 @@ class Trainer:
         """One rollout phase and its updates."""
         clock = Clock(lambda phase: self.progress.phase(self.step, phase))
         with clock.phase("push"):
-            self._push()
+            push = self._push()
         with clock.phase("rollout"):
             trees, counts = self.rollout.collect(self.prompts, self.step)
         with clock.phase("sleep"):
             self.engine.sleep()
-        values = rollout_metrics(trees, counts, clock.seconds["rollout"])
+        values = rollout_metrics(trees, counts, clock.seconds["rollout"]) | push
         kept = [tree for tree in trees if informative(tree)] if self.config.filter.enabled else trees
         with clock.phase("update"):
             values |= self._update(kept)
@@ -114,9 +115,19 @@ class Trainer:
         self.engine.sleep()
         return accuracy
 
-    def _push(self) -> None:
-        dtype = ROLLOUT_DTYPES[self.config.rollout.dtype]
-        self.engine.wake(gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, dtype))
+    def _make_push(self) -> Push:
+        """From the actor's shards into the engine's parameters; the plan is made once."""
+        parameters = self.engine.parameters()
+        where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
+        plan = plan_push(self.actor.pieces, vllm_layout(*where))
+        return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where))
+
+    def _push(self) -> dict[str, float]:
+        """Wake the engine with the actor's weights; returns what it took on this rank."""
+        self.engine.wake_weights()
+        report = self.push.run()
+        self.engine.wake_cache()
+        return {f"push/{name}": value for name, value in vars(report).items()}
 
     def _update(self, trees: list[Tree]) -> dict[str, float]:
         """Optimizer steps over mini-batches of whole prompts; old log-probs all come from before the first."""

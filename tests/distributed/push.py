@@ -7,53 +7,67 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine import prompts, step
-from layouts import mini_batches
+from layouts import mini_batches, noise
+from log_probs import make_actor
+from models import EOS_IDS
 from torch import Tensor
 
+from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
-from treepo_mcore.trainer import Trainer
+from treepo_mcore.rollout.vllm_engine import VllmEngine
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, TransferError, plan_push
 from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 
 
-def make_push(trainer: Trainer, staging_bytes: int) -> Push:
-    """From the trainer's actor into its engine."""
-    parameters = trainer.engine.parameters()
-    where = (parameters, trainer.arch, trainer.config.rollout.tp, trainer.grid.engine_rank)
-    plan = plan_push(trainer.actor.pieces, vllm_layout(*where))
-    sources = trainer.actor.tensors
-    return Push(plan, sources, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
+def make_push(actor: Actor, engine: VllmEngine, staging_bytes: int) -> Push:
+    """From an actor into the engine beside it."""
+    parameters = engine.parameters()
+    where = (parameters, actor.arch, engine.config.tp, actor.grid.engine_rank)
+    plan = plan_push(actor.pieces, vllm_layout(*where))
+    return Push(plan, actor.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
 
 
-def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, staging: int, out: str) -> dict[str, Any]:
+def run(
+    config: dict[str, Any], prompts: list[list[int]], trees: str, rounds: int, tokens: int, staging: int, out: str
+) -> dict[str, Any]:
     """After each of `rounds` optimizer steps: direct push, greedy answers, gathered push, export. At last, damage."""
-    trainer = Trainer(parse_config(config))
-    push = make_push(trainer, staging)
-    result: dict[str, Any] = {"answers": [], "different": [], "reports": [], "prompts": prompts(trainer)}
-    addresses = {name: tensor.data_ptr() for name, tensor in trainer.engine.parameters().items()}
-    for number, batch in enumerate(mini_batches(trainer.actor, trees, 2, "tree")[:rounds]):
-        step(trainer, batch)
-        spoil(trainer.engine.parameters())
-        trainer.engine.wake_weights()
+    settings = parse_config(config)
+    source = Path(settings.model.path)
+    actor = make_actor(source, config["actor"], rollout_tp=settings.rollout.tp)
+    engine = VllmEngine(settings, actor.arch, source, EOS_IDS)
+    push = make_push(actor, engine, staging)
+    result: dict[str, Any] = {"answers": [], "different": [], "reports": []}
+    addresses = {name: tensor.data_ptr() for name, tensor in engine.parameters().items()}
+    for number, batch in enumerate(mini_batches(actor, trees, 2, "tree")[:rounds]):
+        step(actor, batch)
+        spoil(engine.parameters())
+        engine.sleep()
+        engine.wake_weights()
         result["reports"].append(vars(push.run()))
-        trainer.engine.wake_cache()
-        result["answers"].append(trainer.engine.greedy(prompts(trainer), tokens))
-        direct = {name: tensor.clone() for name, tensor in trainer.engine.parameters().items()}
-        spoil(trainer.engine.parameters())
-        trainer.engine.wake(named(trainer))
-        result["different"] += different(direct, trainer.engine.parameters())
-        export_directory(trainer.directory, Path(out) / f"round_{number}", named(trainer))
-    result["moved"] = sum(tensor.data_ptr() != addresses[n] for n, tensor in trainer.engine.parameters().items())
+        engine.wake_cache()
+        result["answers"].append(engine.greedy(prompts, tokens))
+        direct = {name: tensor.clone() for name, tensor in engine.parameters().items()}
+        spoil(engine.parameters())
+        engine.sleep()
+        engine.wake(named(actor))
+        result["different"] += different(direct, engine.parameters())
+        export_directory(source, Path(out) / f"round_{number}", named(actor))
+    result["moved"] = sum(tensor.data_ptr() != addresses[n] for n, tensor in engine.parameters().items())
     result["damage"] = damaged(push)
-    trainer.close()
     return result
 
 
-def named(trainer: Trainer) -> Any:
+def step(actor: Actor, batch: list[Any]) -> None:
+    """A real one; the rate is high enough to change every answer."""
+    actor.set_step(0)
+    old = [out[0] + noise(sequence) for sequence, out in zip(batch, actor.log_probs(batch), strict=True)]
+    actor.update(batch, old)
+
+
+def named(actor: Actor) -> Any:
     """The full tensors, for the reference way."""
-    return gather_tensors(trainer.arch, trainer.actor.pieces, trainer.actor.tensors, torch.float32)
+    return gather_tensors(actor.arch, actor.pieces, actor.tensors, torch.float32)
 
 
 def spoil(parameters: dict[str, Tensor]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from harness import launch
-from models import EOS_IDS, Reference
-from test_engine import TOKENS, configuration
+from models import EOS_IDS, VOCAB, Reference
 from trees import random_tree
 
 from treepo_mcore.tree.tree import write_trees
 
+TOKENS = 64
 DISTINCT = 16
 ROUNDS = 3
 STAGING = 64 << 10  # bytes: several rounds, and less than the largest tensor
@@ -28,30 +29,33 @@ CASES = {
 }
 
 
+PROMPTS = torch.randint(4, VOCAB, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
+
+
 @pytest.fixture(scope="module", params=CASES)
 def job(request, model_directory, tmp_path_factory):
+    """(case, results of the ranks, folder with what was exported)."""
     processes, model, actor, rollout_tp = CASES[request.param]
     folder = tmp_path_factory.mktemp("push")
     write_trees(folder / "random.jsonl", [random_tree(seed) for seed in range(2 * ROUNDS)])
     overrides = {key: value for key, value in model.items() if key != "family"}
-    arguments = {
-        "config": configuration(model_directory(model["family"], **overrides), folder, actor, rollout_tp),
-        "trees": str(folder / "random.jsonl"),
-        "rounds": ROUNDS,
-        "tokens": TOKENS,
-        "staging": STAGING,
-        "out": str(folder),
+    config = {
+        "model": {"path": str(model_directory(model["family"], **overrides))},
+        "data": {"train": "none", "max_prompt_tokens": 64},
+        "rollout": {"tp": rollout_tp, "dtype": "float32", "tree": {"segment_tokens": 16, "max_depth": 4}},
+        "actor": {"dtype": "float32", "optimizer": {"lr": 1e-2}} | actor,
     }
-    return request.param, launch("push:run", processes, arguments), folder
+    arguments = {"config": config, "prompts": PROMPTS, "trees": str(folder / "random.jsonl"), "rounds": ROUNDS}
+    arguments |= {"tokens": TOKENS, "staging": STAGING, "out": str(folder)}
+    return request.param, launch("push:run", processes, arguments, limit=600), folder
 
 
 def test_greedy_answers_equal_transformers(job):
     _, ranks, folder = job
-    prompts = ranks[0]["prompts"]
     long = 0
     for number in range(ROUNDS):
         reference = Reference(folder / f"round_{number}")
-        expected = [reference.greedy(prompt, TOKENS, EOS_IDS) for prompt in prompts]
+        expected = [reference.greedy(prompt, TOKENS, EOS_IDS) for prompt in PROMPTS]
         long += sum(len(answer) == TOKENS and len(set(answer)) >= DISTINCT for answer in expected)
         for rank in ranks:
             assert rank["answers"][number] == expected

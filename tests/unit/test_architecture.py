@@ -141,7 +141,7 @@ def test_truncated(directory):
 def test_header_that_is_no_json(directory):
     file = directory / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 16) + b"x" * 64)
-    assert str(file) in refused(weight_files, directory)
+    assert refused(weight_files, directory).startswith(f"{file}: not a safetensors file")
 
 
 def test_missing(directory):

@@ -74,6 +74,7 @@ def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> di
         "rollout/preemptions": counts.preemptions,
         "rollout/drawn_prompts": counts.drawn_prompts,
         "rollout/failed_prompts": counts.failed_prompts,
+        "reward/failed": counts.failed_rewards,
         "rollout/unfinished_prompts": counts.unfinished_prompts,
         "rollout/discarded_tokens": counts.discarded_tokens,
         "rollout/tail_steps": counts.tail_steps,

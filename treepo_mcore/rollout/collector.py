@@ -37,6 +37,7 @@ class Counts:
     preemptions: int = 0  # requests that lost their cache blocks and were recomputed
     drawn_prompts: int = 0
     failed_prompts: int = 0
+    failed_rewards: int = 0  # the function raised, died or ran too long: the leaf counts as wrong
     unfinished_prompts: int = 0  # given up in the tail
     discarded_tokens: int = 0  # decoded for failed and unfinished prompts
     tail_steps: int = 0  # engine steps with room for another prompt and none to draw
@@ -276,6 +277,7 @@ class _Phase:
             entry = self.active.get(number) or self.scoring.get(number)
             if entry is None or step != self.step:  # its prompt was given up
                 continue
+            self.counts.failed_rewards += result.error is not None
             tree = entry.sampler.tree
             leaf = tree.leaves[index]
             leaf.correct = result.correct

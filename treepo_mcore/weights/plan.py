@@ -135,40 +135,29 @@ def _show(box: Box) -> str:
 def make_rounds(plan: list[Transfer], limit: int) -> list[list[Transfer]]:
     """What crosses ranks, cut into rounds in which no rank sends or receives more than `limit` elements.
 
-    Each transfer goes into the first round that its sender and its receiver both still have room in, so that
-    pipeline stages send side by side. Boxes larger than a round are cut by rows; raises `PlanError` where one row
-    is larger than `limit`.
+    Each transfer goes into the earliest round that its sender and its receiver both still have room in, so that
+    pipeline stages send side by side, to different receivers; between two ranks the plan's order stays. Boxes larger
+    than a round are cut by rows; raises `PlanError` where one row is larger than `limit`.
     """
     rounds: list[list[Transfer]] = []
-    sending: dict[int, _Room] = defaultdict(_Room)
-    receiving: dict[int, _Room] = defaultdict(_Room)
+    sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> elements
+    received: dict[tuple[int, int], int] = defaultdict(int)
+    latest: dict[tuple[int, int], int] = defaultdict(int)  # source, target -> round of their last transfer
     for transfer in plan:
         if transfer.local:
             continue
         for part in _cut(transfer, limit):
-            sender, receiver = sending[part.source], receiving[part.target]
-            number = max(sender.first_with(part.numel, limit), receiver.first_with(part.numel, limit))
-            sender.take(number, part.numel)
-            receiver.take(number, part.numel)
+            source, target, numel = part.source, part.target, part.numel
+            number = latest[source, target]
+            while max(sent[source, number], received[target, number]) + numel > limit:
+                number += 1
+            latest[source, target] = number
+            sent[source, number] += numel
+            received[target, number] += numel
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number].append(part)
     return rounds
-
-
-class _Room:
-    """How far one rank's rounds are filled, in one direction."""
-
-    def __init__(self) -> None:
-        self.round = 0
-        self.used = 0
-
-    def first_with(self, numel: int, limit: int) -> int:
-        return self.round if self.used + numel <= limit else self.round + 1
-
-    def take(self, number: int, numel: int) -> None:
-        self.used = numel if number > self.round else self.used + numel
-        self.round = number
 
 
 def _cut(transfer: Transfer, limit: int) -> list[Transfer]:

@@ -1,0 +1,263 @@
+"""Bad input ends in one clear line and exit status 2, before a model is built (the list of issue 2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+from models import make_model, make_tokenizer, write_prompts
+from reward_functions import last_number
+
+from treepo_mcore.actor.model import megatron_configs
+from treepo_mcore.architecture import read_architecture
+from treepo_mcore.config import ActorConfig, ConfigError, load_config
+from treepo_mcore.trainer import Trainer
+from treepo_mcore.tree.tree import read_trees
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture
+def config(model, tmp_path):
+    """A file that trains as it stands; every test breaks one thing."""
+    settings = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(model)},
+        "data": {"train": str(write_prompts(tmp_path / "train.jsonl", 4)), "max_prompt_tokens": 16},
+        "rollout": {"dtype": "float32", "tree": {"width": 8, "segment_tokens": 8, "max_depth": 2}},
+        "filter": {"enabled": False},
+        "actor": {"dtype": "float32"},
+        "reward": {"function": "reward_functions:last_word_is_even"},
+        "trainer": {"steps": 1, "prompts_per_step": 2, "prompts_per_update": 2, "save_trees_every": 1},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def refused(file, *overrides):
+    """The line, from the same calls as the command's."""
+    with pytest.raises(ConfigError) as caught:
+        Trainer(load_config(file, list(overrides)))
+    assert not dist.is_initialized(), "found only after the processes had met"
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def command(file, *overrides, processes=None):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "treepo_mcore", "train", str(file), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"},
+    )
+
+
+# Through the real command.
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollout.temprature=1", "error: {file}: unknown key rollout.temprature; did you mean rollout.temperature?"),
+        ("trainer.steps=many", "error: {file}: trainer.steps: input should be a valid integer, * found 'many'"),
+        ("data.train=nowhere.jsonl", "error: nowhere.jsonl: no such file"),
+        ("actor.tp=2", "error: actor.tp x actor.pp = 2 x 1: 1 processes are not a multiple of 2; start torchrun *"),
+    ],
+)
+def test_the_command_prints_one_line_and_exits_with_2(config, override, line):
+    result = command(config, override)
+    assert result.returncode == 2, result.stderr
+    assert fnmatch(result.stderr.strip(), line.replace("{file}", str(config)))
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert not (config.parent / "run").exists()
+
+
+def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
+    result = command(config, "actor.pp=3", processes=2)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert "2 processes are not a multiple of 3" in lines[0]
+    assert "Traceback" not in result.stderr.split("torch.distributed.elastic")[0]
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor.tp=3", "actor.tp: 3 does not divide the model's 4 attention heads"),
+        ("actor.pp=3", "actor: Megatron-Core refuses this: "),
+        ("actor.first_stage_layers=4", "actor"),
+        ("rollout.tp=3", "rollout.tp: 3 does not divide the model's 4 attention heads"),
+        ("rollout.tree.max_depth=64", "= 528 is more than the model's max_position_embeddings = 256"),
+        ("actor.sequence_parallel=true", "actor.sequence_parallel: needs actor.tp > 1"),
+        ("actor.vpp=2", "actor.vpp: virtual pipeline stages need actor.pp > 1"),
+    ],
+)
+def test_layouts_that_megatron_or_vllm_refuse(config, override, words):
+    assert words in refused(config, override)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 4},  # two KV heads
+        {"pp": 2, "first_stage_layers": 1},
+        {"pp": 2, "last_stage_layers": 3},
+        {"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True},
+    ],
+)
+def test_layouts_that_only_look_odd_are_legal(model, layout):
+    """They also run: tests/distributed/test_log_probs.py."""
+    megatron_configs(ActorConfig.model_validate(layout), read_architecture(model))
+
+
+# The model directory.
+
+
+def broken_model(tmp_path, **values):
+    directory = make_model(tmp_path / "broken", "qwen2")
+    raw = json.loads((directory / "config.json").read_text()) | values
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def test_safetensors_missing_or_truncated(config, tmp_path):
+    directory = broken_model(tmp_path)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert f"{file}: truncated safetensors file" in refused(config, f"model.path={directory}")
+    file.unlink()
+    assert "neither model.safetensors nor" in refused(config, f"model.path={directory}")
+
+
+def test_architecture_that_is_not_supported(config, tmp_path):
+    directory = broken_model(tmp_path, architectures=["GPT2LMHeadModel"])
+    text = refused(config, f"model.path={directory}")
+    assert text.startswith(f"{directory}/config.json: architecture GPT2LMHeadModel; supported: ")
+
+
+def test_model_that_is_not_there(config, tmp_path):
+    assert "no such directory" in refused(config, f"model.path={tmp_path / 'nowhere'}")
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "no prompts in it"),
+        ('{"prompt": "w4", "answer": "1"}\n{"prompt": "w4"', "line 2: not valid JSON"),
+        ('{"prompt": "w4", "answer": "1"}\n\n["w4"]\n', "line 3: expected a JSON object, found list"),
+        ('{"prompt": "w4"}\n', "line 1: no 'answer', found prompt"),
+        ('{"prompt": 7, "answer": "1"}\n', "line 1: expected prompt to be a string or a list of messages"),
+        (json.dumps({"prompt": "w4 " * 17, "answer": "1"}), "line 1: the prompt has 17 tokens, data.max_prompt_tokens"),
+    ],
+)
+def test_prompt_files(config, tmp_path, content, words):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    for key in ("train", "eval"):
+        text = refused(config, f"data.{key}={file}")
+        assert text.startswith(f"{file}: ")
+        assert words in text
+
+
+def test_messages_without_a_chat_template(config, tmp_path):
+    directory = broken_model(tmp_path)
+    make_tokenizer(directory, template=None)
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": "w4 w5"}], "answer": "1"}))
+    text = refused(config, f"model.path={directory}", f"data.train={file}")
+    assert f"{directory}: the tokenizer has no chat template" in text
+    assert "no chat template" in refused(config, f"model.path={directory}", "data.chat_template=always")
+
+
+# Pass-through.
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "rollout.engine.max_num_seq=8",
+            "unknown key rollout.engine.max_num_seq; did you mean rollout.engine.max_num_seqs?",
+        ),
+        (
+            "rollout.engine.tensor_parallel_size=2",
+            "rollout.engine.tensor_parallel_size: set by the trainer; use rollout.tp",
+        ),
+        ("rollout.engine.dtype=float16", "use rollout.dtype"),
+        ("rollout.engine.seed=1", "use run.seed"),
+        ("actor.megatron.recompute_module=[mlp]", "did you mean actor.megatron.recompute_modules?"),
+        (
+            "actor.megatron.sequence_parallel=true",
+            "actor.megatron.sequence_parallel: set by the trainer; use actor.sequence",
+        ),
+        ("actor.megatron.lr=1", "use actor.optimizer.lr"),
+        ("actor.megatron.hidden_size=64", "use model.path"),
+        ("actor.megatron.overlap_grad_reduce=3", "actor.megatron.overlap_grad_reduce: expected bool, found 3"),
+    ],
+)
+def test_pass_through_keys(config, override, words):
+    assert words in refused(config, override)
+
+
+def test_pass_through_reaches_all_three_classes_of_megatron(model):
+    settings = {"recompute_modules": ["mlp"], "adam_beta1": 0.5, "bucket_size": 1000}
+    with pytest.raises(ConfigError, match=r"actor\.optimizer\.betas"):
+        megatron_configs(ActorConfig(megatron=settings), read_architecture(model))
+    del settings["adam_beta1"]
+    configs = megatron_configs(
+        ActorConfig(megatron=settings | {"log_num_zeros_in_grad": True}), read_architecture(model)
+    )
+    assert configs.transformer.recompute_modules == ["mlp"]
+    assert configs.ddp.bucket_size == 1000
+    assert configs.optimizer.log_num_zeros_in_grad is True
+
+
+# Rewards.
+
+
+def test_reward_function_that_does_not_exist(config):
+    for name in ("reward_functions:nothing", "no_such_module:f", "nonsense"):
+        assert command_line_of_reward(config, name).startswith("error: reward.function: ")
+
+
+def command_line_of_reward(config, name):
+    result = command(config, f"reward.function={name}")
+    assert result.returncode == 2, result.stderr
+    return result.stderr.strip()
+
+
+def test_rewards_that_raise_hang_or_die_are_contained_and_counted(config):
+    result = command(config, "reward.function=reward_functions:mostly_fails", "reward.timeout=0.3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = config.parent / "run"
+    leaves = [leaf for tree in read_trees(run / "trees" / "step_000000.jsonl") for leaf in tree.leaves]
+    failed = [leaf for leaf in leaves if last_number(leaf.text) % 4 != 3]
+    assert len(leaves) == 16
+    assert 0 < len(failed) < 16
+    assert all(leaf.correct is False and leaf.reward == -1.0 for leaf in failed)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(row["reward/failed"] for row in rows if "reward/failed" in row) == len(failed)

@@ -1,0 +1,129 @@
+"""Directories in and out: what is loaded and exported again is the same, byte for byte.
+
+How Megatron's and vLLM's layouts tile the tensors is in test_weights_plan.py.
+"""
+
+import json
+
+import pytest
+import torch
+from models import EOS_IDS, Reference, make_model
+from safetensors.torch import load_file
+
+from treepo_mcore.architecture import read_architecture
+from treepo_mcore.config import ConfigError
+from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.weights import hf
+from treepo_mcore.weights.hf import export_directory, gather_tensors, load_pieces
+from treepo_mcore.weights.layout import Piece, hf_shapes
+from treepo_mcore.weights.megatron import parameter_pieces
+
+FAMILIES = {"qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "llama": {"num_key_value_heads": 1}}
+
+
+def local_shapes(arch, tp):
+    """Megatron's parameters of a rank of one stage."""
+    rows = (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp
+    vocab = -(-arch.vocab // (128 * tp)) * 128
+    shapes = {
+        "embedding.word_embeddings.weight": (vocab, arch.hidden),
+        "decoder.final_layernorm.weight": (arch.hidden,),
+    }
+    if not arch.tied:
+        shapes["output_layer.weight"] = (vocab, arch.hidden)
+    for layer in range(arch.layers):
+        p = f"decoder.layers.{layer}."
+        shapes |= {
+            p + "input_layernorm.weight": (arch.hidden,),
+            p + "pre_mlp_layernorm.weight": (arch.hidden,),
+            p + "self_attention.linear_qkv.weight": (rows, arch.hidden),
+            p + "self_attention.linear_proj.weight": (arch.hidden, arch.heads * arch.head_dim // tp),
+            p + "mlp.linear_fc1.weight": (2 * arch.ffn // tp, arch.hidden),
+            p + "mlp.linear_fc2.weight": (arch.hidden, arch.ffn // tp),
+        }
+        if arch.qkv_bias:
+            shapes[p + "self_attention.linear_qkv.bias"] = (rows,)
+        if arch.qk_norm:
+            shapes[p + "self_attention.q_layernorm.weight"] = (arch.head_dim,)
+            shapes[p + "self_attention.k_layernorm.weight"] = (arch.head_dim,)
+    return shapes
+
+
+def pieces_of(arch, tp, rank) -> list[Piece]:
+    shapes = local_shapes(arch, tp)
+    return [piece for name, shape in shapes.items() for piece in parameter_pieces(arch, name, name, shape, 0, rank)]
+
+
+@pytest.fixture(params=FAMILIES)
+def directory(request, tmp_path):
+    return make_model(tmp_path / "model", request.param, **FAMILIES[request.param])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_ranks_hold_every_element_once(directory, tp):
+    """But replicated tensors, which every rank holds whole. One KV head on four ranks is split too."""
+    arch = read_architecture(directory)
+    held = {name: torch.zeros(shape, dtype=torch.int) for name, shape in hf_shapes(arch).items()}
+    for rank in range(tp):
+        for piece in pieces_of(arch, tp, rank):
+            held[piece.tensor][tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))] += 1
+    for name, count in held.items():
+        assert count.eq(tp if "norm" in name else 1).all(), name
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 300_000])
+def test_export_of_what_was_loaded(directory, group, tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes or hf.SHARD_BYTES)
+    arch = read_architecture(directory)
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in local_shapes(arch, 1).items()}
+    pieces = pieces_of(arch, 1, 0)
+    load_pieces(directory, arch, pieces, tensors)
+    target = tmp_path / "exported"
+    export_directory(directory, target, gather_tensors(arch, pieces, tensors, torch.float32))
+    source = load_file(directory / "model.safetensors")
+    files = sorted(target.glob("*.safetensors"))
+    assert (len(files) > 1) == bool(shard_bytes)
+    exported = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert exported.keys() == source.keys()
+    for name, tensor in source.items():
+        assert torch.equal(exported[name].view(torch.int32), tensor.view(torch.int32)), name
+    assert sorted(p.name for p in target.iterdir() if "part" in p.name) == []
+    check_loads(directory, target)
+
+
+def check_loads(source, target):
+    """With transformers, tokenizer and EOS ids included."""
+    tokens = list(range(4, 40))
+    one, other = Reference(source).log_probs(tokens)[0], Reference(target).log_probs(tokens)[0]
+    assert torch.equal(one, other)
+    assert load_tokenizer(target).eos_ids == EOS_IDS
+    assert read_architecture(target) == read_architecture(source)
+
+
+def test_export_in_half_precision_says_so(directory, group, tmp_path):
+    arch = read_architecture(directory)
+    tensors = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
+    pieces = pieces_of(arch, 1, 0)
+    load_pieces(directory, arch, pieces, tensors)
+    export_directory(directory, tmp_path / "out", gather_tensors(arch, pieces, tensors, torch.bfloat16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    source = load_file(directory / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, source[name].bfloat16()), name
+
+
+def test_a_tensor_that_nobody_holds_is_an_error(directory, group):
+    arch = read_architecture(directory)
+    tensors = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
+    pieces = [piece for piece in pieces_of(arch, 1, 0) if piece.tensor != "model.layers.2.mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.mlp\.up_proj\.weight: 0 of"):
+        list(gather_tensors(arch, pieces, tensors, torch.float32))
+
+
+def test_loading_another_shape_names_the_tensor(directory):
+    arch = read_architecture(directory)
+    raw = json.loads((directory / "config.json").read_text()) | {"intermediate_size": 64}
+    (directory / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"tensor model\.layers\.0\.mlp\.gate_proj\.weight has shape"):
+        load_pieces(directory, read_architecture(directory), [], {})
+    assert arch.ffn == 256
