@@ -30,7 +30,7 @@ def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
         return chunks
 
     engine.step = watched
-    trees, counts = trainer._rollout()
+    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
     if trainer.grid.rank == 0:
         write_trees(Path(out), trees)
     trainer.close()
@@ -60,9 +60,23 @@ def diverge(config: dict[str, Any], kind: str) -> str:
 
     trainer.engine.submit = other
     try:
-        trainer._rollout()
+        trainer.rollout.collect(trainer.prompts, trainer.step)
     except RuntimeError as error:
         return str(error)
     finally:
         trainer.close()
     return "no error"
+
+
+def cut(config: dict[str, Any]) -> dict[str, Any]:
+    """A phase whose tail is cut: prompts drawn, prompts that became trees, what the stream gives next."""
+    trainer = trainer_of(config)
+    drawn = [prompt.id for prompt in trainer.prompts.peek(12)]
+    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
+    trainer.close()
+    return {
+        "drawn": drawn,
+        "trees": [tree.prompt_id for tree in trees],
+        "next": [prompt.id for prompt in trainer.prompts.peek(12)],
+        "unfinished": counts.unfinished_prompts,
+    }
