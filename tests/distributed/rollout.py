@@ -66,17 +66,3 @@ def diverge(config: dict[str, Any], kind: str) -> str:
     finally:
         trainer.close()
     return "no error"
-
-
-def cut(config: dict[str, Any]) -> dict[str, Any]:
-    """A phase whose tail is cut: prompts drawn, prompts that became trees, what the stream gives next."""
-    trainer = trainer_of(config)
-    drawn = [prompt.id for prompt in trainer.prompts.peek(12)]
-    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
-    trainer.close()
-    return {
-        "drawn": drawn,
-        "trees": [tree.prompt_id for tree in trees],
-        "next": [prompt.id for prompt in trainer.prompts.peek(12)],
-        "unfinished": counts.unfinished_prompts,
-    }

@@ -77,17 +77,3 @@ def test_a_rank_that_goes_another_way_is_an_error_on_all(model_directory, tmp_pa
     errors = launch("rollout:diverge", 2, {"config": config, "kind": kind}, limit=200)
     assert any("sampled different tokens" in error for error in errors)
     assert all("of this engine" in error for error in errors)
-
-
-@pytest.mark.parametrize("unfinished", ["carry", "drop"])
-def test_what_the_tail_cuts_comes_again_or_not(model_directory, tmp_path, unfinished):
-    # All twelve start at once, so the tail begins with the first step; answers end at any length.
-    rollout = {"tail_steps": 70, "unfinished": unfinished, "engine": {"max_num_seqs": 256}}
-    config = configuration(model_directory("qwen3", eos_token_id=list(range(1, 12))), tmp_path, **rollout)
-    (result,) = launch("rollout:cut", 1, {"config": config})
-    lost = [name for name in result["drawn"] if name not in result["trees"]]
-    assert 0 < len(lost) == result["unfinished"] < 12
-    if unfinished == "carry":
-        assert result["next"][: len(lost)] == lost
-    else:
-        assert not set(result["next"][: 12 - len(lost)]) & set(lost) or result["next"][: len(lost)] != lost
