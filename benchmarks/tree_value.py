@@ -168,9 +168,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rows: dict[str, dict[str, Any]] = {}
     variance = 0.0
-    print(
-        f"{len(prompts)} prompts\n{'':30}{'n_eff':>8}{'+-':>6}{'1/Sm2':>7}{'tokens':>8}{'per 1k':>8}{'sharing':>9}{'2 lev':>7}"
-    )
+    titles = {"": 30, "n_eff": 8, "+-": 6, "1/Sm2": 7, "tokens": 8, "per 1k": 8, "sharing": 9, "2 lev": 7}
+    print(f"{len(prompts)} prompts\n" + "".join(f"{title:>{width}}" for title, width in titles.items()))
     for seed, (name, setting) in enumerate(SETTINGS.items(), start=2):
         groups = lab.trees(prompts, options.trees, setting, seed)
         if name == "flat":

@@ -70,7 +70,7 @@ def stopped(trainer: Trainer, answers: list[list[int]], tokens: int) -> dict[str
 def sampled(trainer: Trainer, out: Path) -> dict[str, Any]:
     """A rollout phase: how far the actor's log-probs are from the engine's, and the prefix cache's share."""
     trainer._push()
-    trees, counts = trainer._rollout()
+    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
     trainer.engine.sleep()
     if dist.get_rank() == 0:
         write_trees(out / "trees.jsonl", trees)

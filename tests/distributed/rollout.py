@@ -30,7 +30,7 @@ def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
         return chunks
 
     engine.step = watched
-    trees, counts = trainer._rollout()
+    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
     if trainer.grid.rank == 0:
         write_trees(Path(out), trees)
     trainer.close()
@@ -60,7 +60,7 @@ def diverge(config: dict[str, Any], kind: str) -> str:
 
     trainer.engine.submit = other
     try:
-        trainer._rollout()
+        trainer.rollout.collect(trainer.prompts, trainer.step)
     except RuntimeError as error:
         return str(error)
     finally:

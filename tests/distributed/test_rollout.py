@@ -30,7 +30,7 @@ def configuration(directory, folder, **rollout):
 
 
 def collect(model_directory, folder, processes=1, run=None, **rollout):
-    config = configuration(model_directory("qwen2"), folder, **rollout)
+    config = configuration(model_directory("qwen3"), folder, **rollout)
     config["run"] |= run or {}
     ranks = launch("rollout:collect", processes, {"config": config, "out": str(folder / "trees.jsonl")})
     return ranks, list(read_trees(folder / "trees.jsonl"))
@@ -73,7 +73,7 @@ def test_two_engines_take_prompts_from_one_queue(model_directory, tmp_path, dete
 
 @pytest.mark.parametrize("kind", ["seed", "length"])
 def test_a_rank_that_goes_another_way_is_an_error_on_all(model_directory, tmp_path, kind):
-    config = configuration(model_directory("qwen2"), tmp_path, tp=2)
+    config = configuration(model_directory("qwen3"), tmp_path, tp=2)
     errors = launch("rollout:diverge", 2, {"config": config, "kind": kind}, limit=200)
     assert any("sampled different tokens" in error for error in errors)
     assert all("of this engine" in error for error in errors)

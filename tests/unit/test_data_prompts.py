@@ -184,3 +184,22 @@ def test_resume_refuses_another_stream(stream, key):
     state = PromptStream(make(7), seed=1, shuffle=True).state_dict()
     with pytest.raises(ConfigError, match=f"cannot resume the prompts: {key}"):
         stream.load_state_dict(state)
+
+
+@pytest.mark.parametrize("taken", [0, 5, 7])
+def test_a_peek_moves_nothing(taken):
+    stream = PromptStream(make(7), seed=1, shuffle=True)
+    stream.next(taken)
+    stream.put_back(stream.peek(2))
+    seen = ids(stream.peek(12))
+    assert seen == ids(stream.next(12))
+
+
+def test_returned_prompts_come_first_and_survive_a_resume():
+    stream = PromptStream(make(7), seed=1, shuffle=True)
+    taken = stream.next(4)
+    stream.put_back([taken[1], taken[3]])
+    resumed = PromptStream(make(7), seed=1, shuffle=True)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    expected = [taken[1].id, taken[3].id, *ids(PromptStream(make(7), seed=1, shuffle=True).next(10))[4:]]
+    assert ids(stream.next(8)) == ids(resumed.next(8)) == expected

@@ -36,6 +36,7 @@ class Rollout:
         self.tokenizer, self.rewards = tokenizer, rewards
         self.collector = Collector(config, engine, tokenizer, rewards, self._engine_group())
         self.leaders = dist.new_group(list(range(0, grid.world, config.rollout.tp)), backend="gloo")
+        self.phases = 0  # begun; their counters in the store must not meet
 
     def collect(self, stream: PromptStream, step: int) -> tuple[list[Tree], Counts]:
         """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts.
@@ -45,7 +46,8 @@ class Rollout:
         wanted, filter_ = self.config.trainer.prompts_per_step, self.config.filter
         limit = math.ceil(wanted * filter_.max_prompts_factor) if filter_.enabled else wanted
         prompts = stream.peek(limit)
-        queue = self._queue(step, wanted, limit) if self.grid.leads_engine else None
+        self.phases += 1
+        queue = self._queue(wanted, limit) if self.grid.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
         result = self._exchange(self.collector.collect(prompts, queue, step, progress))
         if not result.trees:
@@ -57,13 +59,13 @@ class Rollout:
             _shuffle_rewards(result.trees, random.Random(f"{self.config.run.seed}/{step}"))
         return result.trees, result.counts
 
-    def _queue(self, step: int, wanted: int, limit: int) -> PromptQueue:
+    def _queue(self, wanted: int, limit: int) -> PromptQueue:
         engine, engines = self.grid.engine, self.grid.engines
         if self.config.run.deterministic:
             return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
         # The store that the process groups met at; with one engine nobody else looks.
         store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
-        return SharedQueue(dist.PrefixStore(f"treepo/step{step}", store), engine, wanted, limit)
+        return SharedQueue(dist.PrefixStore(f"treepo/phase{self.phases}", store), engine, wanted, limit)
 
     def _exchange(self, mine: Collection) -> Collection:
         """All engines' results on every rank; the first rank of each engine speaks for it."""
