@@ -39,7 +39,7 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, int], int]]] = {  # processes -> na
     8: {"TP2 PP2 DP2 -> 4 x TP2": ({"tp": 2, "pp": 2}, 2)},
 }
 SIZES = {  # millions of parameters -> sizes of a Qwen2 model
-    3: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 1024},
+    3: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 1024},
     50: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 16000},
     500: {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "vocab_size": 32000},
 }
@@ -74,7 +74,9 @@ def launch(options: argparse.Namespace, processes: int, case: str) -> dict[str, 
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         arguments = ["--processes", str(processes), "--millions", str(options.millions), "--case", case]
         arguments += ["--repeats", str(options.repeats), "--out", str(out)]
-        subprocess.run([*torchrun, __file__, *arguments], check=True, stderr=subprocess.DEVNULL)
+        job = subprocess.run([*torchrun, __file__, *arguments], stderr=subprocess.PIPE, text=True)
+        if job.returncode:
+            sys.exit(f"{case} on {processes} processes failed:\n{job.stderr}")
         row: dict[str, Any] = json.loads(out.read_text())
         return row
 

@@ -83,7 +83,7 @@ def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(special)
     inner.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "TokenizersBackend", "eos_token": "</s>", "pad_token": "<pad>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
     if template is not None:
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

@@ -35,7 +35,9 @@ def launch(function: str, processes: int, arguments: dict[str, Any], limit: floa
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         code, output = _run([*torchrun, str(Path(__file__)), str(job)], job / "output", limit)
         if code:
-            raise LaunchError(f"{function} on {processes} processes: {code}\n{output[-6000:]}")
+            # torchrun's own traceback comes last and says nothing.
+            ranks = output.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
+            raise LaunchError(f"{function} on {processes} processes: {code}\n{ranks[-6000:]}")
         return [json.loads((job / f"rank_{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -15,6 +15,7 @@ DISTINCT = 16
 ROUNDS = 3
 STAGING = 64 << 10  # bytes: several rounds, and less than the largest tensor
 EMBEDDING = 330 * 128 * 4  # bytes of the largest tensor
+UNEVEN = {"pp": 2, "first_stage_layers": 1}
 CASES = {
     "tp2 to tp2": (2, {"family": "qwen3"}, {"tp": 2}, 2),
     "pp2 to tp2, one kv head": (
@@ -24,7 +25,7 @@ CASES = {
         2,
     ),
     "tp2 to two engines": (2, {"family": "llama"}, {"tp": 2}, 1),
-    "pp2 vpp2 to two engines, tied": (2, {"family": "qwen2", "tie_word_embeddings": True}, {"pp": 2, "vpp": 2}, 1),
+    "uneven pp2 to two engines, tied": (2, {"family": "qwen2", "tie_word_embeddings": True}, UNEVEN, 1),
     "tp2 pp2 to tp2": (4, {"family": "qwen2"}, {"tp": 2, "pp": 2}, 2),
 }
 

@@ -55,6 +55,12 @@ def test_hugging_face_encodes_with_bos_only_where_asked(hugging_face):
     assert tokenizer.vocab_size == 8
 
 
+def test_a_tokenizer_json_beside_a_qwen2_model_is_taken_as_it_stands(hugging_face):
+    """transformers by itself would make a Qwen2Tokenizer of it, in which no text has any tokens."""
+    write(hugging_face / "config.json", {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    assert load_tokenizer(hugging_face).encode("a b") == [4, 5]
+
+
 def test_bos_that_is_defined_but_not_used_is_not_added(hugging_face):
     content = json.loads((hugging_face / "tokenizer.json").read_text())
     content["post_processor"] = None

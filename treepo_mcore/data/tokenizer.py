@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from treepo_mcore.config import ConfigError
 
@@ -62,7 +62,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.inner: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.inner: PreTrainedTokenizerBase = _class_of(folder).from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())}") from error
         self.folder = folder
@@ -107,6 +107,16 @@ class SentencePieceTokenizer:
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         raise _no_template(self.folder)
+
+
+def _class_of(folder: Path) -> Any:
+    """For a tokenizer.json that says to be taken as it stands, the class that does.
+
+    AutoTokenizer (5.12.1) goes by config.json's model_type instead: beside a Qwen2 model it takes the vocabulary alone.
+    """
+    generic = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    named = _read(folder / "tokenizer_config.json").get("tokenizer_class")
+    return PreTrainedTokenizerFast if named in generic and (folder / "tokenizer.json").is_file() else AutoTokenizer
 
 
 def _no_template(folder: Path) -> ConfigError:
