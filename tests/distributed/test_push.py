@@ -52,7 +52,7 @@ def job(request, model_directory, tmp_path_factory):
 
 
 def test_greedy_answers_equal_transformers(job):
-    _, ranks, folder = job
+    case, ranks, folder = job
     long = 0
     for number in range(ROUNDS):
         reference = Reference(folder / f"round_{number}")
@@ -60,8 +60,9 @@ def test_greedy_answers_equal_transformers(job):
         long += sum(len(answer) == TOKENS and len(set(answer)) >= DISTINCT for answer in expected)
         for rank in ranks:
             assert rank["answers"][number] == expected
-    assert long >= 2 * ROUNDS, "too few answers are long and varied enough to tell weights apart"
-    assert ranks[0]["answers"][0] != ranks[0]["answers"][-1]
+    # A tied random model repeats its last token; there the comparison byte by byte has to do.
+    assert "tied" in case or long >= 2 * ROUNDS, "too few answers are long and varied enough to tell weights apart"
+    assert "tied" in case or ranks[0]["answers"][0] != ranks[0]["answers"][-1]
 
 
 def test_direct_and_gathered_pushes_leave_the_same_bytes(job):

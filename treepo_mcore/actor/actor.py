@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +78,7 @@ class Actor:
         """Log-probs and entropies, float32 [2, E] for each sequence, the same on all ranks of the model."""
         if not sequences:
             return []
-        outputs = self._run([self._micro_batch(s, None) for s in sequences], forward_only=True)
+        outputs = self._run(self._micro_batches(sequences, [None] * len(sequences)), forward_only=True)
         results = []
         for index, sequence in enumerate(sequences):
             edges = len(sequence.target)
@@ -99,8 +99,7 @@ class Actor:
         same on every rank. old_logp: float32 [E] for each sequence; None for the supervised objective.
         """
         olds: list[Tensor | None] = list(old_logp) if old_logp is not None else [None] * len(sequences)
-        batches = [self._micro_batch(s, o) for s, o in zip(sequences, olds, strict=True)]
-        batches += [self._empty_batch() for _ in range(self._missing(len(batches)))]
+        batches = self._micro_batches(sequences, olds)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -126,18 +125,18 @@ class Actor:
     def _device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
 
-    def _micro_batch(self, sequence: PackedSequence, old_logp: Tensor | None) -> MicroBatch:
+    def _micro_batches(self, sequences: list[PackedSequence], old_logp: Sequence[Tensor | None]) -> list[MicroBatch]:
+        """With as many empty ones as the schedule needs."""
+        missing = self._missing(len(sequences))
+        sequences = sequences + [empty_sequence()] * missing
+        olds = [*old_logp, *[torch.zeros(1)] * missing]
         multiple = self.grid.tp if self.config.sequence_parallel else 1
-        return micro_batch(
-            sequence, old_logp, multiple=multiple, implementation=self.implementation, device=self._device()
-        )
-
-    def _empty_batch(self) -> MicroBatch:
-        return self._micro_batch(empty_sequence(), torch.zeros(1))
+        if self.config.vpp:  # no shapes are exchanged (see `megatron_configs`): all become as long as the longest
+            multiple *= -(-max(len(s.tokens) for s in sequences) // multiple)
+        settings: Any = {"multiple": multiple, "implementation": self.implementation, "device": self._device()}
+        return [micro_batch(s, old, **settings) for s, old in zip(sequences, olds, strict=True)]
 
     def _run(self, batches: list[MicroBatch], *, forward_only: bool, objective: Objective = "policy") -> list[Any]:
-        if forward_only:
-            batches = batches + [self._empty_batch() for _ in range(self._missing(len(batches)))]
         iterators = [iter(batches) for _ in self.chunks]
         schedule = get_forward_backward_func()
         return schedule(
@@ -145,7 +144,7 @@ class Actor:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=1,  # unused: shapes are exchanged, because sequences differ in length
+            seq_length=len(batches[0].sequence.tokens),  # only used by virtual stages; others exchange shapes
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,

@@ -133,7 +133,11 @@ def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dty
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         # Packed sequences differ in length; Megatron ties this flag to the dispatcher even for dense models.
-        "variable_seq_lengths": actor.pp > 1,
+        "variable_seq_lengths": actor.pp > 1 and not actor.vpp,
+        # Interleaved stages send forward and backward at once. In one batch, or when shapes are exchanged, two
+        # messages between the same two ranks (pp = 2) would be taken for each other.
+        "overlap_p2p_comm": bool(actor.vpp),
+        "batch_p2p_comm": not actor.vpp,
         "moe_token_dispatcher_type": "alltoall",
         "calculate_per_token_loss": True,
         "attention_dropout": 0.0,
