@@ -26,6 +26,7 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
+Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
 IntRange = Annotated[tuple[int, int], BeforeValidator(_pair)]  # "2" means (2, 2): inclusive bounds
 
 
@@ -172,7 +173,7 @@ class AdvantageConfig(Section):
     leave_one_out: bool = False
     distinct_groups: bool = False  # count each distinct set of leaves once
     mass_baseline: bool = False  # sub-group means weighted by path mass
-    mass_loss_weight: bool = False  # loss of leaf i times W m_i
+    mass_loss_weight: bool = False  # loss of leaf i times W m_i, in a mean with the same weights
     max_levels: int | None = Field(None, ge=1)  # levels used, the root's included; default: all
     whiten: Literal["batch", "none"] = "batch"  # treepo, segment and reinforce_pp_baseline; the others never are
     whiten_shift: bool = True  # subtract the batch mean as well
@@ -181,10 +182,15 @@ class AdvantageConfig(Section):
 class LossConfig(Section):
     """The clipped policy loss (spec 4.1)."""
 
+    # What the token losses of a mini-batch are averaged over. token_mean: its tokens, each once per leaf (DAPO);
+    # sequence_mean: leaves, of each leaf's mean (GRPO); fixed_length: leaves, of each leaf's sum divided by the
+    # longest response allowed (Dr. GRPO).
+    aggregation: Aggregation = "token_mean"
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     dual_clip: float = Field(10.0, gt=1)
     entropy_coef: float = 0.0
+    kl_coef: float = Field(0.0, ge=0)  # of the k3 estimate of the KL divergence to `actor.reference`
 
 
 class OptimizerConfig(Section):
@@ -215,10 +221,33 @@ class ActorConfig(Section):
     micro_batch_tokens: int = Field(8192, ge=1)  # unique tokens of one packed sequence
     attention: Literal["auto", "dense", "chain"] = "auto"  # auto: chain on CPU
     recompute: Literal["none", "selective", "full"] = "none"
+    # What ratios are taken against. recompute: a pass of the actor before the first update; engine: the log-probs that
+    # came with the tokens, which saves that pass.
     old_logprobs: Literal["recompute", "engine"] = "recompute"
+    # For the mismatch of engine and actor, with the ratio rho = p(actor) / p(engine) of the old policy. tis: losses
+    # times min(rho, threshold); mask: no loss where rho is outside [1 / threshold, threshold]. token: rho of each
+    # token; sequence: the product along each leaf's response. With old_logprobs: engine, where rho is in the clipped
+    # ratio already and is first known in the update, only token_mask.
+    correction: Literal["none", "token_tis", "sequence_tis", "token_mask", "sequence_mask"] = "none"
+    correction_threshold: float = Field(2.0, gt=1)
+    max_mismatch: float | None = Field(None, gt=0)  # the run stops beyond this mean |log rho| of a mini-batch, in nats
+    # The policy at the start of the run, for loss.kl_coef. host: its weights wait in host memory, the actor's size
+    # once more, and change places with the actor's (another such copy) for its log-probs.
+    reference: Literal["none", "host"] = "none"
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     megatron: dict[str, Any] = {}  # any field of Megatron's TransformerConfig, OptimizerConfig or DDP config
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ActorConfig:
+        if self.loss.kl_coef and self.reference == "none":
+            raise ValueError(f"loss.kl_coef: {self.loss.kl_coef} needs reference: host, found reference: none")
+        if self.old_logprobs == "engine" and self.correction not in ("none", "token_mask"):
+            raise ValueError(
+                f"correction: {self.correction} needs old_logprobs: recompute; with the engine's, the clipped ratio "
+                "already carries the importance weight (none or token_mask)"
+            )
+        return self
 
 
 class RewardConfig(Section):

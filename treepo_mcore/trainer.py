@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from treepo_mcore import checkpoint
 from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.learn import learn
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.parallel import build_grid, check_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
@@ -24,8 +25,6 @@ from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
-from treepo_mcore.tree.advantage import advantages
-from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, plan_push
@@ -102,7 +101,7 @@ class Trainer:
         values = rollout_metrics(trees, counts, clock.seconds["rollout"]) | push
         kept = [tree for tree in trees if informative(tree)] if self.config.filter.enabled else trees
         with clock.phase("update"):
-            values |= self._update(kept)
+            values |= learn(self.actor, kept, self.config, self.step)
         values |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         values["filter/kept"] = len(kept) / max(len(trees), 1)
         self._save_trees(trees)
@@ -128,52 +127,6 @@ class Trainer:
         report = self.push.run()
         self.engine.wake_cache()
         return {f"push/{name}": value for name, value in vars(report).items()}
-
-    def _update(self, trees: list[Tree]) -> dict[str, float]:
-        """Optimizer steps over mini-batches of whole prompts; old log-probs all come from before the first."""
-        config = self.config
-        self.actor.set_step(self.step)
-        worth = advantages(trees, config.advantage)
-        per_update = config.trainer.prompts_per_update
-        pack = pack_trees if config.actor.packing == "tree" else pack_flat
-        mini_batches: list[list[PackedSequence]] = []
-        for begin in range(0, len(trees), per_update):
-            part, values = trees[begin : begin + per_update], worth[begin : begin + per_update]
-            mine = balance(part, self.grid.dp)[self.grid.dp_rank]
-            mini_batches.append(
-                pack([part[i] for i in mine], [values[i] for i in mine], config.actor.micro_batch_tokens)
-            )
-        old = self._old_log_probs(mini_batches)
-        steps = [self.actor.update(batch, logp) for batch, logp in zip(mini_batches, old, strict=True)]
-        mean = {f"actor/{k}": sum(s[k] for s in steps) / len(steps) for k in (steps[0] if steps else {})}
-        return (
-            mean
-            | {"actor/lr": self.actor.learning_rate, "actor/updates": len(steps)}
-            | self._mismatch(mini_batches, old)
-        )
-
-    def _old_log_probs(self, mini_batches: list[list[PackedSequence]]) -> list[list[torch.Tensor]]:
-        if self.config.actor.old_logprobs == "engine":
-            return [[s.behaviour_logprob for s in batch] for batch in mini_batches]
-        flat = iter(self.actor.log_probs([s for batch in mini_batches for s in batch]))
-        return [[next(flat)[0] for _ in batch] for batch in mini_batches]
-
-    def _mismatch(self, mini_batches: list[list[PackedSequence]], old: list[list[torch.Tensor]]) -> dict[str, float]:
-        """How far the engine's log-probs are from the trainer's, in nats per unique token."""
-        gaps = [
-            (logp.cpu() - s.behaviour_logprob).abs()
-            for batch, logps in zip(mini_batches, old, strict=True)
-            for s, logp in zip(batch, logps, strict=True)
-        ]
-        joined = torch.cat(gaps) if gaps else torch.zeros(0)
-        sums = torch.tensor([float(joined.sum()), float(len(joined))], dtype=torch.float64)
-        top = torch.tensor([float(joined.max()) if len(joined) else 0.0])
-        dist.all_reduce(sums)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
-        return {
-            "mismatch/logprob_abs_mean": float(sums[0] / sums[1].clamp(min=1)),
-            "mismatch/logprob_abs_max": float(top),
-        }
 
     def _resume(self) -> None:
         run = self.config.run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from treepo_mcore.actor.attention import Implementation
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
+from treepo_mcore.actor.correction import token_factors
 from treepo_mcore.actor.cpu import on_megatron_device
-from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss
+from treepo_mcore.actor.loss import clipped_loss, edge_log_probs, nll_loss, reference_kl
+from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
 from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.architecture import Architecture
@@ -30,9 +32,6 @@ from treepo_mcore.weights.layout import Piece
 from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
 
 Objective = Literal["policy", "supervised"]
-
-# Sums over edges, each counted once per leaf, collected during an update.
-SUMS = ("tokens", "loss", "entropy", "approx_kl", "clipped", "ratio")
 
 
 class Actor:
@@ -67,6 +66,8 @@ class Actor:
         self.optimizer = get_megatron_optimizer(configs.optimizer, self.chunks)
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
         _connect(configs, self.chunks, self.optimizer)
+        # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.
+        self.reference = {n: _on_host(t) for n, t in self.tensors.items()} if config.reference == "host" else None
         self.megatron = configs.transformer
         self.implementation: Implementation = "chain" if config.attention == "chain" else "dense"
         if config.attention == "auto" and not torch.cuda.is_available():
@@ -78,7 +79,7 @@ class Actor:
         """Log-probs and entropies, float32 [2, E] for each sequence, the same on all ranks of the model."""
         if not sequences:
             return []
-        outputs = self._run(self._micro_batches(sequences, [None] * len(sequences)), forward_only=True)
+        outputs = self._run(self._micro_batches(sequences), None)
         results = []
         for index, sequence in enumerate(sequences):
             edges = len(sequence.target)
@@ -89,21 +90,43 @@ class Actor:
             results.append(out)
         return results
 
+    @torch.no_grad()
+    def reference_log_probs(self, sequences: list[PackedSequence]) -> list[Tensor]:
+        """Log-probs under the reference policy, float32 [E] for each sequence, the same on all ranks of the model.
+
+        Its weights and the actor's change places for the pass. Needs `actor.reference: host`.
+        """
+        assert self.reference is not None, "actor.reference: none"
+        kept = {name: _on_host(tensor) for name, tensor in self.tensors.items()}
+        try:
+            self._overwrite(self.reference)
+            return [output[0] for output in self.log_probs(sequences)]
+        finally:
+            self._overwrite(kept)
+
     @on_megatron_device
     def update(
-        self, sequences: list[PackedSequence], old_logp: list[Tensor] | None, objective: Objective = "policy"
+        self,
+        sequences: list[PackedSequence],
+        old_logp: list[Tensor] | None,
+        objective: Objective = "policy",
+        *,
+        reference_logp: list[Tensor] | None = None,
+        normaliser: float | None = None,
     ) -> dict[str, float]:
         """One optimizer step on this rank's share of a mini-batch (an empty share is fine).
 
-        The loss is the mean over all logical tokens of the mini-batch, over all ranks. Returns its metrics, the
-        same on every rank. old_logp: float32 [E] for each sequence; None for the supervised objective.
+        The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
+        with weights of one the mean over logical tokens. Returns metrics, the same on every rank.
+        old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for the supervised objective.
         """
-        olds: list[Tensor | None] = list(old_logp) if old_logp is not None else [None] * len(sequences)
-        batches = self._micro_batches(sequences, olds)
+        batches = self._micro_batches(sequences, old_logp, reference_logp)
+        if normaliser is None:
+            normaliser = self._total_weight(sequences)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(batches, forward_only=False, objective=objective)
+        outputs = self._run(batches, partial(self._loss, objective, normaliser))
         _, grad_norm, _ = self.optimizer.step()
         return self._metrics(outputs, float(grad_norm))
 
@@ -125,32 +148,49 @@ class Actor:
     def _device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
 
-    def _micro_batches(self, sequences: list[PackedSequence], old_logp: Sequence[Tensor | None]) -> list[MicroBatch]:
+    def _overwrite(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.copy_(values[name])
+
+    def _total_weight(self, sequences: list[PackedSequence]) -> float:
+        """Sum of the weights of all edges of all ranks; 1 when there is none."""
+        mine = sum(float(s.weight.sum(dtype=torch.float64)) for s in sequences)
+        total = torch.tensor(mine, dtype=torch.float64, device=self._device())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return float(total) or 1.0
+
+    def _micro_batches(
+        self,
+        sequences: list[PackedSequence],
+        old_logp: Sequence[Tensor] | None = None,
+        reference_logp: Sequence[Tensor] | None = None,
+    ) -> list[MicroBatch]:
         """With as many empty ones as the schedule needs."""
-        missing = self._missing(len(sequences))
-        sequences = sequences + [empty_sequence()] * missing
-        olds = [*old_logp, *[torch.zeros(1)] * missing]
+        nothing: list[Tensor | None] = [None] * len(sequences)
+        rows = list(zip(sequences, old_logp or nothing, reference_logp or nothing, strict=True))
+        rows += [(empty_sequence(), torch.zeros(1), None)] * self._missing(len(rows))
         multiple = self.grid.tp if self.config.sequence_parallel else 1
         if self.config.vpp:  # no shapes are exchanged (see `megatron_configs`): all become as long as the longest
-            multiple *= -(-max(len(s.tokens) for s in sequences) // multiple)
+            multiple *= -(-max(len(row[0].tokens) for row in rows) // multiple)
         settings: Any = {"multiple": multiple, "implementation": self.implementation, "device": self._device()}
-        return [micro_batch(s, old, **settings) for s, old in zip(sequences, olds, strict=True)]
+        return [micro_batch(*row, **settings) for row in rows]
 
-    def _run(self, batches: list[MicroBatch], *, forward_only: bool, objective: Objective = "policy") -> list[Any]:
+    def _run(self, batches: list[MicroBatch], loss: Callable[..., Any] | None) -> list[Any]:
+        """Forward, and backward from `loss` if there is one; returns what each micro-batch gave on the last stage."""
         iterators = [iter(batches) for _ in self.chunks]
         schedule = get_forward_backward_func()
         return schedule(
-            forward_step_func=partial(self._forward, objective),
+            forward_step_func=partial(self._forward, loss or _output),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=len(batches[0].sequence.tokens),  # only used by virtual stages; others exchange shapes
             micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
+            forward_only=loss is None,
+            collect_non_loss_data=loss is None,
         )
 
-    def _forward(self, objective: Objective, iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Any, Any]:
+    def _forward(self, loss: Callable[..., Any], iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Any, Any]:
         batch = next(iterator)
         sequence = batch.sequence
         output = model(
@@ -166,48 +206,59 @@ class Actor:
                 "vocab": self.arch.vocab,
             },
         )
-        return output, partial(self._loss, objective, batch)
+        return output, partial(loss, batch)
 
-    def _loss(self, objective: Objective, batch: MicroBatch, output: Tensor, non_loss_data: bool = False) -> Any:
-        if non_loss_data:
-            return output
+    def _loss(self, objective: Objective, normaliser: float, batch: MicroBatch, output: Tensor) -> tuple[Tensor, ...]:
+        """In the form of Megatron's loss functions: the loss, a token count (see `_connect`), and what to collect."""
         logp, entropy = output
-        s = batch.sequence
-        tokens = s.multiplicity.sum().to(torch.int)
+        s, config = batch.sequence, self.config
+        kl = correction = None
         if objective == "supervised":
-            loss = nll_loss(logp, s.multiplicity)
-            old = logp.detach()
+            old = own = logp.detach()
+            loss = nll_loss(logp, s.weight)
         else:
             assert batch.old_logp is not None
             old = batch.old_logp
-            loss = policy_loss(logp, old, s.adv_pos, s.adv_neg, entropy, s.multiplicity, self.config.loss)
-        return loss, tokens, self._sums(loss, logp.detach(), old, entropy.detach(), s)
-
-    def _sums(self, loss: Tensor, logp: Tensor, old: Tensor, entropy: Tensor, s: PackedSequence) -> Tensor:
-        weight = s.multiplicity.float()
-        ratio = (logp - old).exp()
-        limits = self.config.loss
-        clipped = (ratio > 1 + limits.clip_high) & (s.adv_pos > 0) | (ratio < 1 - limits.clip_low) & (s.adv_neg < 0)
-        return torch.stack(
-            [
-                weight.sum(),
-                loss.detach(),
-                (entropy * weight).sum(),
-                ((ratio - 1 - (logp - old)) * weight).sum(),
-                (clipped * weight).sum(),
-                (ratio * weight).sum(),
-            ]
-        ).double()
+            own = logp.detach() if config.old_logprobs == "engine" else old
+            correction = token_factors(own, s.behaviour_logprob, config)
+            factor = 1.0 if correction is None else correction
+            loss = clipped_loss(logp, old, s.adv_pos * factor, s.adv_neg * factor, config.loss)
+            if config.loss.entropy_coef:
+                loss = loss - config.loss.entropy_coef * (entropy * s.weight).sum()
+            if batch.reference_logp is not None:
+                kl = reference_kl(logp, batch.reference_logp)
+                loss = loss + config.loss.kl_coef * (kl * s.weight).sum()
+        loss = loss / normaliser
+        sums = edge_sums(
+            s,
+            loss=loss.detach(),
+            logp=logp.detach(),
+            entropy=entropy.detach(),
+            old=old,
+            own=own,
+            correction=correction,
+            reference_kl=None if kl is None else kl.detach(),
+            limits=config.loss,
+        )
+        return loss, torch.ones_like(loss, dtype=torch.int), sums
 
     def _metrics(self, outputs: list[Tensor], grad_norm: float) -> dict[str, float]:
         """Token means over the whole mini-batch. Only one rank of each replica holds the sums."""
-        total = torch.zeros(len(SUMS), dtype=torch.float64, device=self._device())
+        total = torch.zeros(len(NAMES), dtype=torch.float64, device=self._device())
         if self.grid.leads_model:
-            total += torch.stack(outputs).sum(0)
-        dist.all_reduce(total)
-        values = dict(zip(SUMS, total.tolist(), strict=True))
-        tokens = max(values.pop("tokens"), 1.0)
-        return {name: value / tokens for name, value in values.items()} | {"grad_norm": grad_norm, "tokens": tokens}
+            stacked = torch.stack(outputs)
+            total = torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)])
+        dist.all_reduce(total[:-1])
+        dist.all_reduce(total[-1:], op=dist.ReduceOp.MAX)
+        return edge_means(total) | {"grad_norm": grad_norm}
+
+
+def _output(batch: MicroBatch, output: Tensor, non_loss_data: bool) -> Tensor:
+    return output
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _data_parallel(chunks: list[nn.Module], configs: MegatronConfigs) -> list[DistributedDataParallel]:
@@ -237,7 +288,9 @@ def _scheduler(optimizer: Any, config: ActorConfig, total_steps: int) -> Optimiz
 def _connect(configs: MegatronConfigs, chunks: list[DistributedDataParallel], optimizer: Any) -> None:
     """The hooks that Megatron's own training loop sets on its configuration."""
     config = configs.transformer
-    config.finalize_model_grads_func = finalize_model_grads
+    # `calculate_per_token_loss` makes Megatron add up gradients over ranks instead of averaging them. It would then
+    # divide by an integer count of tokens; our losses come divided by a normaliser that need not be one.
+    config.finalize_model_grads_func = lambda model, count, **kw: finalize_model_grads(model, None, **kw)
     config.grad_scale_func = optimizer.scale_loss
     if configs.ddp.overlap_grad_reduce:
         config.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])

@@ -13,16 +13,18 @@ from treepo_mcore.tree.packing import PackedSequence
 
 @dataclass
 class MicroBatch:
-    """One sequence and the log-probs that its ratios are taken against."""
+    """One sequence and the log-probs that its own are compared with."""
 
     sequence: PackedSequence
     attention: TreeParams
     old_logp: Tensor | None  # float32 [E]; None: no ratios are taken
+    reference_logp: Tensor | None  # float32 [E]; None: no reference policy
 
 
 def micro_batch(
     sequence: PackedSequence,
     old_logp: Tensor | None,
+    reference_logp: Tensor | None,
     *,
     multiple: int,
     implementation: Implementation,
@@ -31,7 +33,8 @@ def micro_batch(
     """Pad to a multiple (sequence parallelism splits evenly) and move to the device."""
     sequence = _to(_padded(sequence, multiple), device)
     attention = tree_params(sequence.parent, sequence.subtree_end, sequence.positions, implementation)
-    return MicroBatch(sequence, attention, None if old_logp is None else old_logp.to(device))
+    old, reference = (None if x is None else x.to(device) for x in (old_logp, reference_logp))
+    return MicroBatch(sequence, attention, old, reference)
 
 
 def empty_sequence() -> PackedSequence:
@@ -47,6 +50,7 @@ def empty_sequence() -> PackedSequence:
         multiplicity=zero,
         adv_pos=nothing,
         adv_neg=nothing,
+        weight=nothing,
         behaviour_logprob=nothing,
         edge_key=torch.zeros(1, 3, dtype=torch.int64),
     )

@@ -88,29 +88,28 @@ def edge_log_probs(
     return torch.stack([logp, entropy])
 
 
-def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    adv_pos: Tensor,
-    adv_neg: Tensor,
-    entropy: Tensor,
-    multiplicity: Tensor,
-    config: LossConfig,
-) -> Tensor:
+def clipped_loss(logp: Tensor, old_logp: Tensor, adv_pos: Tensor, adv_neg: Tensor, config: LossConfig) -> Tensor:
     """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (spec 3.3, identity I2).
 
-    All float32 [E] but multiplicity int64 [E]. A token shared by several leaves has one ratio, so its loss needs
-    only the sums of their positive and of their negative advantages. Entropy counts once per leaf.
+    All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
+    and of their negative advantages.
     """
     ratio = (logp - old_logp).exp()
     gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
     loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
-    total = -(gain + loss).sum()
-    if config.entropy_coef:
-        total = total - config.entropy_coef * (entropy * multiplicity).sum()
-    return total
+    return -(gain + loss).sum()
 
 
-def nll_loss(logp: Tensor, multiplicity: Tensor) -> Tensor:
+def reference_kl(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(policy || reference) at each sampled token: >= 0, unbiased on the policy's own samples.
+
+    float32 [E]; http://joschu.net/blog/kl-approx.html. The difference is bounded as in verl, so that one token the
+    policy has given up cannot make the loss infinite.
+    """
+    difference = (reference_logp - logp).clamp(-20, 20)
+    return difference.exp() - 1 - difference
+
+
+def nll_loss(logp: Tensor, weight: Tensor) -> Tensor:
     """Supervised loss, summed over edges and leaves."""
-    return -(logp * multiplicity).sum()
+    return -(logp * weight).sum()

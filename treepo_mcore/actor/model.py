@@ -62,7 +62,7 @@ OWNED = {
     "add_qkv_bias": "model.path",
     "qk_layernorm": "model.path",
     "init_method_std": "model.path",
-    "calculate_per_token_loss": "actor.loss (always the token mean of a mini-batch)",
+    "calculate_per_token_loss": "actor.loss.aggregation",
     "variable_seq_lengths": "actor.packing (packed sequences always vary)",
     "attention_dropout": "nothing: ratios need the same network in every pass",
     "hidden_dropout": "nothing: ratios need the same network in every pass",

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from treepo_mcore.config import AdvantageConfig
+from treepo_mcore.config import AdvantageConfig, Aggregation
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree
 
 WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without (spec 3.2)
@@ -24,6 +24,13 @@ WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defi
 
 class Advantage(Protocol):
     """What a tree's tokens are worth."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of each leaf's loss, float64[leaves]."""
+
+    def scaled(self, factors: np.ndarray) -> Advantage:
+        """The same, with each leaf's values but not its weight multiplied by a factor >= 0; float64[leaves]."""
 
     def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
         """(A+, A-) of any token of each node, float64[nodes]: sums over the leaves below of max(A, 0) and min(A, 0).
@@ -42,10 +49,14 @@ class LeafAdvantage:
     values: np.ndarray  # float64[leaves]
     weights: np.ndarray  # float64[leaves], of each leaf's loss
 
+    def scaled(self, factors: np.ndarray) -> LeafAdvantage:
+        """See `Advantage`."""
+        return LeafAdvantage(self.values * factors, self.weights)
+
     def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
         """See `Advantage`."""
         weighted = self.values * self.weights
-        return _sums_below(tree, np.maximum(weighted, 0)), _sums_below(tree, np.minimum(weighted, 0))
+        return sums_below(tree, np.maximum(weighted, 0)), sums_below(tree, np.minimum(weighted, 0))
 
     def along(self, tree: Tree, leaf: int) -> np.ndarray:
         """See `Advantage`."""
@@ -59,19 +70,26 @@ class NodeAdvantage:
 
     values: np.ndarray  # float64[nodes]
     weights: np.ndarray  # float64[leaves], of each leaf's loss
+    factors: np.ndarray | float = 1.0  # float64[leaves], of the values as each leaf sees them
+
+    def scaled(self, factors: np.ndarray) -> NodeAdvantage:
+        """See `Advantage`."""
+        return NodeAdvantage(self.values, self.weights, self.factors * factors)
 
     def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
         """See `Advantage`."""
-        weighted = self.values * _sums_below(tree, self.weights)
+        weighted = self.values * sums_below(tree, self.weights * self.factors)
         return np.maximum(weighted, 0), np.minimum(weighted, 0)
 
     def along(self, tree: Tree, leaf: int) -> np.ndarray:
         """See `Advantage`."""
-        return self.values[tree.path(tree.leaves[leaf].node)] * self.weights[leaf]
+        return self.values[tree.path(tree.leaves[leaf].node)] * (self.weights * self.factors)[leaf]
 
 
-def advantages(trees: Sequence[Tree], config: AdvantageConfig) -> list[Advantage]:
-    """The advantages of a whole training batch, tree by tree.
+def advantages(
+    trees: Sequence[Tree], config: AdvantageConfig, aggregation: Aggregation = "token_mean"
+) -> list[Advantage]:
+    """The advantages of a whole training batch, tree by tree, with the leaf weights of a loss aggregation.
 
     Whitening is over all response tokens of the batch, so call this before splitting into mini-batches.
     Raises ValueError when a leaf has no reward.
@@ -81,7 +99,7 @@ def advantages(trees: Sequence[Tree], config: AdvantageConfig) -> list[Advantage
         tokens = [_node_tokens(tree) if _per_node(config) else _response_lengths(tree) for tree in trees]
         raw = whiten(raw, tokens, config.whiten_shift)
     kind = NodeAdvantage if _per_node(config) else LeafAdvantage
-    return [kind(values, _loss_weights(tree, config)) for tree, values in zip(trees, raw, strict=True)]
+    return [kind(values, _loss_weights(tree, config, aggregation)) for tree, values in zip(trees, raw, strict=True)]
 
 
 def raw_advantages(tree: Tree, config: AdvantageConfig) -> np.ndarray:
@@ -135,8 +153,8 @@ def _treepo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndar
     counts = tree.leaf_counts()[levels]
     used = _used_levels(tree, rewards, levels, counts, config)
     masses = tree.masses() if config.mass_baseline else np.ones(len(rewards))
-    group_mass = _sums_below(tree, masses)[levels]
-    means = _sums_below(tree, masses * rewards)[levels] / group_mass
+    group_mass = sums_below(tree, masses)[levels]
+    means = sums_below(tree, masses * rewards)[levels] / group_mass
     means[counts == 1] = 0.0  # only ever used for a prompt with a single leaf
     differences = rewards[:, None] - means
     if config.leave_one_out:
@@ -170,7 +188,7 @@ def _ancestors(tree: Tree) -> np.ndarray:
     return table
 
 
-def _sums_below(tree: Tree, values: np.ndarray) -> np.ndarray:
+def sums_below(tree: Tree, values: np.ndarray) -> np.ndarray:
     """Sum of a leaf value over the leaves at or below each node, float64[nodes]."""
     sums = np.zeros(len(tree.nodes))
     for leaf, value in zip(tree.leaves, values, strict=True):
@@ -189,7 +207,7 @@ def _spread_below(tree: Tree, rewards: np.ndarray) -> np.ndarray:
 
 
 def _prefix_average(tree: Tree, rewards: np.ndarray) -> np.ndarray:
-    counts, sums = tree.leaf_counts(), _sums_below(tree, rewards)
+    counts, sums = tree.leaf_counts(), sums_below(tree, rewards)
     result = np.empty(len(rewards))
     for index, leaf in enumerate(tree.leaves):
         path = tree.path(leaf.node)
@@ -219,10 +237,10 @@ def _among_siblings(tree: Tree, values: np.ndarray) -> np.ndarray:
     return scored
 
 
-def _loss_weights(tree: Tree, config: AdvantageConfig) -> np.ndarray:
-    if config.mass_loss_weight:
-        return tree.masses() * len(tree.leaves)
-    return np.ones(len(tree.leaves))
+def _loss_weights(tree: Tree, config: AdvantageConfig, aggregation: Aggregation) -> np.ndarray:
+    weights = tree.masses() * len(tree.leaves) if config.mass_loss_weight else np.ones(len(tree.leaves))
+    # A leaf's mean over its tokens is a sum with this weight; the sum of it over the leaf's tokens is the leaf's.
+    return weights / _response_lengths(tree) if aggregation == "sequence_mean" else weights
 
 
 def _per_node(config: AdvantageConfig) -> bool:

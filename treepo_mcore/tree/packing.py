@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from treepo_mcore.tree.advantage import Advantage
+from treepo_mcore.tree.advantage import Advantage, sums_below
 from treepo_mcore.tree.tree import PROMPT, Tree
 
 
@@ -32,6 +32,7 @@ class PackedSequence:
     multiplicity: torch.Tensor  # int64[E], leaves through the edge
     adv_pos: torch.Tensor  # float32[E], sum over these leaves of max(A, 0)
     adv_neg: torch.Tensor  # float32[E], sum over these leaves of min(A, 0)
+    weight: torch.Tensor  # float32[E], sum over these leaves of the weight of their loss (A+ and A- contain it)
     behaviour_logprob: torch.Tensor  # float32[E], of the engine
     edge_key: torch.Tensor  # int64[E, 3]: index of the tree in the list given, node id, offset of the target in it
 
@@ -52,7 +53,7 @@ class _Piece:
     tree: int
     spans: list[_Span]
     tokens: int
-    values: tuple[np.ndarray, np.ndarray, np.ndarray]  # multiplicity, A+, A- of each span
+    values: tuple[np.ndarray, ...]  # multiplicity, A+, A-, weight of each span
 
 
 def pack_trees(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tokens: int) -> list[PackedSequence]:
@@ -64,14 +65,14 @@ def pack_trees(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_to
     pieces: list[_Piece] = []
     for index, (tree, advantage) in enumerate(zip(trees, advantages, strict=True)):
         positive, negative = advantage.node_sums(tree)
-        counts = tree.leaf_counts()
+        counts, weights = tree.leaf_counts(), sums_below(tree, advantage.weights)
         leaves = _leaves_in_order(tree)
         seen: set[int] = set()
         for first, last in split_leaves(tree, leaves, budget_tokens):
             spans = _spans(tree, leaves[first:last], seen)
             nodes = [span.node for span in spans]
             seen.update(nodes)
-            values = (counts[nodes], positive[nodes], negative[nodes])
+            values = (counts[nodes], positive[nodes], negative[nodes], weights[nodes])
             pieces.append(_Piece(index, spans, _size(tree, spans), values))
     return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens)]
 
@@ -89,7 +90,7 @@ def pack_flat(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tok
             spans = _spans(tree, [leaf], set())
             along = advantage.along(tree, leaf)
             ones = np.ones(len(spans), dtype=np.int64)
-            values = (ones, np.maximum(along, 0), np.minimum(along, 0))
+            values = (ones, np.maximum(along, 0), np.minimum(along, 0), ones * advantage.weights[leaf])
             pieces.append(_Piece(index, spans, _size(tree, spans), values))
     return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens)]
 
@@ -239,6 +240,7 @@ def _lay_out(trees: Sequence[Tree], pieces: Sequence[_Piece]) -> PackedSequence:
         multiplicity=torch.from_numpy(edge_values[:, 0].astype(np.int64)),
         adv_pos=torch.from_numpy(edge_values[:, 1].astype(np.float32)),
         adv_neg=torch.from_numpy(edge_values[:, 2].astype(np.float32)),
+        weight=torch.from_numpy(edge_values[:, 3].astype(np.float32)),
         behaviour_logprob=torch.from_numpy(np.concatenate([*logprobs, np.empty(0, np.float32)])),
         edge_key=torch.from_numpy(edge_key),
     )

@@ -1,0 +1,99 @@
+"""What a step does with its trees: advantages, mini-batches, old and reference log-probs, optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.correction import check_mismatch, leaf_factors
+from treepo_mcore.config import Config
+from treepo_mcore.tree.advantage import Advantage, advantages
+from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.tree.tree import Tree
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """This rank's share of one optimizer step."""
+
+    trees: list[Tree]
+    worth: list[Advantage]
+    sequences: list[PackedSequence]
+    normaliser: float | None  # of the loss over all ranks; None: the sum of all edges' weights
+
+
+def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dict[str, float]:
+    """Optimizer steps over mini-batches of whole prompts. Every rank gets all trees; returns equal metrics on all.
+
+    Old log-probs are those before the first of these steps. Raises `MismatchError` on all ranks together.
+    """
+    actor.set_step(step)
+    batches = mini_batches(trees, config, actor.grid.dp, actor.grid.dp_rank)
+    sequences = [sequence for batch in batches for sequence in batch.sequences]
+    old = iter(_old_log_probs(actor, sequences, config))
+    reference = iter(actor.reference_log_probs(sequences) if config.actor.reference == "host" else ())
+    results: list[dict[str, float]] = []
+    for batch in batches:
+        old_logp = [next(old) for _ in batch.sequences]
+        reference_logp = [next(reference) for _ in batch.sequences] if config.actor.reference == "host" else None
+        if config.actor.correction.startswith("sequence"):
+            batch = _corrected(batch, old_logp, config)
+        results.append(
+            actor.update(batch.sequences, old_logp, reference_logp=reference_logp, normaliser=batch.normaliser)
+        )
+        if config.actor.old_logprobs == "recompute" or len(results) == 1:
+            check_mismatch(results[-1]["mismatch/logprob_abs_mean"], config.actor, step)
+    return _step_metrics(results, config) | {"actor/lr": actor.learning_rate, "actor/updates": len(results)}
+
+
+def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -> list[MiniBatch]:
+    """The share of data-parallel rank `rank` in every mini-batch of `trainer.prompts_per_update` trees."""
+    worth = advantages(trees, config.advantage, config.actor.loss.aggregation)
+    size = config.trainer.prompts_per_update
+    batches = []
+    for begin in range(0, len(trees), size):
+        part, values = trees[begin : begin + size], worth[begin : begin + size]
+        mine = balance(part, ranks)[rank]
+        my_trees, my_worth = [part[i] for i in mine], [values[i] for i in mine]
+        batches.append(MiniBatch(my_trees, my_worth, _pack(my_trees, my_worth, config), _normaliser(values, config)))
+    return batches
+
+
+def _pack(trees: Sequence[Tree], worth: Sequence[Advantage], config: Config) -> list[PackedSequence]:
+    pack = pack_trees if config.actor.packing == "tree" else pack_flat
+    return pack(trees, worth, config.actor.micro_batch_tokens)
+
+
+def _normaliser(worth: Sequence[Advantage], config: Config) -> float | None:
+    """Token and sequence mean divide by the sum of the weights of all edges, which the actor adds up by itself."""
+    if config.actor.loss.aggregation != "fixed_length":
+        return None
+    return config.rollout.tree.response_tokens * sum(float(value.weights.sum()) for value in worth)
+
+
+def _old_log_probs(actor: Actor, sequences: list[PackedSequence], config: Config) -> list[Tensor]:
+    if config.actor.old_logprobs == "engine":
+        return [sequence.behaviour_logprob for sequence in sequences]
+    return [output[0] for output in actor.log_probs(sequences)]
+
+
+def _corrected(batch: MiniBatch, old: list[Tensor], config: Config) -> MiniBatch:
+    """Packed anew with scaled advantages; sequences and edges come out in the same order."""
+    factors = leaf_factors(batch.trees, batch.sequences, old, config.actor)
+    worth = [value.scaled(factor) for value, factor in zip(batch.worth, factors, strict=True)]
+    return replace(batch, worth=worth, sequences=_pack(batch.trees, worth, config))
+
+
+def _step_metrics(results: list[dict[str, float]], config: Config) -> dict[str, float]:
+    """Means over the updates. The mismatch is that of the old policy: with the engine's log-probs the actor's own are
+    known for the first update only."""
+    values: dict[str, float] = {}
+    for name in results[0] if results else ():
+        known = results[:1] if name.startswith("mismatch/") and config.actor.old_logprobs == "engine" else results
+        column = [result[name] for result in known]
+        value = max(column) if name.endswith("_max") else sum(column) / len(column)
+        values[name if name.startswith("mismatch/") else f"actor/{name}"] = value
+    return values
