@@ -134,12 +134,16 @@ class ChainAttention(torch.autograd.Function):
         sums = []
         for chain in chains:
             rows = slice(chain.begin, chain.end)
-            keys, values = _gather(k, chain, q.shape[1]), _gather(v, chain, q.shape[1])
-            bias = None if chain.bias is None else chain.bias.to(q.dtype)
             part, sum_ = _forward(
-                _heads_first(q[rows]), keys, values, 0.0, chain.bias is None, attn_mask=bias, scale=scale
+                _by_group(q[rows], k.shape[1]),
+                _shared_keys(k, chain, q.shape[1]),
+                _shared_keys(v, chain, q.shape[1]),
+                0.0,
+                chain.bias is None,
+                attn_mask=chain.bias,
+                scale=scale,
             )
-            out[rows] = part[0].transpose(0, 1)
+            out[rows] = _from_groups(part)
             sums.append(sum_)
         ctx.save_for_backward(q, k, v, out, *sums)
         ctx.chains, ctx.scale = chains, scale
@@ -148,26 +152,25 @@ class ChainAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, *sums = ctx.saved_tensors
+        groups = k.shape[1]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for chain, sum_ in zip(ctx.chains, sums, strict=True):
             rows = slice(chain.begin, chain.end)
-            keys, values = _gather(k, chain, q.shape[1]), _gather(v, chain, q.shape[1])
-            bias = None if chain.bias is None else chain.bias.to(q.dtype)
             part_q, part_k, part_v = _backward(
-                _heads_first(grad[rows]).contiguous(),
-                _heads_first(q[rows]),
-                keys,
-                values,
-                _heads_first(out[rows]),
+                _by_group(grad[rows], groups).contiguous(),
+                _by_group(q[rows], groups),
+                _shared_keys(k, chain, q.shape[1]),
+                _shared_keys(v, chain, q.shape[1]),
+                _by_group(out[rows], groups),
                 sum_,
                 0.0,
                 chain.bias is None,
-                attn_mask=bias,
+                attn_mask=chain.bias,
                 scale=ctx.scale,
             )
-            grad_q[rows] = part_q[0].transpose(0, 1)
-            _scatter_add(grad_k, part_k, chain)
-            _scatter_add(grad_v, part_v, chain)
+            grad_q[rows] = _from_groups(part_q)
+            _add_at_keys(grad_k, part_k, chain)
+            _add_at_keys(grad_v, part_v, chain)
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -175,11 +178,27 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]  # [S, h, d] -> [1, h, S, d]
 
 
-def _gather(x: Tensor, chain: Chain, heads: int) -> Tensor:
-    return _heads_first(x.index_select(0, chain.keys).repeat_interleave(heads // x.shape[1], 1))
+# The kernel's batch is the key/value groups, its heads the queries of a group: these can then share their keys without
+# copies, by a stride of zero.
 
 
-def _scatter_add(total: Tensor, part: Tensor, chain: Chain) -> None:
-    groups, width = total.shape[1:]
-    summed = part[0].transpose(0, 1).reshape(len(chain.keys), groups, -1, width).sum(2)
-    total.index_add_(0, chain.keys, summed)
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [S, h, d] -> [groups, h / groups, S, d]
+
+
+def _from_groups(x: Tensor) -> Tensor:
+    return x.permute(2, 0, 1, 3).flatten(1, 2)  # [groups, h / groups, S, d] -> [S, h, d]
+
+
+def _shared_keys(x: Tensor, chain: Chain, heads: int) -> Tensor:
+    """[S, groups, d] -> the chain's keys or values, [groups, heads / groups, keys, d]."""
+    rows = x[chain.begin : chain.end] if chain.bias is None else x.index_select(0, chain.keys)
+    return rows.transpose(0, 1)[:, None].expand(-1, heads // x.shape[1], -1, -1)
+
+
+def _add_at_keys(total: Tensor, part: Tensor, chain: Chain) -> None:
+    summed = part.sum(1).transpose(0, 1)  # [keys, groups, d]
+    if chain.bias is None:
+        total[chain.begin : chain.end] += summed
+    else:
+        total.index_add_(0, chain.keys, summed)
