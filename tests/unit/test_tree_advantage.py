@@ -193,3 +193,26 @@ def test_missing_reward_and_bad_plain_forms_are_errors():
     inner = [{"path": p, "reward": 1, "n_tokens": 1} for p in (["a", "b"], ["a"])]
     with pytest.raises(ValueError, match="inner node"):
         tree_from_plain({"leaves": inner})
+
+
+@pytest.mark.parametrize("options", [{}, {"mass_loss_weight": True}])
+def test_sequence_mean_weighs_every_leaf_alike(options):
+    tree = case_tree("A")
+    (found,) = advantages([tree], AdvantageConfig(**options), "sequence_mean")
+    masses = tree.masses() * 8 if options else np.ones(8)
+    lengths = np.array([4, 6, 8, 2, 5, 3, 7, 5])
+    np.testing.assert_allclose(found.weights * lengths, masses)
+
+
+@pytest.mark.parametrize("estimator", ["treepo", "segment"])
+def test_scaled_values_leave_the_weights(estimator):
+    tree = case_tree("C")
+    (found,) = advantages([tree], AdvantageConfig(estimator=estimator))
+    factors = np.linspace(0, 2, 6)
+    scaled = found.scaled(factors)
+    np.testing.assert_array_equal(scaled.weights, found.weights)
+    positive = np.zeros(len(tree.nodes))
+    for leaf in range(6):
+        np.testing.assert_allclose(scaled.along(tree, leaf), found.along(tree, leaf) * factors[leaf])
+        positive[tree.path(tree.leaves[leaf].node)] += np.maximum(scaled.along(tree, leaf), 0)
+    np.testing.assert_allclose(scaled.node_sums(tree)[0][1:], positive[1:], atol=1e-12)
