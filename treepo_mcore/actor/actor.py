@@ -20,7 +20,7 @@ from treepo_mcore.actor.attention import Implementation
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
 from treepo_mcore.actor.correction import token_factors
 from treepo_mcore.actor.cpu import on_megatron_device
-from treepo_mcore.actor.loss import clipped_loss, edge_log_probs, nll_loss, reference_kl
+from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
 from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid
@@ -222,12 +222,10 @@ class Actor:
             own = logp.detach() if config.old_logprobs == "engine" else old
             correction = token_factors(own, s.behaviour_logprob, config)
             factor = 1.0 if correction is None else correction
-            loss = clipped_loss(logp, old, s.adv_pos * factor, s.adv_neg * factor, config.loss)
-            if config.loss.entropy_coef:
-                loss = loss - config.loss.entropy_coef * (entropy * s.weight).sum()
             if batch.reference_logp is not None:
                 kl = reference_kl(logp, batch.reference_logp)
-                loss = loss + config.loss.kl_coef * (kl * s.weight).sum()
+            good, bad = s.adv_pos * factor, s.adv_neg * factor
+            loss = policy_loss(logp, old, good, bad, entropy, s.weight, config.loss, kl)
         loss = loss / normaliser
         sums = edge_sums(
             s,

@@ -88,16 +88,30 @@ def edge_log_probs(
     return torch.stack([logp, entropy])
 
 
-def clipped_loss(logp: Tensor, old_logp: Tensor, adv_pos: Tensor, adv_neg: Tensor, config: LossConfig) -> Tensor:
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    adv_pos: Tensor,
+    adv_neg: Tensor,
+    entropy: Tensor,
+    weight: Tensor,
+    config: LossConfig,
+    kl: Tensor | None = None,
+) -> Tensor:
     """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (spec 3.3, identity I2).
 
     All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
-    and of their negative advantages.
+    and of their negative advantages. Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.
     """
     ratio = (logp - old_logp).exp()
     gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
     loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
-    return -(gain + loss).sum()
+    total = -(gain + loss).sum()
+    if config.entropy_coef:
+        total = total - config.entropy_coef * (entropy * weight).sum()
+    if kl is not None:
+        total = total + config.kl_coef * (kl * weight).sum()
+    return total
 
 
 def reference_kl(logp: Tensor, reference_logp: Tensor) -> Tensor:
