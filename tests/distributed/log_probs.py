@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from treepo_mcore.actor.actor import Actor
@@ -20,10 +21,18 @@ from treepo_mcore.tree.tree import Tree, read_trees
 def make_actor(directory: Path, settings: dict[str, Any], temperature: float = 1.0, rollout_tp: int = 1) -> Actor:
     """An actor in groups of its own; the groups of the one before are dropped."""
     init_process_group()
-    parallel_state.destroy_model_parallel()
+    drop_groups()
     config = ActorConfig.model_validate({"dtype": "float32"} | settings)
     grid = build_grid(config, rollout_tp, seed=0)
     return Actor(config, read_architecture(directory), directory, grid, temperature=temperature, total_steps=1)
+
+
+def drop_groups() -> None:
+    """Megatron forgets its groups; here they go for good. Each would keep a gloo thread that wakes every 10 ms."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def no_advantages(trees: list[Tree]) -> list[LeafAdvantage]:

@@ -6,6 +6,8 @@ one a whitened batch has loss zero in any layout, right or wrong.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from harness import launch
@@ -146,12 +148,14 @@ def log_prob_error(table, reference):
 
 
 def metric_error(result, reference, name):
+    assert all(math.isfinite(mine[name]) for mine in result["metrics"])
     pairs = zip(result["metrics"], reference["metrics"], strict=True)
     return max(abs(mine[name] / theirs[name] - 1) for mine, theirs in pairs)
 
 
 def worst_relative(results, references):
     assert all(mine.keys() == theirs.keys() for mine, theirs in zip(results, references, strict=True))
+    assert all(tensor.isfinite().all() for mine in results for tensor in mine.values())
     return max(
         relative(mine[name], theirs[name]) for mine, theirs in zip(results, references, strict=True) for name in theirs
     )

@@ -88,7 +88,7 @@ def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
     if arch.ffn % actor.tp:
         raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's FFN width {arch.ffn}")
     try:
-        return MegatronConfigs(
+        configs = MegatronConfigs(
             TransformerConfig(**(_transformer_fields(actor, arch, dtype) | extra[TransformerConfig])),
             OptimizerConfig(**(_optimizer_fields(actor, dtype) | extra[OptimizerConfig])),
             DistributedDataParallelConfig(
@@ -98,8 +98,24 @@ def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
                 )
             ),
         )
+        _check_stages(configs.transformer)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"actor: Megatron-Core refuses this: {' '.join(str(error).split())}") from error
+    return configs
+
+
+def _check_stages(config: TransformerConfig) -> None:
+    """Raise what Megatron would raise while it builds, and where uneven stages leave layers out, which it would not."""
+    if config.pipeline_model_parallel_layout is not None:
+        return
+    chunks = config.virtual_pipeline_model_parallel_size
+    built = [
+        get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
+        for stage in range(config.pipeline_model_parallel_size)
+        for chunk in (range(chunks) if chunks else [None])
+    ]
+    if sum(built) != config.num_layers:
+        raise ValueError(f"the pipeline's stages hold {built} layers, the model has {config.num_layers}")
 
 
 def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
@@ -267,6 +283,10 @@ def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | Non
         share_embeddings_and_output_weights=arch.tied,
         vp_stage=stage,
     )
+    # Vocabulary rows beyond the checkpoint's are never loaded. Their logits are masked, but in the backward pass zero
+    # times what happened to be in that memory can be NaN.
+    for parameter in model.parameters():
+        parameter.data.zero_()
     _set_rotary(model, arch)
     return model
 
