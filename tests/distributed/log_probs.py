@@ -6,33 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.parallel import build_grid, init_process_group
+from treepo_mcore.actor.parallel import Grid, build_grid, init_process_group
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ActorConfig
 from treepo_mcore.tree.advantage import LeafAdvantage
 from treepo_mcore.tree.packing import pack_flat, pack_trees
 from treepo_mcore.tree.tree import Tree, read_trees
 
+GRIDS: dict[tuple[int | None, ...], Grid] = {}  # the one there is
+
 
 def make_actor(directory: Path, settings: dict[str, Any], temperature: float = 1.0, rollout_tp: int = 1) -> Actor:
-    """An actor in groups of its own; the groups of the one before are dropped."""
+    """An actor in the groups of its layout, which replace those of another layout before it.
+
+    Groups are kept where they can be: each has a gloo thread that wakes every 10 ms, and none of them ever goes.
+    """
     init_process_group()
-    drop_groups()
     config = ActorConfig.model_validate({"dtype": "float32"} | settings)
-    grid = build_grid(config, rollout_tp, seed=0)
+    layout = (config.tp, config.pp, config.vpp, rollout_tp)
+    if layout not in GRIDS:
+        parallel_state.destroy_model_parallel()
+        GRIDS.clear()
+        GRIDS[layout] = build_grid(config, rollout_tp, seed=0)
+    grid = GRIDS[layout]
     return Actor(config, read_architecture(directory), directory, grid, temperature=temperature, total_steps=1)
-
-
-def drop_groups() -> None:
-    """Megatron forgets its groups; here they go for good. Each would keep a gloo thread that wakes every 10 ms."""
-    parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def no_advantages(trees: list[Tree]) -> list[LeafAdvantage]:

@@ -102,12 +102,13 @@ def test_the_command_prints_one_line_and_exits_with_2(config, override, line):
 
 
 def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
-    result = command(config, "actor.pp=3", processes=2)
+    result = command(config, "actor.pp=4", processes=2)
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
-    assert "2 processes are not a multiple of 3" in lines[0]
-    assert "Traceback" not in result.stderr.split("torch.distributed.elastic")[0]
+    assert lines[0].startswith("error: actor.tp x actor.pp = 1 x 4: 2 processes are not a multiple of 4;")
+    # On a slow machine torchrun may not have ended the other rank before that says the same.
+    assert len({line.split(": ", 1)[1] for line in lines}) == 1
+    assert "ConfigError" not in result.stderr  # that is, no traceback but torchrun's own
 
 
 # Layouts.
@@ -118,7 +119,7 @@ def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
     [
         ("actor.tp=3", "actor.tp: 3 does not divide the model's 4 attention heads"),
         ("actor.pp=3", "actor: Megatron-Core refuses this: "),
-        ("actor.first_stage_layers=1", "the pipeline's stages hold [1] layers, the model has 4"),
+        ("actor.first_stage_layers=1", "actor: Megatron-Core refuses this: "),
         ("rollout.tp=3", "rollout.tp: 3 does not divide the model's 4 attention heads"),
         ("rollout.tree.max_depth=64", "= 528 is more than the model's max_position_embeddings = 256"),
         ("actor.sequence_parallel=true", "actor.sequence_parallel: needs actor.tp > 1"),
@@ -251,15 +252,9 @@ def test_pass_through_reaches_all_three_classes_of_megatron(model):
 # Rewards.
 
 
-def test_reward_function_that_does_not_exist(config):
-    for name in ("reward_functions:nothing", "no_such_module:f", "nonsense"):
-        assert command_line_of_reward(config, name).startswith("error: reward.function: ")
-
-
-def command_line_of_reward(config, name):
-    result = command(config, f"reward.function={name}")
-    assert result.returncode == 2, result.stderr
-    return result.stderr.strip()
+@pytest.mark.parametrize("name", ["reward_functions:nothing", "no_such_module:f", "nonsense"])
+def test_reward_function_that_does_not_exist(config, name):
+    assert refused(config, f"reward.function={name}").startswith("reward.function: ")
 
 
 def test_rewards_that_raise_hang_or_die_are_contained_and_counted(config):

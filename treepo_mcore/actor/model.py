@@ -87,6 +87,10 @@ def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
         raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's {arch.heads} attention heads")
     if arch.ffn % actor.tp:
         raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's FFN width {arch.ffn}")
+    if actor.sequence_parallel and actor.tp == 1:
+        raise ConfigError("actor.sequence_parallel: needs actor.tp > 1")
+    if actor.vpp and actor.pp == 1:
+        raise ConfigError("actor.vpp: virtual pipeline stages need actor.pp > 1")
     try:
         configs = MegatronConfigs(
             TransformerConfig(**(_transformer_fields(actor, arch, dtype) | extra[TransformerConfig])),
@@ -105,17 +109,10 @@ def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
 
 
 def _check_stages(config: TransformerConfig) -> None:
-    """Raise what Megatron would raise while it builds, and where uneven stages leave layers out, which it would not."""
-    if config.pipeline_model_parallel_layout is not None:
-        return
-    chunks = config.virtual_pipeline_model_parallel_size
-    built = [
-        get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
-        for stage in range(config.pipeline_model_parallel_size)
-        for chunk in (range(chunks) if chunks else [None])
-    ]
-    if sum(built) != config.num_layers:
-        raise ValueError(f"the pipeline's stages hold {built} layers, the model has {config.num_layers}")
+    """Raise now what Megatron would raise while it builds."""
+    if config.pipeline_model_parallel_layout is None:
+        for stage in range(config.pipeline_model_parallel_size):
+            get_num_layers_to_build(config, vp_stage=0, pp_rank=stage)
 
 
 def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:

@@ -57,10 +57,6 @@ def check_grid(config: Config, world: int) -> None:
         )
     if world % rollout.tp:
         raise ConfigError(f"rollout.tp: {world} processes are not a multiple of {rollout.tp}")
-    if actor.sequence_parallel and actor.tp == 1:
-        raise ConfigError("actor.sequence_parallel: needs actor.tp > 1")
-    if actor.vpp and actor.pp == 1:
-        raise ConfigError("actor.vpp: virtual pipeline stages need actor.pp > 1")
 
 
 def init_process_group() -> None:
