@@ -19,6 +19,8 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """Base of all sections: an unknown key is an error, defaults are checked too."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 

@@ -78,6 +78,7 @@ def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
 
 
 def main() -> None:
+    """What the pool starts: file descriptors, function and time limit are in the arguments."""
     connection_fd, progress_fd, name, limit = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
