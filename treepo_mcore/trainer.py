@@ -119,7 +119,8 @@ class Trainer:
         parameters = self.engine.parameters()
         where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
         plan = plan_push(self.actor.pieces, vllm_layout(*where))
-        return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where))
+        staging_bytes = self.config.rollout.push_staging_mb << 20
+        return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
 
     def _push(self) -> dict[str, float]:
         """Wake the engine with the actor's weights; returns what it took on this rank."""

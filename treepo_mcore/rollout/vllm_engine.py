@@ -23,6 +23,8 @@ from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, RolloutConfig
 from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Request
+from treepo_mcore.weights.fp8 import check_whole_columns
+from treepo_mcore.weights.vllm import fp8_shapes
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -41,6 +43,7 @@ OWNED = {
     "async_scheduling": "nothing: the sampler decides on the tokens of the step just done",
     "enable_sleep_mode": "nothing: on wherever the device can",
 }
+BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
 
@@ -58,6 +61,8 @@ class VllmEngine:
         if not torch.cuda.is_available():
             _name_shared_memory(config.rollout.tp)
             _leave_weights_unpacked()
+        if config.rollout.engine.get("quantization") == BLOCK_FP8:
+            _leave_blocks_as_they_are()
         # vLLM seeds the global generators while it starts.
         with torch.random.fork_rng(devices=[]):
             try:
@@ -171,6 +176,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
         )
     if arch.heads % config.rollout.tp:
         raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide the model's {arch.heads} attention heads")
+    _check_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
         "skip_tokenizer_init": True,
@@ -200,6 +206,41 @@ def _check_pass_through(config: RolloutConfig) -> None:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
             hint = f"; did you mean rollout.engine.{near[0]}?" if near else ""
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
+
+
+def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
+    found = config.engine.get("quantization")
+    if found is None:
+        return
+    if found != BLOCK_FP8:
+        raise ConfigError(f"rollout.engine.quantization: found {found}, pushes know {BLOCK_FP8} (or none)")
+    if config.dtype == "float32":
+        raise ConfigError(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
+    check_whole_columns(fp8_shapes(arch, config.tp))
+
+
+def _leave_blocks_as_they_are() -> None:
+    """Keep FP8 weights [N, K] and their scales [N / 128, K / 128] in the places where pushes write them.
+
+    On a GPU, DeepGEMM would round scales to powers of two after loading; vLLM's other kernels read them as they are.
+    On a CPU, vLLM packs the values for AMX after loading; its kernel also takes them unpacked. (It wants a float32
+    bias, which its own caller does not give it.)
+    """
+    if torch.cuda.is_available():
+        os.environ["VLLM_USE_DEEP_GEMM"] = "0"
+        return
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel as Kernel
+
+    def apply_weights(kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        bias = bias if bias is None else bias.float()
+        sizes = list(kernel.weight_group_shape)
+        out = _custom_ops.fp8_scaled_mm_cpu(flat, layer.weight, layer.weight_scale_inv, sizes, bias, x.dtype, False)
+        return out.view(*x.shape[:-1], -1)
+
+    Kernel.apply_weights = apply_weights
+    Kernel.process_weights_after_loading = lambda kernel, layer: None
 
 
 def _leave_weights_unpacked() -> None:
