@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from treepo_mcore.architecture import Architecture
+from treepo_mcore.config import ConfigError
 from treepo_mcore.weights.fp8 import scale_shape
 from treepo_mcore.weights.layout import Piece, rows
 
@@ -61,7 +62,7 @@ def vllm_padding(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_
 def vllm_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
     """Every parameter of one rank with its shape; all ranks of an engine are alike.
 
-    Raises `ValueError` for sizes that vLLM cannot split over `tp` ranks.
+    Raises `ConfigError` for sizes that vLLM cannot split over `tp` ranks.
     """
     _check_divisible(arch, tp)
     hidden, head = arch.hidden, arch.head_dim
@@ -160,6 +161,8 @@ def _check_divisible(arch: Architecture, tp: int) -> None:
     sizes = {"attention heads": arch.heads, "FFN width": arch.ffn, "padded vocabulary": _padded_vocab(arch)}
     for what, size in sizes.items():
         if size % tp:
-            raise ValueError(f"rollout.tp: {tp} does not divide the model's {what} of {size}")
+            raise ConfigError(f"rollout.tp: {tp} does not divide the model's {what} of {size}")
     if arch.kv_heads % tp and tp % arch.kv_heads:
-        raise ValueError(f"rollout.tp: {tp} and the model's {arch.kv_heads} key/value heads: neither divides the other")
+        raise ConfigError(
+            f"rollout.tp: {tp} and the model's {arch.kv_heads} key/value heads: neither divides the other"
+        )
