@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -138,7 +137,7 @@ class Push:
         verify: compare checksums of what was sent with what now stands in the targets; raises `TransferError`.
         """
         begin = time.perf_counter()
-        sums = _Checksums() if verify else None
+        sums = _Checksums(self.device) if verify else None
         for view in self.padding:
             view.zero_()
         works: list[list[dist.Work]] = []
@@ -197,26 +196,28 @@ class Push:
                     part.slot.copy_(part.view)
                 else:
                     quantise_into(part.view, part.slot, part.scale_slot, self.dtype)
-                if sums is not None:
-                    sums.sent(part.transfer, part.slot, part.scale_slot)
             operations.append(dist.P2POp(dist.isend, _span(out, message), message.peer))
-        operations += [dist.P2POp(dist.irecv, _span(inbox, m), m.peer) for m in current.receives]
+            if sums is not None:
+                operations.append(dist.P2POp(dist.isend, sums.of_packed(message), message.peer))
+        for message in current.receives:
+            operations.append(dist.P2POp(dist.irecv, _span(inbox, message), message.peer))
+            if sums is not None:
+                operations.append(dist.P2POp(dist.irecv, sums.to_come(message), message.peer))
         return dist.batch_isend_irecv(operations) if operations else []
 
     def _finish(self, number: int, works: list[dist.Work], sums: _Checksums | None) -> None:
         for work in works:
             work.wait()
-        for part in (part for message in self.rounds[number].receives for part in message.parts):
-            stands = part.view
-            if part.edges is not None:
-                part.edges.put(part.transfer.target_start, part.slot)
-                stands = part.slot  # in the parameter there are only its quantised values
-            else:
-                part.view.copy_(part.slot)
-            if part.scale is not None and part.scale_slot is not None:
-                part.scale.copy_(part.scale_slot)
+        for message in self.rounds[number].receives:
+            for part in message.parts:
+                if part.edges is not None:
+                    part.edges.put(part.transfer.target_start, part.slot)
+                else:
+                    part.view.copy_(part.slot)
+                if part.scale is not None and part.scale_slot is not None:
+                    part.scale.copy_(part.scale_slot)
             if sums is not None:
-                sums.arrived(part.transfer, stands, part.scale)
+                sums.arrived(message)
 
 
 class _Binder:
@@ -305,38 +306,43 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 class _Checksums:
-    """Per box and peer, in the plan's order; exchanged once, after the last round."""
+    """Per box of every message; the sender's travel behind the message, and nobody waits for them before the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds = 0.0
-        self.outgoing: dict[int, list[Tensor]] = defaultdict(list)
-        self.incoming: dict[int, list[tuple[Transfer, Tensor]]] = defaultdict(list)
+        self.outgoing: list[Tensor] = []  # alive while they are on the wire
+        self.claimed: list[Tensor] = []  # of the messages to this rank, in the order of their rounds
+        self.found: list[tuple[_Message, Tensor]] = []
 
-    def sent(self, transfer: Transfer, packed: Tensor, scale: Tensor | None) -> None:
+    def of_packed(self, message: _Message) -> Tensor:
+        """Of what stands in the staging buffer, int64 [parts]."""
         begin = time.perf_counter()
-        self.outgoing[transfer.target].append(_sum(packed, scale))
+        self.outgoing.append(torch.stack([_sum(part.slot, part.scale_slot) for part in message.parts]))
         self.seconds += time.perf_counter() - begin
+        return self.outgoing[-1]
 
-    def arrived(self, transfer: Transfer, view: Tensor, scale: Tensor | None) -> None:
+    def to_come(self, message: _Message) -> Tensor:
+        """Where the sender's will stand."""
+        self.claimed.append(torch.empty(len(message.parts), dtype=torch.int64, device=self.device))
+        return self.claimed[-1]
+
+    def arrived(self, message: _Message) -> None:
+        """Of what stands in the parameters now; of the parts of cut FP8 blocks, which do not, in the staging buffer."""
         begin = time.perf_counter()
-        self.incoming[transfer.source].append((transfer, _sum(view, scale)))
+        stands = [(p.view, p.scale) if p.edges is None else (p.slot, None) for p in message.parts]
+        self.found.append((message, torch.stack([_sum(*both) for both in stands])))
         self.seconds += time.perf_counter() - begin
 
     def compare(self, rank: int) -> None:
         begin = time.perf_counter()
-        found = {peer: torch.stack([value for _, value in items]) for peer, items in self.incoming.items()}
-        claimed = {peer: torch.empty_like(values) for peer, values in found.items()}
-        operations = [dist.P2POp(dist.isend, torch.stack(v), p) for p, v in sorted(self.outgoing.items())]
-        operations += [dist.P2POp(dist.irecv, values, peer) for peer, values in sorted(claimed.items())]
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        self.seconds += time.perf_counter() - begin
-        for peer, items in sorted(self.incoming.items()):
-            for index in (found[peer] != claimed[peer]).nonzero().flatten().tolist():
-                bad = items[index][0]
+        for (message, found), claimed in zip(self.found, self.claimed, strict=True):
+            for index in (found != claimed).nonzero().flatten().tolist():
+                bad = message.parts[index].transfer
                 raise TransferError(
-                    f"push: {bad.tensor} from rank {peer} arrived damaged in {bad.target_local} on rank {rank}"
+                    f"push: {bad.tensor} from rank {bad.source} arrived damaged in {bad.target_local} on rank {rank}"
                 )
+        self.seconds += time.perf_counter() - begin
 
 
 def _sum(values: Tensor, scale: Tensor | None) -> Tensor:
