@@ -1,11 +1,9 @@
-"""The one file of the rollout that knows vLLM (0.26): an engine inside this process, one per block of ranks."""
+"""vLLM (0.26) as the rollout's engine: inside this process, one per block of ranks. `vllm_cpu` belongs to it."""
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import difflib
-import glob
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -21,6 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, RolloutConfig
+from treepo_mcore.rollout import vllm_cpu
 from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
 from treepo_mcore.weights.fp8 import check_whole_columns
@@ -60,9 +58,7 @@ class VllmEngine:
         self.eos_ids = list(eos_ids)
         arguments = engine_arguments(config, arch, directory)
         if not torch.cuda.is_available():
-            _name_shared_memory(config.rollout.tp)
-            _leave_weights_unpacked()
-        _leave_blocks_as_they_are(config.rollout)
+            vllm_cpu.prepare(config.rollout.tp)
         # vLLM seeds the global generators while it starts.
         with torch.random.fork_rng(devices=[]), _refusals():
             self.llm = LLM(**arguments)
@@ -200,7 +196,8 @@ def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
 
     Call it after the process group is there: vLLM derives ranks from it. Raises `ConfigError`.
     """
-    _leave_blocks_as_they_are(config.rollout)
+    if config.rollout.engine.get("quantization") == BLOCK_FP8:
+        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # on GPUs; it would round scales to powers of two after loading
     with _refusals():
         EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
 
@@ -236,44 +233,6 @@ def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
     check_whole_columns(fp8_shapes(arch, config.tp))
 
 
-def _leave_blocks_as_they_are(config: RolloutConfig) -> None:
-    """Keep FP8 weights [N, K] and their scales [N / 128, K / 128] in the places where pushes write them.
-
-    On a GPU, DeepGEMM would round scales to powers of two after loading; vLLM's other kernels read them as they are.
-    On a CPU, vLLM packs the values for AMX after loading; its kernel also takes them unpacked. (It wants a float32
-    bias, which its own caller does not give it.)
-    """
-    if config.engine.get("quantization") != BLOCK_FP8:
-        return
-    if torch.cuda.is_available():
-        os.environ["VLLM_USE_DEEP_GEMM"] = "0"
-        return
-    from vllm import _custom_ops
-    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel as Kernel
-
-    def apply_weights(kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        bias = bias if bias is None else bias.float()
-        sizes = list(kernel.weight_group_shape)
-        out = _custom_ops.fp8_scaled_mm_cpu(flat, layer.weight, layer.weight_scale_inv, sizes, bias, x.dtype, False)
-        return out.view(*x.shape[:-1], -1)
-
-    Kernel.apply_weights = apply_weights
-    Kernel.process_weights_after_loading = lambda kernel, layer: None
-
-
-def _leave_weights_unpacked() -> None:
-    """Keep parameters ordinary tensors on a CPU, where vLLM would hide them inside its matrix kernels.
-
-    vLLM has no setting for it; this makes its dispatcher take its own fallback, torch's linear layer. What that
-    costs is in docs/resharding.md.
-    """
-    import vllm._custom_ops
-
-    vllm._custom_ops._supports_onednn = False
-    os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
-
-
 def _scheduler(client: Any) -> Any:
     """The scheduler behind an in-process client; its names are not vLLM's public interface."""
     return client.engine_core.scheduler
@@ -290,36 +249,3 @@ def _count_preemptions(scheduler: Any) -> list[int]:
 
     scheduler._preempt_request = preempt
     return count
-
-
-def _name_shared_memory(tp: int) -> None:
-    """Give the CPU all-reduce a segment name of this job.
-
-    vLLM's name is the same for every job on a host, so two jobs collide and a crashed one blocks the next.
-    """
-    if tp == 1:
-        return
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-
-    job = f"{os.environ['MASTER_PORT']}-{_job_token()}"
-    original = _CPUSHMDistributed.make_group_name
-    if getattr(original, "treepo", False):
-        return
-
-    def make_group_name(communicator: Any) -> str:
-        return f"{original(communicator).replace('/', '')}-{job}"
-
-    make_group_name.treepo = True  # type: ignore[attr-defined]
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
-    atexit.register(_unlink_shared_memory, job)
-
-
-def _job_token() -> str:
-    token = [os.urandom(4).hex()]
-    dist.broadcast_object_list(token, 0)
-    return token[0]
-
-
-def _unlink_shared_memory(job: str) -> None:
-    for path in glob.glob(f"/dev/shm/*{job}*"):
-        Path(path).unlink(missing_ok=True)
