@@ -110,6 +110,11 @@ def test_a_worker_killed_from_outside_is_replaced(functions):
         assert [(result.key, result.correct) for result in pool.drain()] == [(1, True)]
 
 
+def test_a_signal_to_the_process_group_does_not_reach_workers(functions):
+    with RewardPool(RewardConfig(function=functions)) as pool:
+        assert os.getpgid(pool._workers[0].process.pid) != os.getpgid(0)
+
+
 def test_workers_do_not_import_torch(functions):
     results, _ = run(RewardConfig(function=functions), ["modules"])
     assert results[0].error is None

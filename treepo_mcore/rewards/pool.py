@@ -77,6 +77,8 @@ class _Worker:
                 [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit)],
                 pass_fds=[theirs.fileno(), file.fileno()],
                 stdin=subprocess.DEVNULL,
+                # Slurm signals a rank's whole process group, which asks the rank to stop and would kill a worker.
+                process_group=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         theirs.close()
