@@ -94,7 +94,7 @@ def test_a_signal_before_the_end_saves_requeues_and_the_job_completes(task, clus
     assert re.search("preflight n1: ok, .*reached by 1 other nodes", batch)
     assert re.search("preflight n2: ok, .*clock and versions as on n1", batch)
     assert "requeued" in batch
-    node = (tmp_path / "run" / "logs" / running.id / "n1.log").read_text()
+    node = next((tmp_path / "run" / "logs" / running.id).glob("0-*.log")).read_text()
     saved = batch.split("newest checkpoint: ")[2].split()[0]
     assert 0 < int(saved) < 40
     assert f"SIGUSR1: saved at step {saved}, exit status 75" in node

@@ -110,9 +110,15 @@ def test_a_worker_killed_from_outside_is_replaced(functions):
         assert [(result.key, result.correct) for result in pool.drain()] == [(1, True)]
 
 
-def test_a_signal_to_the_process_group_does_not_reach_workers(functions):
+def test_signals_that_ask_the_rank_to_stop_do_not_hurt_workers(functions):
     with RewardPool(RewardConfig(function=functions)) as pool:
-        assert os.getpgid(pool._workers[0].process.pid) != os.getpgid(0)
+        worker = pool._workers[0].process
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            worker.send_signal(number)
+        pool.submit(0, "abc", "abc", "")
+        assert pool.drain()[0].score == 3.0
+        assert pool._workers[0].process is worker
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_workers_do_not_import_torch(functions):

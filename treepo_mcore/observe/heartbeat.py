@@ -17,6 +17,8 @@ import sys
 import time
 from typing import Any
 
+from treepo_mcore.environment import deaf_children
+
 SILENCE_SECONDS = 20.0  # without a byte from a node: it is lost
 GRACE_SECONDS = 5.0  # for the ranks' own errors to come first
 BEAT_SECONDS = 1.0
@@ -31,13 +33,13 @@ class Heartbeat:
     def __init__(self, address: str | None, nodes: int) -> None:
         """address: host:port of the first node's heartbeat; None on the first node itself, which hears `nodes` - 1."""
         where = ["--join", address] if address else ["--serve", str(nodes - 1)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "treepo_mcore.observe.heartbeat", *where],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            process_group=0,  # signals to the rank's process group are not for it
-        )
+        with deaf_children():
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "treepo_mcore.observe.heartbeat", *where],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from treepo_mcore.environment import STOP_SIGNALS
+
 # Exit status of a run that saved because it was asked to stop (EX_TEMPFAIL of sysexits.h); the same command continues.
 STOPPED = 75
 
@@ -17,7 +19,7 @@ class StopRequest:
 
     def listen(self) -> None:
         """From now on SIGUSR1 (a batch script, before the time limit) and SIGTERM (preemption) no longer kill."""
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
