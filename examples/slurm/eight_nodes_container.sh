@@ -43,7 +43,7 @@ export NCCL_DEBUG=WARN # causes of failures, without the chatter of INFO
 export NCCL_IB_HCA=mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11 # the adapters of the compute network; others may serve storage
 export NCCL_IB_TIMEOUT=22 # 17 s before a packet is sent again: a link that flaps must not end the job
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 # a collective that hangs leaves a record of who did not come,
-export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 # of the last 2000 collectives
+export TORCH_FR_BUFFER_SIZE=2000 # of the last 2000 collectives
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron overlaps communication in the order of launch, up to Hopper
 export NCCL_SOCKET_IFNAME=eth0 # the interface by which nodes find each other,
 export GLOO_SOCKET_IFNAME=eth0 # also for what is exchanged on the CPU
@@ -51,9 +51,11 @@ export PYTHONFAULTHANDLER=1 # a crash in native code shows the Python lines abov
 export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 
 # pyxis makes the container on every node; the working directory must be mounted for relative paths to hold.
+image=/images/treepo_mcore.sqsh
+mounts=/lustre:/lustre
 in_container=(
-    --container-image=/images/treepo_mcore.sqsh
-    --container-mounts=/lustre:/lustre
+    --container-image="$image"
+    --container-mounts="$mounts"
     --container-workdir="$PWD"
     --no-container-mount-home # a home directory's Python packages must not shadow the image's
 )

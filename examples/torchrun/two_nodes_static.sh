@@ -16,7 +16,7 @@ saved_step() { cat "$tracker" 2>/dev/null || echo none; }
 export NCCL_DEBUG=WARN # causes of failures, without the chatter of INFO
 export NCCL_IB_TIMEOUT=22 # 17 s before a packet is sent again: a link that flaps must not end the job
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 # a collective that hangs leaves a record of who did not come,
-export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 # of the last 2000 collectives
+export TORCH_FR_BUFFER_SIZE=2000 # of the last 2000 collectives
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron overlaps communication in the order of launch, up to Hopper
 export NCCL_SOCKET_IFNAME=eth0 # the interface by which nodes find each other,
 export GLOO_SOCKET_IFNAME=eth0 # also for what is exchanged on the CPU

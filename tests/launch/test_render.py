@@ -102,8 +102,8 @@ def test_a_batch_script_has_what_was_asked_for():
         "signal": "B:USR1@900",
     }
     for words in (
-        "--container-image=/images/treepo.sqsh",
-        "--container-mounts=/data:/data,/home/me/runs:/workspace/runs",
+        "image=/images/treepo.sqsh\n",
+        "mounts=/data:/data,/home/me/runs:/workspace/runs\n",
         "export NCCL_IB_HCA=mlx5_0,mlx5_1 #",
         "export NCCL_SOCKET_IFNAME=eth0 #",
         "MASTER_PORT=23456 #",

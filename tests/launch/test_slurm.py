@@ -91,7 +91,7 @@ def test_a_signal_before_the_end_saves_requeues_and_the_job_completes(task, clus
     assert facts["JobState"] == "COMPLETED", output
     assert facts["Restarts"] == "1"
     batch = running.log.read_text()
-    assert re.search("preflight n1: ok, .*reached by 1 other nodes", batch)
+    assert re.search("preflight n1: ok, .*reached by 1 other node", batch)
     assert re.search("preflight n2: ok, .*clock and versions as on n1", batch)
     assert "requeued" in batch
     node = next((tmp_path / "run" / "logs" / running.id).glob("0-*.log")).read_text()

@@ -170,7 +170,7 @@ def _receive(port: int, others: int, me: dict[str, Any]) -> Findings:
             with connection:
                 came.append(json.loads(connection.makefile("r").readline())["name"])
                 connection.sendall(json.dumps(me | {"time": time.time()}).encode() + b"\n")
-    return Findings(seen=[f"reached by {others} other nodes"] if others else [])
+    return Findings(seen=[f"reached by {others} other node{'s' if others > 1 else ''}"])
 
 
 def look(options: argparse.Namespace) -> Findings:
