@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +50,9 @@ def hosts():
         link(name, "up")
     yield list(HOSTS)
     for name in HOSTS:
+        left = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True, text=True).stdout.split()
+        for process in left:  # of a test that failed
+            os.kill(int(process), signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", name], check=True)
         shutil.rmtree(Path("/etc/netns") / name)
 

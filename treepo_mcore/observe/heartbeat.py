@@ -15,12 +15,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from treepo_mcore.environment import deaf_children
 
 SILENCE_SECONDS = 20.0  # without a byte from a node: it is lost
 GRACE_SECONDS = 5.0  # for the ranks' own errors to come first
+LAUNCHER_SECONDS = 15.0  # for torchrun to end by itself once its ranks are gone
 BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
 KEY = "treepo/heartbeat"  # in the store: the port of the first node
@@ -144,9 +146,28 @@ def _join(address: str) -> dict[socket.socket, str]:
     return {first: host}
 
 
+def _end_node(rank: int, launcher: Path) -> None:
+    """Under Slurm, and where torchrun may restart its ranks, the launcher sees to the rest when one rank is gone.
+
+    Otherwise all ranks of torchrun are ended here, and torchrun too when it does not follow: its agent hangs where its
+    own store was on the lost node.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        if os.getppid() == rank:
+            os.kill(rank, signal.SIGKILL)
+        return
+    for child in (launcher / "task" / launcher.name / "children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    time.sleep(LAUNCHER_SECONDS)
+    if launcher.exists():
+        print("error: torchrun does not end, ending it", file=sys.stderr, flush=True)
+        os.kill(int(launcher.name), signal.SIGKILL)
+
+
 def main() -> None:
     """`--serve OTHERS` on the first node, `--join HOST:PORT` on the others; the rank is the parent process."""
     rank = os.getppid()
+    launcher = Path("/proc") / Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]
     option, value = sys.argv[1:]
     try:
         reason = _Watch(_serve(int(value)) if option == "--serve" else _join(value), sys.stdin.fileno()).run()
@@ -155,10 +176,9 @@ def main() -> None:
     if reason is None:
         return
     time.sleep(GRACE_SECONDS)
-    if os.getppid() != rank:  # it has ended by itself
-        return
-    print(f"error: {reason}; ending the ranks of this node", file=sys.stderr, flush=True)
-    os.kill(rank, signal.SIGKILL)
+    if launcher.exists():
+        print(f"error: {reason}; ending the ranks of this node", file=sys.stderr, flush=True)
+        _end_node(rank, launcher)
 
 
 if __name__ == "__main__":
