@@ -77,7 +77,7 @@ asked=
 ask() {
     asked=yes
     say "the time is nearly up: asking the ranks to finish the step and save"
-    kill -USR1 "$step"
+    kill -USR1 "$step" || true # it may just have ended
 }
 trap ask USR1
 # Before a preemption, and in scancel, Slurm has told the ranks itself; only wait for them.

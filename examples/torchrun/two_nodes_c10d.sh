@@ -30,8 +30,8 @@ asked=
 # shellcheck disable=SC2317,SC2329 # the trap calls it
 ask() {
     asked=yes
-    read -r -a ranks <"/proc/$torchrun/task/$torchrun/children"
-    kill -USR1 "${ranks[@]}"
+    read -r -a ranks <"/proc/$torchrun/task/$torchrun/children" || true # no newline at its end
+    kill -USR1 "${ranks[@]}" || true # they may just have ended
 }
 trap ask USR1 TERM
 

@@ -5,11 +5,20 @@ set -euo pipefail
 action=$1 folder=$2
 export SLURM_CONF=$folder/slurm.conf
 
+end() {
+    kill "$1" || return 0
+    for _ in $(seq 50); do
+        if ! kill -0 "$1" 2>/dev/null; then return; fi
+        sleep 0.1
+    done
+    kill -KILL "$1"
+}
+
 down() {
     scancel --user=root 2>/dev/null || true
     local file
     for file in "$folder"/slurmd-*.pid "$folder/slurmctld.pid" "$folder/munge/pid"; do
-        if [ -s "$file" ]; then kill "$(cat "$file")" || true; fi
+        if [ -s "$file" ]; then end "$(cat "$file")"; fi
     done
 }
 

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from treepo_mcore.cli import app
 from treepo_mcore.launch import preflight
 from treepo_mcore.launch.preflight import Findings, compare, look_at_disk, look_at_gpus, look_at_links, look_at_memory
 
@@ -160,3 +162,9 @@ def test_a_first_node_that_cannot_be_reached_and_nodes_that_do_not_come(monkeypa
     address = f"127.0.0.1:{free_port()}"
     assert preflight.meet(address, 1, 2, "n2").wrong[0].startswith(f"cannot reach {address}: ")
     assert preflight.meet(address, 0, 3, "n1").wrong == ["waited 0.2 s for 2 other nodes, heard none"]
+
+
+def test_as_a_subcommand(tmp_path):
+    command = ["launch", "preflight", "--disk", str(tmp_path), "--disk-gib", "1e9"]
+    assert CliRunner().invoke(app, command).exit_code == 1
+    assert CliRunner().invoke(app, command[:-2]).exit_code == 0

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,15 +28,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def cluster(tmp_path_factory, monkeypatch):
+def cluster(monkeypatch):
     """Two nodes, n1 and n2."""
-    folder = tmp_path_factory.mktemp("slurm")
-    for parent in folder.parents[:2]:
-        parent.chmod(0o755)  # munged runs as another user
-    subprocess.run([HERE / "cluster.sh", "up", folder, "2"], check=True)
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    yield
-    subprocess.run([HERE / "cluster.sh", "down", folder], check=True)
+    # Not below pytest's own folders: munged runs as another user, who may not enter them.
+    with tempfile.TemporaryDirectory(prefix="treepo-slurm-") as folder:
+        subprocess.run([HERE / "cluster.sh", "up", folder, "2"], check=True)
+        monkeypatch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        yield
+        subprocess.run([HERE / "cluster.sh", "down", folder], check=True)
 
 
 class Job:
