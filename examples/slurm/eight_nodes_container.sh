@@ -72,16 +72,15 @@ if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${in_container[@]
 fi
 
 # --- Signals: Slurm warns this script, the script asks the ranks, the ranks finish their step and save ---
-asked=
 # shellcheck disable=SC2317,SC2329 # the trap calls it
 ask() {
-    asked=yes
     say "the time is nearly up: asking the ranks to finish the step and save"
     kill -USR1 "$step" || true # it may just have ended
 }
 trap ask USR1
-# Before a preemption, and in scancel, Slurm has told the ranks itself; only wait for them.
-trap 'say "SIGTERM: waiting for the ranks to save"' TERM
+# scancel or preemption: Slurm has told the ranks itself, and after a preemption it requeues.
+cancelled=
+trap 'cancelled=yes; say "SIGTERM: waiting for the ranks to save"' TERM
 
 # One task a rank, without torchrun between: signals and exit statuses pass unchanged. Ranks share the node's cores.
 before=$(saved_step)
@@ -100,11 +99,11 @@ wait "$step" && rc=0 || rc=$?
 
 after=$(saved_step)
 say "the ranks ended with status $rc, newest checkpoint: $after"
-# Ranks that saved when asked end with 75, but srun reports that of whichever rank it hears last. Without a new
-# checkpoint the next attempt would only do the same again.
-if [ -n "$asked" ] && [ "$rc" -ne 0 ]; then
+# They were asked to stop (then they end with 75, but srun reports whichever rank it hears last), or a rank or a node
+# was lost: go on from the new checkpoint. Without one the next attempt would only end the same way.
+if [ "$rc" -ne 0 ] && [ -z "$cancelled" ]; then
     if [ "$after" = "$before" ]; then
-        say "no new checkpoint in this attempt: not requeued; more --time or --signal-seconds?"
+        say "no new checkpoint in this attempt: not requeued"
     else
         say "requeued"
         scontrol requeue "$SLURM_JOB_ID"

@@ -71,9 +71,10 @@ class Job:
         return "\n".join(file.read_text()[-4000:] for file in [self.log, *logs] if file.exists())
 
 
-def job(task, tmp_path, **settings) -> Job:
+def job(task, tmp_path, *more, **settings) -> Job:
     config = ROOT / "examples" / "quickstart" / "config.yaml"
-    overrides = (*task, "run.dir=run", "trainer.steps=40", "trainer.eval_before=false", "trainer.eval_after=false")
+    evaluate = ("trainer.eval_before=false", "trainer.eval_after=false")
+    overrides = (*task, "run.dir=run", "trainer.steps=40", *evaluate, *more)
     small = {"gpus_per_node": 0, "processes_per_node": 1, "time": "10", "signal_seconds": 60, "python": sys.executable}
     small |= {"disk_gib": 1, "memory_gib": 1, "exclusive": False}
     return Job(render(SlurmJob(config, overrides, nodes=2, **small | settings)), tmp_path)
@@ -113,11 +114,27 @@ def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_ranks_that_die_after_a_checkpoint_are_requeued_and_without_one_not(task, cluster, tmp_path):
+    running = job(task, tmp_path, "trainer.save_every=10")
+    tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    running.until(tracker.is_file, 240)
+    kill = ["scancel", "--signal=KILL", f"{running.id}.1"]  # step 0 is the preflight
+    subprocess.run(kill, check=True)
+    running.until(lambda: running.facts().get("Restarts") == "1", 100)
+    log = tmp_path / "run" / "logs" / running.id
+    running.until(lambda: any("resumed at step 10" in file.read_text() for file in log.glob("0-*")), 240)
+    subprocess.run(kill, check=True)
+    facts = running.wait(100)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), running.output()
+    assert "no new checkpoint in this attempt: not requeued" in running.log.read_text()
+
+
 def test_cancelling_saves(task, cluster, tmp_path):
     running = job(task, tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     running.until(lambda: metrics.is_file() and "reward/mean" in metrics.read_text(), 240)
     subprocess.run(["scancel", running.id], check=True)
     running.until(lambda: "the ranks ended with status" in running.log.read_text(), 100)
-    assert running.wait(100)["JobState"] == "CANCELLED"
+    facts = running.wait(100)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()) > 0
