@@ -27,7 +27,7 @@ from treepo_mcore.observe.signals import STOPPED, StopRequest
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
-from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
+from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, plan_push
@@ -56,6 +56,7 @@ class Trainer:
         megatron_configs(config.actor, self.arch)
         init_process_group()
         check_grid(config, dist.get_world_size())
+        check_engine(config, self.arch, self.directory)
         store = dist.distributed_c10d._get_default_store()
         self.heartbeat = listen_to_nodes(dist.get_rank(), dist.get_world_size(), store)
         self.rewards = RewardPool(config.reward) if dist.get_rank() % config.rollout.tp == 0 else None
