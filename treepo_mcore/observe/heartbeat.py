@@ -24,7 +24,7 @@ SILENCE_SECONDS = 20.0  # without a byte from a node: it is lost
 GRACE_SECONDS = 5.0  # for the ranks' own errors to come first
 LAUNCHER_SECONDS = 15.0  # for torchrun to end by itself once its ranks are gone
 BEAT_SECONDS = 1.0
-CONNECT_SECONDS = 60.0
+CONNECT_SECONDS = 300.0  # nodes check their engines before, some more slowly than others
 KEY = "treepo/heartbeat"  # in the store: the port of the first node
 ALIVE, DONE = b".", b"D"
 
