@@ -1,19 +1,15 @@
-"""The one file of the rollout that knows vLLM (0.26): an engine inside this process, one per block of ranks."""
+"""vLLM (0.26) as the rollout's engine: inside this process, one per block of ranks. `vllm_cpu` belongs to it."""
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import difflib
-import glob
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -21,6 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, RolloutConfig
+from treepo_mcore.rollout import vllm_cpu
 from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
 
@@ -57,8 +54,7 @@ class VllmEngine:
         self.eos_ids = list(eos_ids)
         arguments = engine_arguments(config, arch, directory)
         if not torch.cuda.is_available():
-            _name_shared_memory(config.rollout.tp)
-            _leave_weights_unpacked()
+            vllm_cpu.prepare(config.rollout.tp)
         # vLLM seeds the global generators while it starts.
         with torch.random.fork_rng(devices=[]), _refusals():
             self.llm = LLM(**arguments)
@@ -219,18 +215,6 @@ def _check_pass_through(config: RolloutConfig) -> None:
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
 
 
-def _leave_weights_unpacked() -> None:
-    """Keep parameters ordinary tensors on a CPU, where vLLM would hide them inside its matrix kernels.
-
-    vLLM has no setting for it; this makes its dispatcher take its own fallback, torch's linear layer. What that
-    costs is in docs/resharding.md.
-    """
-    import vllm._custom_ops
-
-    vllm._custom_ops._supports_onednn = False
-    os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
-
-
 def _scheduler(client: Any) -> Any:
     """The scheduler behind an in-process client; its names are not vLLM's public interface."""
     return client.engine_core.scheduler
@@ -247,36 +231,3 @@ def _count_preemptions(scheduler: Any) -> list[int]:
 
     scheduler._preempt_request = preempt
     return count
-
-
-def _name_shared_memory(tp: int) -> None:
-    """Give the CPU all-reduce a segment name of this job.
-
-    vLLM's name is the same for every job on a host, so two jobs collide and a crashed one blocks the next.
-    """
-    if tp == 1:
-        return
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-
-    job = f"{os.environ['MASTER_PORT']}-{_job_token()}"
-    original = _CPUSHMDistributed.make_group_name
-    if getattr(original, "treepo", False):
-        return
-
-    def make_group_name(communicator: Any) -> str:
-        return f"{original(communicator).replace('/', '')}-{job}"
-
-    make_group_name.treepo = True  # type: ignore[attr-defined]
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
-    atexit.register(_unlink_shared_memory, job)
-
-
-def _job_token() -> str:
-    token = [os.urandom(4).hex()]
-    dist.broadcast_object_list(token, 0)
-    return token[0]
-
-
-def _unlink_shared_memory(job: str) -> None:
-    for path in glob.glob(f"/dev/shm/*{job}*"):
-        Path(path).unlink(missing_ok=True)
