@@ -66,7 +66,7 @@ def test_eight_processes_train_within_24_gib(task: list[str], tmp_path: Path) ->
 
     watching = threading.Thread(target=watch)
     watching.start()
-    output, _ = process.communicate(timeout=1200)
+    output, _ = process.communicate(timeout=2400)
     done.set()
     watching.join()
     print(f"peak resident memory {peaks[0]:.1f} GiB (shared pages once: {peaks[1]:.1f} GiB)", end=", ")

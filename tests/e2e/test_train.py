@@ -117,7 +117,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_command_continues(task: list[
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.5)
     os.kill(_worker(process.pid), signal.SIGUSR1)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=300)
     done = int((tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert f"SIGUSR1: saved at step {done}, exit status 75" in output
     assert {line.split()[2] for line in output.splitlines() if line.strip().startswith("exitcode")} == {"75"}

@@ -57,6 +57,7 @@ SchedulerParameters=bf_interval=2,sched_interval=5
 MpiDefault=none
 ReturnToService=2
 MinJobAge=3600
+KillWait=120
 SlurmdTimeout=10
 SlurmdParameters=config_overrides
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP

@@ -83,10 +83,10 @@ def job(task, tmp_path, *more, **settings) -> Job:
 def test_a_signal_before_the_end_saves_requeues_and_the_job_completes(task, cluster, tmp_path):
     running = job(task, tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    running.until(lambda: metrics.is_file() and "reward/mean" in metrics.read_text(), 240)
+    running.until(lambda: metrics.is_file() and "reward/mean" in metrics.read_text(), 600)
     # As --signal=B:USR1 does at its time.
     subprocess.run(["scancel", "--batch", "--signal=USR1", running.id], check=True)
-    facts = running.wait(400)
+    facts = running.wait(900)
     output = running.output()
     print(output)
     assert facts["JobState"] == "COMPLETED", output
@@ -105,7 +105,7 @@ def test_a_signal_before_the_end_saves_requeues_and_the_job_completes(task, clus
 
 def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, tmp_path):
     running = job(task, tmp_path, disk_gib=10**6)
-    facts = running.wait(120)
+    facts = running.wait(300)
     output = running.log.read_text()
     assert facts["JobState"] == "FAILED"
     assert "preflight n1: FAILED: " in output
@@ -117,12 +117,12 @@ def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, 
 def test_ranks_that_die_after_a_checkpoint_are_requeued_and_without_one_not(task, cluster, tmp_path):
     running = job(task, tmp_path, "trainer.save_every=10")
     tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    running.until(tracker.is_file, 240)
+    running.until(tracker.is_file, 600)
     kill = ["scancel", "--signal=KILL", f"{running.id}.1"]  # step 0 is the preflight
     subprocess.run(kill, check=True)
-    running.until(lambda: running.facts().get("Restarts") == "1", 100)
+    running.until(lambda: running.facts().get("Restarts") == "1", 200)
     log = tmp_path / "run" / "logs" / running.id
-    running.until(lambda: any("resumed at step 10" in file.read_text() for file in log.glob("0-*")), 240)
+    running.until(lambda: any("resumed at step 10" in file.read_text() for file in log.glob("0-*")), 600)
     subprocess.run(kill, check=True)
     facts = running.wait(100)
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), running.output()
@@ -132,9 +132,9 @@ def test_ranks_that_die_after_a_checkpoint_are_requeued_and_without_one_not(task
 def test_cancelling_saves(task, cluster, tmp_path):
     running = job(task, tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    running.until(lambda: metrics.is_file() and "reward/mean" in metrics.read_text(), 240)
+    running.until(lambda: metrics.is_file() and "reward/mean" in metrics.read_text(), 600)
     subprocess.run(["scancel", running.id], check=True)
-    running.until(lambda: "the ranks ended with status" in running.log.read_text(), 100)
+    running.until(lambda: "the ranks ended with status" in running.log.read_text(), 300)
     facts = running.wait(100)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()) > 0

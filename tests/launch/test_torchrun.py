@@ -36,17 +36,17 @@ def start(task: list[str], folder: Path, steps: int) -> subprocess.Popen[str]:
 def test_a_signal_to_the_script_ends_in_75_and_the_script_continues(task, tmp_path):
     running = start(task, tmp_path, 1000)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (metrics.is_file() and "reward/mean" in metrics.read_text()):
         assert time.monotonic() < deadline, "no step"
         assert running.poll() is None, running.communicate()[0][-4000:]
         time.sleep(0.5)
     running.send_signal(signal.SIGTERM)
-    output, _ = running.communicate(timeout=100)
+    output, _ = running.communicate(timeout=300)
     done = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert running.returncode == 75, output
     assert f"SIGUSR1: saved at step {done}, exit status 75" in output
     again = start(task, tmp_path, done + 1)
-    output, _ = again.communicate(timeout=200)
+    output, _ = again.communicate(timeout=600)
     assert again.returncode == 0, output
     assert f"resumed at step {done}" in output
