@@ -74,8 +74,8 @@ class Job:
 def job(task, tmp_path, *more, **settings) -> Job:
     config = ROOT / "examples" / "quickstart" / "config.yaml"
     evaluate = ("trainer.eval_before=false", "trainer.eval_after=false")
-    overrides = (*task, "run.dir=run", "trainer.steps=40", *evaluate, *more)
-    small = {"gpus_per_node": 0, "processes_per_node": 1, "time": "10", "signal_seconds": 60, "python": sys.executable}
+    overrides = (*task, "run.dir=run", "trainer.steps=20", *evaluate, *more)
+    small = {"gpus_per_node": 0, "processes_per_node": 1, "time": "60", "signal_seconds": 60, "python": sys.executable}
     small |= {"disk_gib": 1, "memory_gib": 1, "exclusive": False}
     return Job(render(SlurmJob(config, overrides, nodes=2, **small | settings)), tmp_path)
 
@@ -97,7 +97,7 @@ def test_a_signal_before_the_end_saves_requeues_and_the_job_completes(task, clus
     assert "requeued" in batch
     node = next((tmp_path / "run" / "logs" / running.id).glob("0-*.log")).read_text()
     saved = batch.split("newest checkpoint: ")[2].split()[0]
-    assert 0 < int(saved) < 40
+    assert 0 < int(saved) < 20
     assert f"SIGUSR1: saved at step {saved}, exit status 75" in node
     assert f"resumed at step {saved}" in node
     assert (tmp_path / "run" / "summary.json").is_file()
@@ -115,7 +115,7 @@ def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, 
 
 
 def test_ranks_that_die_after_a_checkpoint_are_requeued_and_without_one_not(task, cluster, tmp_path):
-    running = job(task, tmp_path, "trainer.save_every=10")
+    running = job(task, tmp_path, "trainer.save_every=10", "trainer.steps=40")
     tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     running.until(tracker.is_file, 600)
     kill = ["scancel", "--signal=KILL", f"{running.id}.1"]  # step 0 is the preflight
