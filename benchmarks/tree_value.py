@@ -5,7 +5,8 @@
 n_eff = Var(reward of one independent leaf) / Var(mass-weighted mean reward of a tree), both within a prompt and summed
 over prompts: so many independent answers estimate a prompt's accuracy as well as the tree does. The variance of the
 tree's mean is over repeated trees. 1 / sum(m^2) stands beside it: it is n_eff for leaves that do not depend on each
-other at all. Leaves behind a fallback have no mass: a restart looks at how paths ended, and would bias the mean.
+other at all. A restart looks at how paths ended, so a mean over leaves behind fallbacks is biased: beside it stand
+n_eff and accuracy without their mass, and that accuracy has to be the same in all settings.
 """
 
 from __future__ import annotations
@@ -92,31 +93,37 @@ class Lab:
 
 def value(groups: list[list[Any]], variance: float, rng: np.random.Generator) -> dict[str, Any]:
     """One row. `variance`: of an independent leaf's reward, mean over prompts."""
-    means = np.array(
-        [[tree.masses(fallback=False) @ [leaf.reward for leaf in tree.leaves] for tree in group] for group in groups]
-    )
+    means = np.array([[_mean_reward(tree, True) for tree in group] for group in groups])
+    unbiased = np.array([[_mean_reward(tree, False) for tree in group] for group in groups])
     trees = [tree for group in groups for tree in group]
     repeats = means.shape[1]
-    n_eff = variance / means.var(axis=1, ddof=1).mean()
-    boot = [variance / means[:, rng.integers(0, repeats, repeats)].var(axis=1, ddof=1).mean() for _ in range(200)]
+    n_eff = variance / _spread(means)
+    boot = [variance / _spread(means[:, rng.integers(0, repeats, repeats)]) for _ in range(200)]
     physical = float(np.mean([tree.unique_tokens for tree in trees]))
     return {
         "n_eff": float(n_eff),
         "n_eff_error": float(np.std(boot)),
-        "effective_leaves": float(np.mean([1 / (tree.masses(fallback=False) ** 2).sum() for tree in trees])),
+        "n_eff_without_fallback": float(variance / _spread(unbiased)),
+        "effective_leaves": float(np.mean([1 / (tree.masses() ** 2).sum() for tree in trees])),
         "physical_tokens": physical,
         "n_eff_per_1000_physical": 1000 * float(n_eff) / physical,
         "sharing": float(np.sum([tree.logical_tokens for tree in trees]) / np.sum([t.unique_tokens for t in trees])),
         "two_levels": float(np.mean([_two_levels(tree) for tree in trees])),
-        "accuracy": float(means.mean()),  # the same in all settings, or the estimate is biased
-        "accuracy_error": float(np.sqrt(means.var(axis=1, ddof=1).mean() / means.size)),
         "fallback_share": float(np.mean([leaf.from_fallback for tree in trees for leaf in tree.leaves])),
+        "accuracy": float(means.mean()),
+        "accuracy_without_fallback": float(unbiased.mean()),
+        "accuracy_without_fallback_error": float(np.sqrt(_spread(unbiased) / means.size)),
         "trees": len(trees),
     }
 
 
-def _mean_reward(tree: Any) -> float:
-    return float(tree.masses(fallback=False) @ [leaf.reward for leaf in tree.leaves])
+def _spread(means: np.ndarray) -> float:
+    """Variance of a tree's mean within a prompt, mean over prompts."""
+    return float(means.var(axis=1, ddof=1).mean())
+
+
+def _mean_reward(tree: Any, fallback: bool) -> float:
+    return float(tree.masses(fallback) @ [leaf.reward for leaf in tree.leaves])
 
 
 def _two_levels(tree: Any) -> bool:
@@ -186,18 +193,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rows: dict[str, dict[str, Any]] = {}
     variance = 0.0
-    titles = {
-        "": 30,
-        "n_eff": 8,
-        "+-": 6,
-        "1/Sm2": 7,
-        "tokens": 8,
-        "per 1k": 8,
-        "sharing": 9,
-        "2 lev": 7,
-        "accuracy": 10,
-        "+- ": 7,
-    }
+    titles = {"": 30, "n_eff": 8, "+-": 6, "1/Sm2": 7, "tokens": 8, "per 1k": 8, "sharing": 9, "2 lev": 7}
+    titles |= {"fallback": 10, "accuracy": 10, "without: n_eff": 15, "accuracy ": 10, "+- ": 7}
     print(f"{len(prompts)} prompts\n" + "".join(f"{title:>{width}}" for title, width in titles.items()))
     for seed, (name, setting) in enumerate(SETTINGS.items(), start=2):
         groups = lab.trees(prompts, options.trees, setting, seed)
@@ -208,7 +205,9 @@ def main() -> None:
         print(
             f"{name:30}{row['n_eff']:8.2f}{row['n_eff_error']:6.2f}{row['effective_leaves']:7.2f}"
             f"{row['physical_tokens']:8.0f}{row['n_eff_per_1000_physical']:8.2f}{row['sharing']:9.2f}"
-            f"{row['two_levels']:7.2f}{row['accuracy']:10.3f}{row['accuracy_error']:7.3f}",
+            f"{row['two_levels']:7.2f}{row['fallback_share']:10.2f}{row['accuracy']:10.3f}"
+            f"{row['n_eff_without_fallback']:15.2f}{row['accuracy_without_fallback']:10.3f}"
+            f"{row['accuracy_without_fallback_error']:7.3f}",
             flush=True,
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)
