@@ -76,7 +76,5 @@ def test_values_and_gradients_equal_the_dense_reference(seeds, scale, heads, mon
 
 
 def test_packed_sequences_are_padded_to_whole_blocks():
-    batch = micro_batch(
-        empty_sequence(), None, None, multiple=BLOCK, implementation="flex", device=torch.device("cpu")
-    )
+    batch = micro_batch(empty_sequence(), None, None, multiple=BLOCK, implementation="flex", device=torch.device("cpu"))
     assert batch.attention.blocks.shape[-2:] == (BLOCK, BLOCK)

@@ -74,7 +74,9 @@ def test_named_recipes(name, format_, recipe, multiple):
 def test_settings_of_a_named_recipe_can_be_changed():
     made = configs(HOPPER, fp8="current", megatron={"num_layers_at_start_in_bf16": 2}).transformer
     assert (made.first_last_layers_bf16, made.num_layers_at_start_in_bf16) == (True, 2)
-    assert not configs(HOPPER, fp8="current", megatron={"first_last_layers_bf16": False}).transformer.first_last_layers_bf16
+    assert not configs(
+        HOPPER, fp8="current", megatron={"first_last_layers_bf16": False}
+    ).transformer.first_last_layers_bf16
 
 
 def test_other_recipes_pass_through():
@@ -127,7 +129,12 @@ def test_machines_that_cannot(recipe, machine, found):
 
 @pytest.mark.parametrize(
     ("recipe", "machine"),
-    [("tensorwise", Machine((8, 9), (13, 0), (2, 2))), ("delayed", HOPPER), ("blockwise", HOPPER), ("mxfp8", BLACKWELL)],
+    [
+        ("tensorwise", Machine((8, 9), (13, 0), (2, 2))),
+        ("delayed", HOPPER),
+        ("blockwise", HOPPER),
+        ("mxfp8", BLACKWELL),
+    ],
 )
 def test_machines_that_can(recipe, machine):
     check_recipe(Fp8Recipe(recipe), machine, "key")
@@ -141,7 +148,7 @@ def test_odd_widths_are_refused():
 def test_fusions_follow_the_machine():
     cpu, gpu = configs(CPU).transformer, configs(HOPPER).transformer
     apex = configs(Machine((9, 0), (13, 0), (2, 16), fused_wgrad=True)).transformer
-    assert not (cpu.bias_activation_fusion or cpu.bias_dropout_fusion or cpu.gradient_accumulation_fusion)
+    assert not any([cpu.bias_activation_fusion, cpu.bias_dropout_fusion, cpu.gradient_accumulation_fusion])
     assert gpu.bias_activation_fusion
     assert gpu.bias_dropout_fusion
     assert (gpu.gradient_accumulation_fusion, apex.gradient_accumulation_fusion) == (False, True)

@@ -23,6 +23,7 @@ from treepo_mcore.actor.correction import token_factors
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
+from treepo_mcore.actor.memory import ActorMemory
 from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
@@ -66,6 +67,7 @@ class Actor:
         # The distributed optimizer moves parameters into one buffer: look them up again.
         self.tensors = megatron_tensors(self.chunks)
         self.optimizer = get_megatron_optimizer(configs.optimizer, self.chunks)
+        self.memory = ActorMemory(self.chunks, self.optimizer, self.tensors)
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
         _connect(configs, self.chunks, self.optimizer)
         # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.

@@ -49,6 +49,6 @@ def _compiled() -> Any:
 
 
 def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [rows, columns] -> how many columns each row has, int32 [1, 1, rows], and which come first [1, 1, rows, columns]."""
+    """bool [rows, columns] -> int32 [1, 1, rows], how many each row has, and [1, 1, rows, columns], those first."""
     order = table.int().argsort(dim=1, descending=True, stable=True)
     return table.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]

@@ -116,9 +116,7 @@ def megatron_configs(actor: ActorConfig, arch: Architecture, machine: Machine | 
                     | extra[TransformerConfig]
                 )
             ),
-            OptimizerConfig(
-                **(_optimizer_fields(actor, dtype) | precision[OptimizerConfig] | extra[OptimizerConfig])
-            ),
+            OptimizerConfig(**(_optimizer_fields(actor, dtype) | precision[OptimizerConfig] | extra[OptimizerConfig])),
             DistributedDataParallelConfig(
                 **(
                     {"grad_reduce_in_fp32": True, "use_distributed_optimizer": actor.optimizer.distributed}

@@ -84,7 +84,9 @@ def check_recipe(recipe: Fp8Recipe, machine: Machine, where: str) -> None:
     needs, found = NEEDS[recipe], machine.capability
     what = f"{where}: the recipe {recipe.value} needs"
     if found is None:
-        raise ConfigError(f"{what} an NVIDIA GPU and TransformerEngine; on a CPU leave actor.fp8 and actor.megatron.fp8 out")
+        raise ConfigError(
+            f"{what} an NVIDIA GPU and TransformerEngine; on a CPU leave actor.fp8 and actor.megatron.fp8 out"
+        )
     if machine.te is None:
         raise ConfigError(f"{what} TransformerEngine {_dots(needs.te)} or newer, which is not installed (docs/gpu.md)")
     if machine.te < needs.te:

@@ -145,6 +145,17 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached prefixes of the old weights: requests were still running at the push")
 
+    def weight_bytes(self) -> int:
+        """Of this rank's parameters."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.parameters().values())
+
+    def reserved_bytes(self) -> int:
+        """Most GPU memory that the engine takes while it is awake: weights, KV cache, activations. 0 on a CPU."""
+        if not torch.cuda.is_available():
+            return 0
+        share = self.core.vllm_config.cache_config.gpu_memory_utilization
+        return int(share * torch.cuda.mem_get_info()[1])
+
     def _runner(self) -> Any:
         return self.core.model_executor.driver_worker.worker.model_runner
 
