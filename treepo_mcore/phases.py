@@ -76,7 +76,7 @@ def offloaded(config: MemoryConfig, gpu: bool) -> set[Holder]:
 
 def kept(phase: Phase, offload: set[Holder]) -> set[Holder]:
     """Parts of the actor that are on the device in a phase."""
-    return NEEDED[phase] | ({"parameters", "gradients", "optimizer"} - offload)
+    return NEEDED[phase] | (NEEDED[Phase.TRAIN] - offload)
 
 
 class Phases:

@@ -100,6 +100,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One rollout phase and its updates."""
+        self.phases.metrics()  # what an evaluation took is not this step's
         clock = Clock(lambda phase: self.progress.phase(self.step, phase))
         with self.phases.push(), clock.phase("push"):
             push = self.push.run()
