@@ -44,9 +44,13 @@ fi
 [ -f "$wheel" ] || { echo "error: $wheel: no such wheel of transformer_engine_torch $version" >&2; exit 1; }
 
 rm -rf "$directory/site"
-install=("$python" -m pip install -qq --disable-pip-version-check --no-deps --target "$directory/site")
-"${install[@]}" --require-hashes --only-binary :all: -r "$here/../requirements/te.lock"
-"${install[@]}" --no-index "$wheel"
+mkdir -p "$directory/locked"
+"$python" -m pip download -qq --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+  -d "$directory/locked" -r "$here/../requirements/te.lock"
+# In one call: pip does not merge the binding into a package that already lies there.
+"$python" -m pip install -qq --disable-pip-version-check --no-deps --no-index --target "$directory/site" \
+  "$directory"/locked/*.whl "$wheel"
+rm -rf "$directory/locked"
 cc -shared -fPIC -O1 -o "$directory/libte_cublas_shim.so" "$here/te_cublas_shim.c"
 LD_PRELOAD=$directory/libte_cublas_shim.so PYTHONPATH=$directory/site "$python" -W ignore -c '
 import importlib.metadata, transformer_engine.pytorch
