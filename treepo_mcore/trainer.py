@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from typing import Any
@@ -32,8 +31,6 @@ from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, plan_push
 from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
-
-log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -146,8 +143,8 @@ class Trainer:
             self.metrics = MetricsLog(run.dir, self.step)
         where = "resumed at" if found else "start at"
         self.progress.say(f"{where} step {self.step}  {self._layout()}  -> {run.dir}")
-        if self.grid.rank == 0:
-            log.info(self.phases.describe())
+        if torch.cuda.is_available():
+            self.progress.say(self.phases.describe())
         dist.barrier()
 
     def _finish(self, seconds: float) -> dict[str, Any]:

@@ -33,29 +33,32 @@ CELLS = {f"{fp8}, prompt {prompt}": (fp8, prompt) for prompt in (512, 2048) for 
 
 def measure(cell: tuple[str, int]) -> dict[str, Any]:
     """Both passes on trees and on flattened leaves, in turns."""
-    import importlib
-
     import torch
 
-    from treepo_mcore.actor.parallel import build_grid, init_process_group
     from treepo_mcore.architecture import read_architecture
-    from treepo_mcore.config import parse_config
 
-    actor_module = importlib.import_module("treepo_mcore.actor.actor")
-    actor_module.load_pieces = fill  # type: ignore[attr-defined]  # there is no checkpoint of this shape
     fp8, prompt = cell
     with tempfile.TemporaryDirectory() as folder:
         directory = write_model(Path(folder), "70b-layers", layers=1)
         layers = how_many_layers(layer_parameters(read_architecture(directory)), torch.cuda.mem_get_info()[1])
-        directory = write_model(Path(folder), "70b-layers", layers=layers)
-        arch = read_architecture(directory)
-        config = parse_config(configuration(fp8, directory)).actor
-        init_process_group()
-        grid = build_grid(config, 1, seed=0)
-        actor = actor_module.Actor(config, arch, directory, grid, temperature=1.0, total_steps=1)
+        actor = build(fp8, write_model(Path(folder), "70b-layers", layers=layers))
     packed = pack(prompt)
-    times = in_turns(actor, packed)
-    return {"layers": layers} | describe(packed, times, arch)
+    return {"layers": layers} | describe(packed, in_turns(actor, packed), actor.arch)
+
+
+def build(fp8: str, directory: Path) -> Any:
+    """An actor with random weights."""
+    from treepo_mcore.actor import actor as module
+    from treepo_mcore.actor.parallel import build_grid, init_process_group
+    from treepo_mcore.architecture import read_architecture
+    from treepo_mcore.config import parse_config
+
+    module.load_pieces = fill  # there is no checkpoint of this shape
+    config = parse_config(configuration(fp8, directory)).actor
+    init_process_group()
+    grid = build_grid(config, 1, seed=0)
+    arch = read_architecture(directory)
+    return module.Actor(config, arch, directory, grid, temperature=1.0, total_steps=1)
 
 
 def pack(prompt: int) -> dict[str, list[Any]]:
@@ -120,10 +123,11 @@ def timed(act: Callable[[], Any]) -> float:
     """Seconds until the device is done."""
     import torch
 
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     begin = time.perf_counter()
     act()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - begin
 
 

@@ -165,9 +165,9 @@ def in_turns(acts: dict[str, Callable[[], Any]], device: str) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def steps(folder: Path, fp8: str) -> dict[str, Any]:
-    """A run of the trainer, in a process of its own."""
-    config = run_configuration(folder, fp8)
+def steps(folder: Path, fp8: str, model: str = "1.5b", **sizes: Any) -> dict[str, Any]:
+    """A run of the trainer, in a process of its own. sizes: changes of the model."""
+    config = run_configuration(folder, fp8, model, **sizes)
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     here = str(Path(__file__).parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
@@ -178,7 +178,7 @@ def steps(folder: Path, fp8: str) -> dict[str, Any]:
     return by_phase([json.loads(line) for line in lines])
 
 
-def run_configuration(folder: Path, fp8: str, model: str = "1.5b", **sizes: Any) -> dict[str, Any]:
+def run_configuration(folder: Path, fp8: str, model: str, **sizes: Any) -> dict[str, Any]:
     """Of a short run, and its files: a random model, a tokenizer of words, prompts."""
     directory = write_model(folder / "model", model, eos_token_id=[1], **sizes)
     write_weights(directory)
