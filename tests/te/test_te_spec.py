@@ -101,6 +101,19 @@ def test_layers_are_transformer_engines_with_our_attention(arch, grid):
     assert model.decoder.layers[0].mlp.linear_fc1.eps == arch.norm_eps
 
 
+def test_quantised_copies_of_weights_are_found_and_forgotten(grid, tmp_path):
+    from treepo_mcore.actor.precision import forget_fp8_copies
+
+    grid(1, 1, 0)
+    model = build(read_architecture(make_model(tmp_path, "llama")), True, fp8="current")
+    modules = [module for module in model.modules() if hasattr(module, "_fp8_workspaces")]
+    assert len(modules) == 4 * 4  # linear layers of four layers
+    for module in modules:
+        module._fp8_workspaces["weight"] = torch.zeros(1)
+    forget_fp8_copies(model)
+    assert not any(module._fp8_workspaces for module in modules)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize("fp8", ["none", "current", "blockwise"])
 def test_ranks_hold_every_element(arch, grid, tp, pp, fp8):

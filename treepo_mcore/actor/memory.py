@@ -1,7 +1,8 @@
 """What the actor keeps on its device, and how each part leaves it and comes back.
 
 Tensors stay what they are: their storages are emptied and filled again, so every view of them (Megatron's buckets, the
-push's pieces) is valid whenever its holder is on the device. On a CPU the same is done with ordinary memory.
+push's pieces) is valid whenever its holder is on the device. FP8 copies of weights are given up with the gradients. On
+a CPU the same is done with ordinary memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from treepo_mcore.actor.cpu import on_megatron_device
+from treepo_mcore.actor.precision import forget_fp8_copies
 
 Holder = Literal["parameters", "gradients", "optimizer"]
 ALIGNED = 512  # bytes; where copies into the host buffer begin
@@ -91,6 +93,7 @@ class ActorMemory:
         if holder == "gradients":
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
+                forget_fp8_copies(chunk)
         else:
             tensors = self._optimizer_tensors() if holder == "optimizer" else self.tensors.values()
             self.copies[holder].out(tensors)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.enums import Fp8Recipe
+from torch import nn
 
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ActorConfig, ConfigError
@@ -101,6 +102,15 @@ def check_recipe(recipe: Fp8Recipe, machine: Machine, where: str) -> None:
 def token_multiple(fields: dict[str, Any]) -> int:
     """Tokens of a (sequence-parallel shard of a) packed sequence come in multiples of this. fields: Megatron's."""
     return NEEDS[_recipe(fields)].tokens if fields.get("fp8") else 1
+
+
+def forget_fp8_copies(model: nn.Module) -> None:
+    """Free the quantised weights that TransformerEngine's layers keep between micro-batches.
+
+    One or two bytes a parameter. Every pass begins by making them from the parameters anew, missing or not.
+    """
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _recipe(fields: dict[str, Any]) -> Fp8Recipe:
