@@ -16,22 +16,17 @@ here=$(cd "$(dirname "$0")" && pwd)
 version=2.16.1
 
 build_wheel() {
-  local work site
-  work=$(mktemp -d)
-  trap 'rm -rf "$work"' RETURN
+  local site
   command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" >/dev/null || {
     echo "error: no WHEEL given and no nvcc (CUDA_HOME=${CUDA_HOME:-unset}) to build transformer_engine_torch $version with" >&2
     return 1
   }
   site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-  "$python" -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation -d "$work" \
-    "transformer-engine-torch==$version"
-  tar -xzf "$work"/transformer_engine_torch-*.tar.gz -C "$work"
   # Headers of the mathematical libraries are in the wheels that torch brought, the compiler's own in the toolkit.
   CPATH=$site/nvidia/cu13/include:$site/nvidia/cudnn/include:$site/nvidia/nccl/include:${CUDA_HOME:-/usr/local/cuda}/include \
     NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch NVTE_WITH_NCCL_EP=0 \
     MAX_JOBS=${MAX_JOBS:-$(nproc)} "$python" -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation \
-    -w "$directory/wheels" "$work/transformer_engine_torch-$version"
+    --require-hashes -w "$directory/wheels" -r "$here/../requirements/gpu-source.lock"
 }
 
 if [ -z "$wheel" ]; then
