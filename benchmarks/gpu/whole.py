@@ -3,10 +3,9 @@
     python benchmarks/gpu/whole.py [--only push] [--minutes 7.5]
 
 `push`: eight tensor-parallel shards of Llama-70B-shaped layers, all on this GPU, into one engine's parameters: local
-copies of interleaved pieces, no network. The floor is one contiguous copy of the same bytes on the same device.
-`quantise`: 128 x 128 blocks of the same weights to FP8 (weights/fp8.py), against the same floor. `steps`: a run of
-`treepo-mcore train` with random weights; the times and the memory are those of its metrics.jsonl, medians behind the
-first step.
+copies of interleaved pieces, no network; bf16, and quantised to 128 x 128 blocks of FP8 on the way. The floor is one
+contiguous copy of the weights' bytes in bf16 on the same device. `steps`: a run of `treepo-mcore train` with random
+weights; times and memory are those of its metrics.jsonl, medians behind the first step.
 """
 
 from __future__ import annotations
@@ -32,20 +31,21 @@ prepare_environment()
 
 SHARDS, LAYERS, REPEATS = 8, 4, 10
 STEPS = 4
-CELLS = {"push, bf16": ("push", None), "quantise to fp8": ("quantise", None)} | {
-    f"steps, fp8 {fp8}": ("steps", fp8) for fp8 in ("none", "current")
+CELLS = {
+    "push, bf16": ("push", "none"),
+    "push, fp8": ("push", "fp8"),
+    "steps, bf16": ("steps", "none"),
+    "steps, fp8 current": ("steps", "current"),
 }
 
 
-def measure(cell: tuple[str, str | None]) -> dict[str, Any]:
+def measure(cell: tuple[str, str]) -> dict[str, Any]:
     """One cell."""
     kind, fp8 = cell
     with tempfile.TemporaryDirectory() as folder:
         if kind == "steps":
-            assert fp8 is not None
             return steps(Path(folder), fp8)
-        arch = architecture(write_model(Path(folder), "70b-layers", layers=LAYERS))
-        return push(arch, SHARDS, "cuda") if kind == "push" else quantising(arch, "cuda")
+        return push(architecture(write_model(Path(folder), "70b-layers", layers=LAYERS)), SHARDS, "cuda", fp8 == "fp8")
 
 
 def architecture(directory: Path) -> Any:
@@ -55,29 +55,41 @@ def architecture(directory: Path) -> Any:
     return read_architecture(directory)
 
 
-def push(arch: Any, shards: int, device: str) -> dict[str, Any]:
-    """Seconds and bytes/s of a push, with and without checksums, and of the floor."""
-    import torch
-
+def push(arch: Any, shards: int, device: str, fp8: bool) -> dict[str, Any]:
+    """Seconds and bytes/s of a push, with and without checksums, and of the floor. Bytes are the weights' in bf16."""
     from treepo_mcore.actor.parallel import init_process_group
     from treepo_mcore.weights.plan import make_plan
     from treepo_mcore.weights.transfer import Push
-    from treepo_mcore.weights.vllm import vllm_pieces, vllm_shapes
+    from treepo_mcore.weights.vllm import vllm_pieces
 
     init_process_group()
     pieces, sources = shards_on(arch, shards, device)
-    targets = {
-        name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in vllm_shapes(arch, 1).items()
-    }
+    targets = engine_parameters(arch, device, fp8)
     run = Push(make_plan([pieces], [list(vllm_pieces(arch, 1, 0))]), sources, targets).run
-    size = sum(tensor.numel() * tensor.element_size() for tensor in targets.values())
-    times = in_turns({"push": lambda: run(False), "push_checked": run, "floor": contiguous_copy(size, device)}, device)
+    size = 2 * sum(piece.numel for piece in pieces)
+    acts = {"push": lambda: run(False), "push_checked": run, "floor": contiguous_copy(size, device)}
+    times = in_turns(acts, device)
     return times | {
         "gigabytes": size / 1e9,
         "push_gb_per_second": size / times["push"] / 1e9,
         "floor_gb_per_second": size / times["floor"] / 1e9,
         "push_over_floor": times["floor"] / times["push"],
     }
+
+
+def engine_parameters(arch: Any, device: str, fp8: bool) -> dict[str, Any]:
+    """vLLM's, of an engine of one rank: bf16, or linear weights in E4M3 with the scales of their blocks."""
+    import torch
+
+    from treepo_mcore.weights.fp8 import scale_shape
+    from treepo_mcore.weights.vllm import SCALE, fp8_shapes, vllm_shapes
+
+    shapes = vllm_shapes(arch, 1)
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()}
+    for name, shape in fp8_shapes(arch, 1).items() if fp8 else ():
+        tensors[name] = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        tensors[name + SCALE] = torch.empty(scale_shape(shape), device=device)
+    return tensors
 
 
 def shards_on(arch: Any, shards: int, device: str) -> tuple[list[Any], dict[str, Any]]:
@@ -116,29 +128,6 @@ def megatron_shapes(arch: Any, tp: int) -> dict[str, tuple[int, ...]]:
             p + "mlp.linear_fc2.weight": (arch.hidden, arch.ffn // tp),
         }
     return shapes | {"decoder.final_layernorm.weight": (arch.hidden,), "output_layer.weight": vocab}
-
-
-def quantising(arch: Any, device: str) -> dict[str, Any]:
-    """bf16 linear weights of all layers to FP8 blocks."""
-    import torch
-
-    from treepo_mcore.weights.fp8 import QUANTISED, quantise
-    from treepo_mcore.weights.layout import hf_shapes
-
-    weights = [
-        torch.randn(shape, dtype=torch.bfloat16, device=device)
-        for name, shape in hf_shapes(arch).items()
-        if name.endswith(QUANTISED)
-    ]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    times = in_turns(
-        {"quantise": lambda: [quantise(weight) for weight in weights], "floor": contiguous_copy(size, device)}, device
-    )
-    return times | {
-        "gigabytes": size / 1e9,
-        "quantise_gb_per_second": size / times["quantise"] / 1e9,
-        "quantise_over_floor": times["floor"] / times["quantise"],
-    }
 
 
 def contiguous_copy(size: int, device: str) -> Callable[[], Any]:

@@ -14,8 +14,8 @@ from treepo_mcore.weights.layout import hf_shapes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -105,9 +105,9 @@ def test_flops_count_what_a_token_sees(tmp_path):
     tree = packed.generate(case, 0)
     flat = pack_flat([tree], advantages([tree], AdvantageConfig()), 10**6)
     lengths = [4 + tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))]
-    per_token = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    per_token = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
     seen = sum(n * (n + 1) // 2 for n in lengths)
-    assert training.flops(flat, arch) == 2 * (per_token * sum(lengths) + 4 * 64 * seen)
+    assert training.flops(flat, arch) == 2 * (per_token * sum(lengths) + 4 * 128 * seen)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -120,10 +120,10 @@ def test_pushed_shards_fill_every_parameter(shards, tmp_path, group):
         covered[piece.tensor] += piece.numel
     assert covered == {name: torch.Size(shape).numel() for name, shape in hf_shapes(arch).items()}
     whole.REPEATS = 1
-    row = whole.push(arch, shards, "cpu")
-    assert row["push_over_floor"] > 0
-    assert row["gigabytes"] * 1e9 > 2 * sum(covered.values())
-    assert whole.quantising(arch, "cpu")["quantise"] > 0
+    for fp8 in (False, True):
+        row = whole.push(arch, shards, "cpu", fp8)
+        assert row["push_over_floor"] > 0
+        assert row["gigabytes"] * 1e9 == pytest.approx(2 * sum(covered.values()))
 
 
 def test_phases_are_medians_behind_the_first_step():
