@@ -51,6 +51,21 @@ def train(
         sys.exit(STOPPED)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one object instead of the table")] = False,
+) -> None:
+    """Say what this machine has for a run, what of it is used, and what the rest costs.
+
+    Exit status 0 when a run can start here, else 1.
+    """
+    from treepo_mcore.observe import doctor as examination
+
+    findings = examination.examine()
+    print(json.dumps(examination.as_json(findings), indent=1) if as_json else examination.table(findings))
+    raise typer.Exit(0 if examination.can_start(findings) else 1)
+
+
 def main() -> None:
     """Entry point; a `ConfigError` becomes one line and exit status 2."""
     prepare_environment()
