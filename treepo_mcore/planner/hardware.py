@@ -44,9 +44,14 @@ class Cluster:
         """GPUs, and processes."""
         return self.nodes * self.gpus_per_node
 
-    def link(self, ranks: int) -> float:
-        """Bytes/s of the slowest link in a block of consecutive ranks."""
-        return self.gpu.nvlink if ranks <= self.gpus_per_node else self.network.bandwidth
+    def link(self, ranks: int, stride: int = 1) -> float:
+        """Bytes/s of each member in collectives of `ranks` ranks, every `stride`-th one.
+
+        Across nodes a group sends through the ports of all its members in a node.
+        """
+        if ranks * stride <= self.gpus_per_node:
+            return self.gpu.nvlink
+        return min(self.gpu.nvlink, self.network.bandwidth * max(1, self.gpus_per_node // stride))
 
 
 # Data sheets: NVIDIA A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024), HGX B200 (2025); PCIe generation 4 for

@@ -9,7 +9,8 @@ float32 actor has no master copy. Activations are those that autograd keeps for 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from treepo_mcore.architecture import Sizes
 from treepo_mcore.config import ActorConfig, Config
@@ -50,9 +51,8 @@ class Memory:
     """The fullest GPU. Bytes."""
 
     stage: int  # of the pipeline that this GPU belongs to
-    items: dict[str, int]
-    phases: dict[str, dict[str, int]] = field(repr=False)  # phase -> item -> bytes there in that phase
-    host: dict[str, int] = field(repr=False)  # of one node
+    phases: dict[str, dict[str, int]]  # phase -> item -> bytes there in that phase
+    host: dict[str, int]  # pinned, of one node
     engine: EngineMemory
     available: int
 
@@ -60,52 +60,51 @@ class Memory:
         """Bytes at the height of a phase."""
         return sum(self.phases[phase].values())
 
-    @property
-    def peak(self) -> str:
-        """The fullest phase."""
-        return max(PHASES, key=self.total)
 
+def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int, offload: Collection[str] = ()) -> Memory:
+    """Of the fullest stage; `tokens` is the length of the longest micro-batch.
 
-def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> Memory:
-    """Of the fullest stage; `tokens` is the length of the longest micro-batch."""
-    actor = config.actor
-    split = stages(actor, sizes.layers)
+    offload: items of the actor's state that leave the GPU while the engine generates. Gradients are dropped, the
+    others wait in pinned host memory.
+    """
+    split = stages(config.actor, sizes.layers)
     engine = plan_engine(config, sizes, cluster)
-    plans = [_plan_stage(config, sizes, cluster, split, index, tokens, engine) for index in range(len(split))]
+    plans = [_plan_stage(config, sizes, cluster, split[i], i, tokens, engine, offload) for i in range(len(split))]
     return max(plans, key=lambda plan: max(plan.total(phase) for phase in PHASES))
 
 
 def _plan_stage(
-    config: Config, sizes: Sizes, cluster: Cluster, split: list[Stage], index: int, tokens: int, engine: EngineMemory
+    config: Config,
+    sizes: Sizes,
+    cluster: Cluster,
+    stage: Stage,
+    index: int,
+    tokens: int,
+    engine: EngineMemory,
+    offload: Collection[str],
 ) -> Memory:
     actor = config.actor
-    state = actor_state(actor, sizes, split[index], cluster.world // (actor.tp * actor.pp))
-    activations = in_flight(actor, index) * stage_activations(actor, sizes, split[index], tokens)
-    head = split[index].head
-    work = {
-        "activations": round(activations),
-        "recomputed layer": layer_activations(actor, sizes, tokens, whole=True) if actor.recompute == "full" else 0,
-        "logits": logits(actor, sizes, tokens, backward=True) if head else 0,
-        "tree attention": attention_mask(actor, tokens, cuda=True),
-    }
-    forward = {
-        "activations": 2 * layer_activations(actor, sizes, tokens, whole=True),
-        "logits": logits(actor, sizes, tokens, backward=False) if head else 0,
-        "tree attention": attention_mask(actor, tokens, cuda=True),
-    }
+    state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
+    mask = {"tree attention": attention_mask(actor, tokens, cuda=True)}
+    kept = {"activations": round(in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens))}
+    work = kept | working(actor, sizes, stage, tokens) | mask
+    layer = layer_activations(actor, sizes, tokens, whole=True)
+    forward = {"activations": layer, "logits": logits(actor, sizes, tokens) if stage.head else 0} | mask
+    resident = {name: size for name, size in state.items() if name not in offload}
+    state_in_push = resident | {"parameters": state["parameters"]}
     context = {"context": CONTEXT_BYTES}
     engine_on = {"engine weights": engine.weights}
     generating = {"KV cache": engine.cache, "engine working": engine.working, "CUDA graphs": GRAPH_BYTES}
     phases = {
         "update": state | work | context,
         "log_probs": state | forward | context,
-        "push": state | engine_on | {"staging": STAGING_BYTES} | context,
-        "rollout": state | engine_on | generating | {"staging": STAGING_BYTES} | context,
+        # Weights are on the GPU while they are pushed; the cache and the rest of the state are not.
+        "push": state_in_push | engine_on | {"staging": STAGING_BYTES} | context,
+        "rollout": resident | engine_on | generating | {"staging": STAGING_BYTES} | context,
     }
-    items = {name: size for phase in phases.values() for name, size in phase.items()} | work
     phases = {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
-    host = host_memory(config, state["parameters"], cluster)
-    return Memory(index, {n: s for n, s in items.items() if s}, phases, host, engine, cluster.gpu.memory)
+    host = host_memory(config, state, cluster, offload)
+    return Memory(index, phases, host, engine, cluster.gpu.memory)
 
 
 def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:
@@ -129,35 +128,56 @@ def in_flight(actor: ActorConfig, stage: int) -> float:
     return max(1.0, chunks / actor.vpp)
 
 
-def stage_activations(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int) -> int:
+def stage_activations(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> int:
     """Kept by one micro-batch on one GPU between its forward and its backward pass, logits apart."""
-    size = ELEMENT[actor.dtype]
-    spread = actor.tp if actor.sequence_parallel else 1
-    total = stage.layers * layer_activations(actor, sizes, tokens)
-    if stage.head:  # the final norm's input and output, gathered rows for the output layer
-        total += size * tokens * sizes.hidden * (2 + spread) // spread
+    total = stage.layers * layer_activations(actor, sizes, tokens, cpu=cpu)
+    if stage.head:  # the final norm's input (on a CPU also its result), and the rows for the output layer, in full
+        wide = (2 if cpu else 1) / spread(actor) + 1
+        total += round(ELEMENT[actor.dtype] * tokens * sizes.hidden * wide)
     return total
 
 
-def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, whole: bool = False) -> int:
-    """Kept by one layer. whole: as if nothing were recomputed.
+def working(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> dict[str, int]:
+    """What comes and goes on top of kept activations: the largest of what is never there at the same time."""
+    parts = {"logits": logits(actor, sizes, tokens) if stage.head else 0}
+    layer = layer_gradients(actor, sizes, tokens)
+    if actor.recompute == "full":
+        parts["recomputed layer"] = layer + layer_activations(actor, sizes, tokens, whole=True, cpu=cpu)
+    else:
+        parts["layer gradients"] = layer
+    name = max(parts, key=lambda part: parts[part])
+    return {name: parts[name]}
 
-    Sequence parallelism divides what is as wide as the hidden state; tensor parallelism divides all else.
+
+def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: bool = False, cpu: bool = False) -> int:
+    """Kept by one layer between forward and backward. whole: as if nothing were recomputed.
+
+    Sequence parallelism divides what is as wide as the hidden state; tensor parallelism divides all else but the
+    rotary angles. On a CPU torch computes a norm in steps and keeps one tensor more for each.
     """
     size, tp = ELEMENT[actor.dtype], actor.tp
-    spread = tp if actor.sequence_parallel else 1
-    hidden = sizes.hidden / spread
+    hidden = sizes.hidden / spread(actor)
     if actor.recompute == "full" and not whole:
         return round(size * tokens * hidden)
     heads, kv = sizes.heads * sizes.head_dim / tp, sizes.kv_heads * sizes.head_dim / tp
+    norms = (6 if cpu else 4) * hidden  # of each of two: its input, its output as the linear layer's input
     fused = heads + 2 * kv  # the output of linear_qkv, alive through the view that is v
     rotated = heads + kv
-    per_head_norms = 2 * rotated if sizes.qk_norm else 0
-    mlp = 4 * sizes.ffn / tp  # gate, up, silu(gate), their product
-    # Twice: the norm's input, and its output, which the linear layer keeps.
-    wide = 4 * hidden
+    per_head_norms = (2 if cpu else 1) * rotated if sizes.qk_norm else 0
+    angles = 4 * sizes.head_dim  # cosine and sine, for q and for k
+    mlp = 5 * sizes.ffn / tp  # gate and up in one, silu(gate), up once more, their product
     sums = 4 * sizes.heads / tp  # of the softmax, float32
-    return round(tokens * (size * (wide + fused + rotated + per_head_norms + heads + mlp) + sums))
+    return round(tokens * (size * (norms + fused + rotated + per_head_norms + heads + angles + mlp) + sums))
+
+
+def layer_gradients(actor: ActorConfig, sizes: Sizes, tokens: int) -> int:
+    """What the backward pass of one layer holds of its own at its height, in the MLP."""
+    return round(ELEMENT[actor.dtype] * tokens * (3 * sizes.ffn / actor.tp + sizes.hidden / spread(actor)))
+
+
+def spread(actor: ActorConfig) -> int:
+    """GPUs that share what is as wide as the hidden state."""
+    return actor.tp if actor.sequence_parallel else 1
 
 
 def attention_mask(actor: ActorConfig, tokens: int, *, cuda: bool) -> int:
@@ -166,16 +186,14 @@ def attention_mask(actor: ActorConfig, tokens: int, *, cuda: bool) -> int:
     return tokens * tokens * (1 + ELEMENT[actor.dtype]) if dense else 0
 
 
-def logits(actor: ActorConfig, sizes: Sizes, rows: int, *, backward: bool) -> int:
-    """At the height of `VocabParallelLogProb` on one GPU of the last stage."""
+def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
+    """At the height of `VocabParallelLogProb`, in its forward pass, on one GPU of the last stage.
+
+    Logits and tempered logits in the actor's type; then in float32 the shifted logits, their exponentials, and the two
+    products of the entropy with a mask.
+    """
     columns = vocabulary_parameters(sizes, actor.tp) // sizes.hidden
-    size = ELEMENT[actor.dtype]
-    half = size < 4
-    # Forward: logits, tempered logits, then in float32 the shifted logits, exp, and two of the entropy's products.
-    forward = 2 * size + 4 * 4 if half else 2 * size + 4 * 3
-    # Backward: the kept probabilities, their gradient, the same in the logits' type, tempered.
-    back = 4 + 4 + 2 * size
-    return rows * columns * (max(forward, back) if backward else forward)
+    return rows * columns * (2 * ELEMENT[actor.dtype] + 4 * 4 + 1)
 
 
 def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
@@ -201,7 +219,9 @@ def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:
     return 2 * sizes.layers * max(1, sizes.kv_heads // tp) * sizes.head_dim * element
 
 
-def host_memory(config: Config, parameters: int, cluster: Cluster) -> dict[str, int]:
-    """Pinned buffers of one node: the reference policy, and the actor's weights while they change places."""
-    copies = {"reference": parameters, "swap": parameters} if config.actor.reference == "host" else {}
+def host_memory(config: Config, state: dict[str, int], cluster: Cluster, offload: Collection[str]) -> dict[str, int]:
+    """Pinned buffers of one node: the reference policy, the actor's weights while they change places, the offload."""
+    weights = state["parameters"]
+    copies = {"reference": weights, "swap": weights} if config.actor.reference == "host" else {}
+    copies |= {name: state[name] for name in state if name in offload and name != "gradients"}
     return {name: size * cluster.gpus_per_node for name, size in copies.items()}

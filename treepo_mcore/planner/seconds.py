@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from treepo_mcore.architecture import Sizes
@@ -54,11 +55,6 @@ class PushTime:
     gather_received: int
 
 
-def micro_batches(config: Config, tokens: float, limit: int) -> int:
-    """Packed sequences of one data-parallel rank: never more than a few per cent fuller than this."""
-    return max(1, math.ceil(tokens / limit)) if tokens > 0 else 1
-
-
 def pass_time(
     config: Config,
     sizes: Sizes,
@@ -73,7 +69,7 @@ def pass_time(
     actor = config.actor
     dp = cluster.world // (actor.tp * actor.pp)
     tokens = prompts * work.packed / dp
-    count = micro_batches(config, tokens, limit or actor.micro_batch_tokens)
+    count = max(1, math.ceil(tokens / (limit or actor.micro_batch_tokens)))
     if actor.vpp:
         count = padded(count, actor.pp)
     each = tokens / count
@@ -117,8 +113,7 @@ def _stage_seconds(
     if actor.pp > 1:
         spread = actor.tp if actor.sequence_parallel else 1
         message = tokens * sizes.hidden * ELEMENT[actor.dtype] / spread
-        world = cluster.world // actor.pp  # ranks between neighbouring stages
-        link = cluster.gpu.nvlink if world < cluster.gpus_per_node else cluster.network.bandwidth
+        link = cluster.link(2, cluster.world // actor.pp)
         seconds += ways * message / (link * LINK_EFFICIENCY) * (actor.vpp or 1)
     return seconds
 
@@ -159,7 +154,7 @@ def _reduce_seconds(actor: ActorConfig, cluster: Cluster, dp: int, state: dict[s
     """Gradients to the ranks that update them and weights back, or gradients to all; nothing overlaps by default."""
     if dp == 1:
         return 0.0
-    link = cluster.link(actor.tp * dp) * LINK_EFFICIENCY
+    link = cluster.link(dp, actor.tp) * LINK_EFFICIENCY
     part = (dp - 1) / dp
     gradients = 0.0 if actor.megatron.get("overlap_grad_reduce") else part * state["gradients"]
     parameters = 0.0 if actor.megatron.get("overlap_param_gather") else part * state["parameters"]
@@ -168,18 +163,14 @@ def _reduce_seconds(actor: ActorConfig, cluster: Cluster, dp: int, state: dict[s
     return (gradients + parameters) / link
 
 
-def log_prob_time(
-    config: Config, sizes: Sizes, cluster: Cluster, work: Workload, *, passes: int | None = None, limit: int | None = None
-) -> float:
+def log_prob_time(config: Config, sizes: Sizes, cluster: Cluster, work: Workload, *, limit: int | None = None) -> float:
     """Old log-probs and, with a reference policy, its own; its weights change places over the host's link."""
     actor = config.actor
     reference = actor.reference == "host"
-    if passes is None:
-        passes = (actor.old_logprobs == "recompute") + reference
     one = pass_time(config, sizes, cluster, work, work.trained, backward=False, limit=limit)
     weights = max(stage_parameters(sizes, s, actor.tp, actor.pp) for s in stages(actor, sizes.layers))
     swap = 3 * weights * ELEMENT[actor.dtype] / cluster.gpu.host if reference else 0.0
-    return passes * one.seconds + swap
+    return ((actor.old_logprobs == "recompute") + reference) * one.seconds + swap
 
 
 def push_time(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemory) -> PushTime:
@@ -202,19 +193,11 @@ def push_time(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
         link = cluster.gpu.nvlink if inside == 1 else cluster.network.bandwidth
         broadcast = whole / (link * LINK_EFFICIENCY)
     gathered = whole * (actor.tp - 1) / actor.tp / (cluster.link(actor.tp) * LINK_EFFICIENCY)
-    gather = (
-        tensors(sizes) * constants.TENSOR_SECONDS + broadcast + gathered + _offload_seconds(config, sizes, cluster)
-    )
+    # Peers count moving optimizer and weights to the host, one way, into the push.
+    moved = offload_seconds(config, sizes, cluster, ("optimizer", "parameters")) / 2
+    gather = tensors(sizes) * constants.TENSOR_SECONDS + broadcast + gathered + moved
     gather_received = whole * (1 - 1 / (actor.tp * actor.pp))
     return PushTime(seconds, round(received), round(remote), gather, round(gather_received))
-
-
-def _offload_seconds(config: Config, sizes: Sizes, cluster: Cluster) -> float:
-    """Optimizer state and weights to the host, which peers count into the push."""
-    actor = config.actor
-    dp = cluster.world // (actor.tp * actor.pp)
-    states = [actor_state(actor, sizes, stage, dp) for stage in stages(actor, sizes.layers)]
-    return max(state["optimizer"] + state["parameters"] for state in states) / cluster.gpu.host
 
 
 def _own_share(actor_tp: int, engine_tp: int) -> float:
@@ -233,6 +216,15 @@ def _stages_in_node(actor: ActorConfig, cluster: Cluster) -> float:
     """Pipeline stages with ranks in the same node: neighbours in a stage come before the next stage."""
     per_stage = cluster.world // actor.pp
     return min(float(actor.pp), max(1.0, cluster.gpus_per_node / per_stage))
+
+
+def offload_seconds(config: Config, sizes: Sizes, cluster: Cluster, offload: Collection[str]) -> float:
+    """The actor's state to the host and back, once a step; gradients are only dropped."""
+    actor = config.actor
+    dp = cluster.world // (actor.tp * actor.pp)
+    states = [actor_state(actor, sizes, stage, dp) for stage in stages(actor, sizes.layers)]
+    moved = max(sum(state[name] for name in offload if name != "gradients") for state in states)
+    return 2 * moved / cluster.gpu.host
 
 
 def wake_seconds(engine: EngineMemory, cluster: Cluster) -> float:

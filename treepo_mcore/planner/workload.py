@@ -216,9 +216,7 @@ def _grow_one(
     total.logical += sum(leaves)
 
 
-def _restarts(
-    leaves: list[int], missing: int, segment: int, factor: tuple[int, int], draw: random.Random
-) -> list[int]:
+def _restarts(leaves: list[int], missing: int, segment: int, factor: tuple[int, int], draw: random.Random) -> list[int]:
     """Fallback: finished paths in random order, each cut at a random boundary and continued `factor` times."""
     wave: list[int] = []
     for length in draw.sample(leaves, len(leaves)):
