@@ -24,7 +24,7 @@ from treepo_mcore.observe.progress import Progress
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
-from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
+from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, plan_push
@@ -49,6 +49,7 @@ class Trainer:
         megatron_configs(config.actor, self.arch)
         init_process_group()
         check_grid(config, dist.get_world_size())
+        check_engine(config, self.arch, self.directory)
         self.rewards = RewardPool(config.reward) if dist.get_rank() % config.rollout.tp == 0 else None
         self.grid = build_grid(config.actor, config.rollout.tp, config.run.seed)
         self.tokenizer = tokenizer

@@ -123,6 +123,8 @@ def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
         ("rollout.tp=3", "rollout.tp: 3 does not divide the model's 4 attention heads"),
         ("rollout.tree.max_depth=64", "= 528 is more than the model's max_position_embeddings = 256"),
         ("actor.sequence_parallel=true", "actor.sequence_parallel: needs actor.tp > 1"),
+        ("rollout.engine.max_num_seqs=many", "rollout: vLLM refuses this: "),
+        ("rollout.engine.kv_cache_dtype=int3", "rollout: vLLM refuses this: "),
         ("actor.vpp=2", "actor.vpp: virtual pipeline stages need actor.pp > 1"),
     ],
 )

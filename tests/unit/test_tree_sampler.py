@@ -57,9 +57,24 @@ def configs(draw):
     )
 
 
+TREES = given(configs(), st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.3, 0.9]), st.sampled_from([6, 10]))
+
+
 @settings(max_examples=300, deadline=None)
-@given(configs(), st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.3, 0.9]), st.sampled_from([6, 10]))
+@TREES
 def test_any_order_and_both_expansions_give_the_same_tree(config, seed, hazard, vocabulary):
+    check_trees(config, seed, hazard, vocabulary)
+
+
+@pytest.mark.long
+@settings(max_examples=3400, deadline=None)
+@TREES
+def test_ten_thousand_trees(config, seed, hazard, vocabulary):
+    check_trees(config, seed, hazard, vocabulary)
+
+
+def check_trees(config, seed, hazard, vocabulary):
+    """Three trees that must be one, complete and within the budgets."""
     draw = keyed_draw(seed, hazard, vocabulary)
     tree, engine = grow(config, draw, order=seed, chunk=1 + seed % 7)
     assert len(tree.leaves) == config.width  # acceptance 2
