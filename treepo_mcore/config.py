@@ -155,7 +155,12 @@ class RolloutConfig(Section):
     tail_steps: int | None = Field(None, ge=0)
     unfinished: Literal["carry", "drop"] = "carry"  # carry: such prompts come first in the next step, sampled anew
     agreement_every: int = Field(16, ge=1)  # engine steps between comparisons of the ranks' decisions
-    engine: dict[str, Any] = {}  # any argument of vLLM's EngineArgs
+    # Buffer of the pushes of weights on every rank, in MiB: both directions and both halves together. Only what is used
+    # is taken; 64 hold a row of FP8 blocks of the widest models.
+    push_staging_mb: int = Field(256, ge=64)
+    # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
+    # quantised before they are sent.
+    engine: dict[str, Any] = {}
 
 
 class FilterConfig(Section):
@@ -218,10 +223,15 @@ class ActorConfig(Section):
     first_stage_layers: int | None = Field(None, ge=1)  # uneven pipelines
     last_stage_layers: int | None = Field(None, ge=1)
     sequence_parallel: bool = False
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of parameters and activations
+    # Linear layers in FP8, forward and backward, in the pass for log-probs too; needs TransformerEngine and a GPU that
+    # has it. current: one scale a tensor; blockwise: one for 128 elements or 128 x 128. Both leave the first and the
+    # last layer in bfloat16 (actor.megatron.first_last_layers_bf16, num_layers_at_start_in_bf16 and ..._at_end_...).
+    # Other recipes of Megatron: actor.megatron.fp8 and fp8_recipe.
+    fp8: Literal["none", "current", "blockwise"] = "none"
     packing: Literal["tree", "flat"] = "tree"  # flat: every leaf its own copy of the prefix, for comparison
     micro_batch_tokens: int = Field(8192, ge=1)  # unique tokens of one packed sequence
-    attention: Literal["auto", "dense", "chain"] = "auto"  # auto: chain on CPU
+    attention: Literal["auto", "dense", "chain", "flex"] = "auto"  # auto: chain on a CPU, flex on a GPU
     recompute: Literal["none", "selective", "full"] = "none"
     # What ratios are taken against. recompute: a pass of the actor before the first update; engine: the log-probs that
     # came with the tokens, which saves that pass.
@@ -250,6 +260,15 @@ class ActorConfig(Section):
                 "already carries the importance weight (none or token_mask)"
             )
         return self
+
+
+class MemoryConfig(Section):
+    """What leaves the GPU while the engine has it."""
+
+    # optimizer and parameters wait in pinned host memory, gradients are given up. Default: optimizer and gradients on a
+    # GPU, nothing on a CPU.
+    offload: list[Literal["parameters", "gradients", "optimizer"]] | None = None
+    host_gib: float | None = Field(None, gt=0)  # most for the ranks of a node; default: 90 % of what is free
 
 
 class RewardConfig(Section):
@@ -292,6 +311,7 @@ class Config(Section):
     filter: FilterConfig = FilterConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     actor: ActorConfig = ActorConfig()
+    memory: MemoryConfig = MemoryConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
 
