@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -14,13 +13,11 @@ from typer.core import TyperGroup
 from treepo_mcore.architecture import Sizes, read_sizes
 from treepo_mcore.config import ConfigError, ModelConfig, load_config
 
-STATE = ("parameters", "gradients", "optimizer")
-
 
 class DefaultGroup(TyperGroup):
     """A first word that names no sub-command belongs to the sub-command `config`: `plan CONFIG ...`."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         if args and args[0] not in self.commands:
             args = ["config", *args]
         return super().resolve_command(ctx, args)
@@ -39,7 +36,6 @@ NetworkName = Annotated[str, typer.Option("--network", help="ib200, ib400, ib800
 PromptTokens = Annotated[int | None, typer.Option(min=1, help="mean prompt; default: a quarter of the longest")]
 ResponseTokens = Annotated[int | None, typer.Option(min=1, help="mean answer; default: a quarter of the longest")]
 Informative = Annotated[float, typer.Option(min=0.01, max=1, help="share of prompts that the filter keeps")]
-OffloadNames = Annotated[str, typer.Option("--offload", help="in the rollout, of: parameters,gradients,optimizer")]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
 
 
@@ -54,7 +50,6 @@ def plan_config(
     prompt_tokens: PromptTokens = None,
     response_tokens: ResponseTokens = None,
     informative: Informative = 0.6,
-    offload: OffloadNames = "",
     as_json: Json = False,
 ) -> None:
     """Memory of a GPU and time of a step by phase, and warnings; exit status 1 when it does not fit."""
@@ -66,7 +61,7 @@ def plan_config(
     settings = load_config(config, overrides)
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
     assumed = assume(settings, prompt_tokens, response_tokens, informative)
-    plan = make_plan(settings, model_sizes(settings.model), cluster, assumed, state_names(offload))
+    plan = make_plan(settings, model_sizes(settings.model), cluster, assumed)
     if as_json:
         print(json.dumps(plan_json(plan), indent=1))
     else:
@@ -86,7 +81,6 @@ def suggest(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="mean prompt; the longest is four times that")] = 256,
     response_tokens: Annotated[int, typer.Option(min=1, help="mean answer; the longest is four times that")] = 1024,
     informative: Informative = 0.6,
-    offload: OffloadNames = "",
     best: Annotated[int, typer.Option(min=1, help="layouts to show")] = 3,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +93,7 @@ def suggest(
     sizes = model_sizes(settings.model)
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
     assumed = Assumptions(prompt_tokens, response_tokens, informative)
-    found = suggest_layouts(settings, sizes, cluster, assumed, state_names(offload), best)
+    found = suggest_layouts(settings, sizes, cluster, assumed, best)
     if as_json:
         print(json.dumps(suggestions_json(found), indent=1))
     else:
@@ -123,12 +117,3 @@ def model_sizes(model: ModelConfig) -> Sizes:
         raise
     except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
         raise ConfigError(f"model.path: {model.path}: config.json is not to be had: {type(error).__name__}") from error
-
-
-def state_names(text: str) -> tuple[str, ...]:
-    """A comma-separated list of parts of the actor's state. Raises `ConfigError` for others."""
-    names = tuple(filter(None, text.split(",")))
-    for name in names:
-        if name not in STATE:
-            raise ConfigError(f"--offload: {name}; known: {', '.join(STATE)}")
-    return names

@@ -16,6 +16,7 @@ STEP_SECONDS = 3.0  # each step, outside all phases: data, packing, metrics
 
 # Assumed.
 ENGINE_BANDWIDTH = 0.75  # of the peak memory rate, reading weights and keys while decoding
+FP8_GAIN = 1.4  # of FP8 linear layers over bf16, everything around the products included
 LINK_EFFICIENCY = 0.8  # of a link's rate, large messages
 ALL_REDUCE_SECONDS = 15e-6  # latency of a small all-reduce inside a node, from NVLink switch to kernel end
 NETWORK_ALL_REDUCE_SECONDS = 40e-6  # the same across nodes

@@ -9,7 +9,6 @@ float32 actor has no master copy. Activations are those that autograd keeps for 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from treepo_mcore.architecture import Sizes
@@ -19,13 +18,13 @@ from treepo_mcore.planner.hardware import Cluster
 from treepo_mcore.planner.shards import (
     Stage,
     engine_parameters,
+    matrix_parameters,
     stage_parameters,
     stages,
     vocabulary_parameters,
 )
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
-STAGING_BYTES = 256 << 20  # weights/transfer.py
 PHASES = ("update", "log_probs", "push", "rollout")
 DEFAULT_UTILISATION = 0.6  # of GPU memory for the engine (rollout/vllm_engine.py)
 DEFAULT_REQUESTS = {True: 1024, False: 256}  # vLLM's max_num_seqs: GPUs of 70 GiB and more but the A100; others
@@ -61,15 +60,26 @@ class Memory:
         return sum(self.phases[phase].values())
 
 
-def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int, offload: Collection[str] = ()) -> Memory:
-    """Of the fullest stage; `tokens` is the length of the longest micro-batch.
+def offloaded(config: Config) -> tuple[str, ...]:
+    """Parts of the actor's state that leave a GPU while the engine has it (config.MemoryConfig)."""
+    return ("gradients", "optimizer") if config.memory.offload is None else tuple(config.memory.offload)
 
-    offload: items of the actor's state that leave the GPU while the engine generates. Gradients are dropped, the
-    others wait in pinned host memory.
-    """
+
+def in_fp8(actor: ActorConfig) -> bool:
+    """Whether linear layers compute in FP8."""
+    return actor.fp8 != "none" or bool(actor.megatron.get("fp8"))
+
+
+def engine_in_fp8(config: Config) -> bool:
+    """Whether the engine's linear layers have FP8 weights."""
+    return str(config.rollout.engine.get("quantization", "")).startswith("fp8")
+
+
+def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> Memory:
+    """Of the fullest stage; `tokens` is the length of the longest micro-batch."""
     split = stages(config.actor, sizes.layers)
     engine = plan_engine(config, sizes, cluster)
-    plans = [_plan_stage(config, sizes, cluster, split[i], i, tokens, engine, offload) for i in range(len(split))]
+    plans = [_plan_stage(config, sizes, cluster, split[i], i, tokens, engine) for i in range(len(split))]
     return max(plans, key=lambda plan: max(plan.total(phase) for phase in PHASES))
 
 
@@ -81,11 +91,12 @@ def _plan_stage(
     index: int,
     tokens: int,
     engine: EngineMemory,
-    offload: Collection[str],
 ) -> Memory:
-    actor = config.actor
+    actor, offload = config.actor, offloaded(config)
     state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
-    mask = {"tree attention": attention_mask(actor, tokens, cuda=True)}
+    mask = {"tree attention": attention_mask(actor, tokens)}
+    if in_fp8(actor):  # each weight twice, as it is and transposed
+        mask["FP8 weights"] = 2 * stage.layers * matrix_parameters(sizes) // actor.tp
     kept = {"activations": round(in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens))}
     work = kept | working(actor, sizes, stage, tokens) | mask
     layer = layer_activations(actor, sizes, tokens, whole=True)
@@ -99,11 +110,11 @@ def _plan_stage(
         "update": state | work | context,
         "log_probs": state | forward | context,
         # Weights are on the GPU while they are pushed; the cache and the rest of the state are not.
-        "push": state_in_push | engine_on | {"staging": STAGING_BYTES} | context,
-        "rollout": resident | engine_on | generating | {"staging": STAGING_BYTES} | context,
+        "push": state_in_push | engine_on | {"staging": config.rollout.push_staging_mb << 20} | context,
+        "rollout": resident | engine_on | generating | {"staging": config.rollout.push_staging_mb << 20} | context,
     }
     phases = {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
-    host = host_memory(config, state, cluster, offload)
+    host = host_memory(config, state, cluster)
     return Memory(index, phases, host, engine, cluster.gpu.memory)
 
 
@@ -180,10 +191,9 @@ def spread(actor: ActorConfig) -> int:
     return actor.tp if actor.sequence_parallel else 1
 
 
-def attention_mask(actor: ActorConfig, tokens: int, *, cuda: bool) -> int:
+def attention_mask(actor: ActorConfig, tokens: int) -> int:
     """The tree's mask: bool and as a bias for the dense form, nothing to speak of for the others."""
-    dense = actor.attention == "dense" or (actor.attention == "auto" and cuda)
-    return tokens * tokens * (1 + ELEMENT[actor.dtype]) if dense else 0
+    return tokens * tokens * (1 + ELEMENT[actor.dtype]) if actor.attention == "dense" else 0
 
 
 def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
@@ -201,7 +211,7 @@ def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
     rollout, settings = config.rollout, config.rollout.engine
     matrices, rest = engine_parameters(sizes, rollout.tp)
     size = ELEMENT[rollout.dtype]
-    weights = matrices * (1 if settings.get("quantization") == "fp8" else size) + rest * size
+    weights = matrices * (1 if engine_in_fp8(config) else size) + rest * size
     large = cluster.gpu.memory >= 70 << 30 and not cluster.gpu.name.startswith("A100")
     requests = settings.get("max_num_seqs") or DEFAULT_REQUESTS[large]
     batched = settings.get("max_num_batched_tokens") or DEFAULT_BATCHED_TOKENS[large]
@@ -219,9 +229,9 @@ def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:
     return 2 * sizes.layers * max(1, sizes.kv_heads // tp) * sizes.head_dim * element
 
 
-def host_memory(config: Config, state: dict[str, int], cluster: Cluster, offload: Collection[str]) -> dict[str, int]:
+def host_memory(config: Config, state: dict[str, int], cluster: Cluster) -> dict[str, int]:
     """Pinned buffers of one node: the reference policy, the actor's weights while they change places, the offload."""
     weights = state["parameters"]
     copies = {"reference": weights, "swap": weights} if config.actor.reference == "host" else {}
-    copies |= {name: state[name] for name in state if name in offload and name != "gradients"}
+    copies |= {name: state[name] for name in offloaded(config) if name != "gradients"}
     return {name: size * cluster.gpus_per_node for name, size in copies.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from treepo_mcore.architecture import Sizes
 from treepo_mcore.config import Config, ConfigError
 from treepo_mcore.planner import constants
 from treepo_mcore.planner.hardware import Cluster
-from treepo_mcore.planner.memory import PHASES, Memory, plan_memory
+from treepo_mcore.planner.memory import PHASES, Memory, engine_in_fp8, in_fp8, offloaded, plan_memory
 from treepo_mcore.planner.rollout import RolloutTime, rollout_time
 from treepo_mcore.planner.seconds import (
     PushTime,
@@ -46,7 +45,6 @@ class Plan:
     sizes: Sizes
     cluster: Cluster
     assumed: Assumptions
-    offload: tuple[str, ...]
     work: Workload
     memory: Memory
     rollout: RolloutTime
@@ -76,17 +74,14 @@ class Plan:
         return self.cluster.world // self.config.rollout.tp
 
 
-def make_plan(
-    config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions, offload: Collection[str] = ()
-) -> Plan:
+def make_plan(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> Plan:
     """Everything about one step.
 
-    offload: which of the actor's parameters, gradients and optimizer leave the GPU while the engine generates.
     Raises `ConfigError` for a layout that has no meaning on this cluster.
     """
     _check_layout(config, sizes, cluster)
     work = make_workload(config, assumed)
-    memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens, offload)
+    memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens)
     engine = memory.engine
     rollout = rollout_time(config, sizes, cluster, engine, work)
     update = update_time(config, sizes, cluster, work)
@@ -94,14 +89,12 @@ def make_plan(
     seconds = {
         "push": push.seconds,
         "rollout": rollout.seconds,
-        "sleep, wake": wake_seconds(engine, cluster) + offload_seconds(config, sizes, cluster, offload),
+        "sleep, wake": wake_seconds(engine, cluster) + offload_seconds(config, sizes, cluster),
         "log-probs": log_prob_time(config, sizes, cluster, work),
         "update": update.seconds,
         "other": constants.STEP_SECONDS,
     }
-    plan = Plan(
-        config, sizes, cluster, assumed, tuple(offload), work, memory, rollout, update, push, seconds, warnings=[]
-    )
+    plan = Plan(config, sizes, cluster, assumed, work, memory, rollout, update, push, seconds, warnings=[])
     plan.warnings.extend(_warnings(plan))
     return plan
 
@@ -157,8 +150,8 @@ def _cache_errors(plan: Plan) -> list[str]:
 def _precision_errors(plan: Plan) -> list[str]:
     config, gpu = plan.config, plan.cluster.gpu
     found = []
-    fp8_engine = config.rollout.engine.get("quantization") == "fp8"
-    if gpu.fp8 is None and (fp8_engine or config.actor.megatron.get("fp8")):
+    fp8_engine = engine_in_fp8(config)
+    if gpu.fp8 is None and (fp8_engine or in_fp8(config.actor)):
         found.append(f"{gpu.name} has no FP8 tensor cores")
     if fp8_engine and (plan.sizes.ffn // config.rollout.tp) % FP8_BLOCK:
         found.append(
@@ -240,7 +233,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "micro_batch_tokens": config.actor.micro_batch_tokens,
             "rollout_tp": config.rollout.tp,
             "engines": plan.engines,
-            "offload": list(plan.offload),
+            "offload": list(offloaded(config)),
         },
         "assumptions": asdict(plan.assumed),
         "workload": {

@@ -11,7 +11,7 @@ from treepo_mcore.config import Config
 from treepo_mcore.planner import constants
 from treepo_mcore.planner.constants import LINK_EFFICIENCY
 from treepo_mcore.planner.hardware import Cluster
-from treepo_mcore.planner.memory import ELEMENT, EngineMemory
+from treepo_mcore.planner.memory import ELEMENT, EngineMemory, engine_in_fp8
 from treepo_mcore.planner.shards import matrix_parameters, model_parameters
 from treepo_mcore.planner.workload import Workload
 
@@ -73,8 +73,7 @@ def step_cost(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
 
 def engine_peak(config: Config, cluster: Cluster) -> float:
     """Operations a second of one GPU in the engine's matrix products."""
-    fp8 = config.rollout.engine.get("quantization") == "fp8"
-    return cluster.gpu.fp8 if fp8 and cluster.gpu.fp8 else cluster.gpu.bf16
+    return cluster.gpu.bf16 * (constants.FP8_GAIN if engine_in_fp8(config) else 1.0)
 
 
 def rollout_time(

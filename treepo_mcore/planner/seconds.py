@@ -11,7 +11,7 @@ from treepo_mcore.config import ActorConfig, Config
 from treepo_mcore.planner import constants
 from treepo_mcore.planner.constants import LINK_EFFICIENCY
 from treepo_mcore.planner.hardware import Cluster
-from treepo_mcore.planner.memory import ELEMENT, STAGING_BYTES, EngineMemory, actor_state
+from treepo_mcore.planner.memory import ELEMENT, EngineMemory, actor_state, in_fp8, offloaded
 from treepo_mcore.planner.shards import (
     Stage,
     matrix_parameters,
@@ -120,7 +120,7 @@ def _stage_seconds(
 
 def actor_peak(actor: ActorConfig, cluster: Cluster) -> float:
     """Operations a second of one GPU in the actor's matrix products."""
-    return cluster.gpu.fp8 if actor.megatron.get("fp8") and cluster.gpu.fp8 else cluster.gpu.bf16
+    return cluster.gpu.bf16 * (constants.FP8_GAIN if in_fp8(actor) else 1.0)
 
 
 def _tensor_parallel_seconds(actor: ActorConfig, sizes: Sizes, cluster: Cluster, tokens: float) -> float:
@@ -183,7 +183,7 @@ def push_time(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
         remote / (cluster.network.bandwidth * LINK_EFFICIENCY)
         + (received - remote) / (cluster.gpu.nvlink * LINK_EFFICIENCY)
         + constants.COPY_PASSES * engine.weights / cluster.gpu.hbm
-        + math.ceil(received / (STAGING_BYTES / 4)) * constants.ROUND_SECONDS
+        + math.ceil(received / (config.rollout.push_staging_mb * (1 << 20) / 4)) * constants.ROUND_SECONDS
     )
     whole = model_parameters(sizes) * ELEMENT[config.rollout.dtype]
     inside = _stages_in_node(actor, cluster) / actor.pp
@@ -194,7 +194,7 @@ def push_time(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
         broadcast = whole / (link * LINK_EFFICIENCY)
     gathered = whole * (actor.tp - 1) / actor.tp / (cluster.link(actor.tp) * LINK_EFFICIENCY)
     # Peers count moving optimizer and weights to the host, one way, into the push.
-    moved = offload_seconds(config, sizes, cluster, ("optimizer", "parameters")) / 2
+    moved = _host_seconds(config, sizes, cluster, ("optimizer", "parameters"))
     gather = tensors(sizes) * constants.TENSOR_SECONDS + broadcast + gathered + moved
     gather_received = whole * (1 - 1 / (actor.tp * actor.pp))
     return PushTime(seconds, round(received), round(remote), gather, round(gather_received))
@@ -218,13 +218,17 @@ def _stages_in_node(actor: ActorConfig, cluster: Cluster) -> float:
     return min(float(actor.pp), max(1.0, cluster.gpus_per_node / per_stage))
 
 
-def offload_seconds(config: Config, sizes: Sizes, cluster: Cluster, offload: Collection[str]) -> float:
+def offload_seconds(config: Config, sizes: Sizes, cluster: Cluster) -> float:
     """The actor's state to the host and back, once a step; gradients are only dropped."""
+    return 2 * _host_seconds(config, sizes, cluster, offloaded(config))
+
+
+def _host_seconds(config: Config, sizes: Sizes, cluster: Cluster, names: Collection[str]) -> float:
     actor = config.actor
     dp = cluster.world // (actor.tp * actor.pp)
     states = [actor_state(actor, sizes, stage, dp) for stage in stages(actor, sizes.layers)]
-    moved = max(sum(state[name] for name in offload if name != "gradients") for state in states)
-    return 2 * moved / cluster.gpu.host
+    moved = max(sum(state[name] for name in names if name != "gradients") for state in states)
+    return moved / cluster.gpu.host
 
 
 def wake_seconds(engine: EngineMemory, cluster: Cluster) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,17 +89,15 @@ def base_config(model: str, prompt_tokens: int, response_tokens: int, overrides:
     return parse_config(raw, "plan suggest")
 
 
-def suggest_layouts(
-    config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions, offload: Collection[str], best: int
-) -> Suggestions:
+def suggest_layouts(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions, best: int) -> Suggestions:
     """Try every layout of the search space. Raises `ConfigError` when none has a meaning on this cluster."""
-    search = _Search(config, sizes, cluster, assumed, offload)
+    search = _Search(config, sizes, cluster, assumed)
     verdicts = [search.judge(layout) for layout in layouts(config, sizes, cluster)]
     if not verdicts:
         raise ConfigError(f"no layout of {sizes.layers} layers and {sizes.heads} heads fills {cluster.world} GPUs")
     fitting = sorted((v for v in verdicts if not v.misfit), key=lambda v: v.total)
     shown = _distinct(fitting)[:best]
-    plans = [make_plan(v.config, sizes, cluster, assumed, offload) for v in shown]
+    plans = [make_plan(v.config, sizes, cluster, assumed) for v in shown]
     around = list(_neighbours(shown[0].layout, verdicts)) if shown else []
     return Suggestions(sizes, shown, plans, around, len(verdicts))
 
@@ -145,10 +143,8 @@ def _interleavings(layers: int, pp: int) -> list[int | None]:
 class _Search:
     """Judges layouts; what only depends on the engine is played once for each."""
 
-    def __init__(
-        self, config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions, offload: Collection[str]
-    ) -> None:
-        self.config, self.sizes, self.cluster, self.offload = config, sizes, cluster, offload
+    def __init__(self, config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> None:
+        self.config, self.sizes, self.cluster = config, sizes, cluster
         self.work: Workload = make_workload(config, assumed)
         self.rollouts: dict[tuple[int, float], float] = {}
 
@@ -159,7 +155,7 @@ class _Search:
         tokens = config.actor.micro_batch_tokens
         given = config.rollout.engine.get("gpu_memory_utilization")
         config = _filled(config, given or FILL[-1])
-        memory = plan_memory(config, sizes, cluster, tokens, self.offload)
+        memory = plan_memory(config, sizes, cluster, tokens)
         for phase in PHASES:
             if memory.total(phase) > memory.available:
                 return Verdict(layout, config, {}, f"{phase} needs {memory.total(phase) / GIB:.0f} GiB")
@@ -174,7 +170,7 @@ class _Search:
         seconds = {
             "push": push_time(config, sizes, cluster, engine).seconds,
             "rollout": self._rollout(config, engine),
-            "sleep, wake": wake_seconds(engine, cluster) + offload_seconds(config, sizes, cluster, self.offload),
+            "sleep, wake": wake_seconds(engine, cluster) + offload_seconds(config, sizes, cluster),
             "log-probs": log_prob_time(config, sizes, cluster, self.work),
             "update": update_time(config, sizes, cluster, self.work).seconds,
         }
@@ -245,7 +241,9 @@ def print_suggestions(found: Suggestions, console: Console) -> None:
     """The best layouts and the neighbours of the first."""
     console.print(f"{found.tried} layouts tried", highlight=False)
     if not found.best:
-        console.print("[bold red]none fits[/]: more GPUs, larger ones, FP8 weights in the engine, or --offload")
+        console.print(
+            "[bold red]none fits[/]: more GPUs, larger ones, FP8 weights in the engine, or more in memory.offload"
+        )
         return
     table = Table(title="Best layouts")
     phases = list(found.best[0].seconds)

@@ -227,7 +227,7 @@ def _restarts(leaves: list[int], missing: int, segment: int, factor: tuple[int, 
     return wave
 
 
-def _life(rate: float, draw: random.Random) -> float | int:
+def _life(rate: float, draw: random.Random) -> int:
     """Tokens until the path ends; at least one."""
     return max(1, math.ceil(draw.expovariate(rate))) if rate > 0 else 1 << 40
 
