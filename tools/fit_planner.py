@@ -66,18 +66,23 @@ def _solve(name: str, low: float, high: float, target: float, value: Callable[[]
     at(math.sqrt(low * high))
 
 
+def print_table() -> None:
+    """Every run and phase: measured, measured again by a user, predicted, error."""
+    print(f"{'run':39}{'phase':12}{'measured':>9}{'again':>7}{'predicted':>11}{'error':>7}")
+    for row in comparison():
+        measured = "" if row["measured"] is None else f"{row['measured']:.1f}"
+        again = "" if row["again"] is None else f"{row['again']:.0f}"
+        error = "" if row["error"] is None else f"{row['error']:+.0%}"
+        name = row["run"] + (" (fit)" if row["fitted"] else "")
+        print(f"{name:39}{row['phase']:12}{measured:>9}{again:>7}{row['predicted']:>11.1f}{error:>7}")
+
+
 def main() -> None:
     """Print constants and table."""
     for name, value in fit().items():
         print(f"{name} = {value:.4g}")
     print()
-    print(f"{'run':36}{'phase':12}{'measured':>9}{'again':>7}{'predicted':>10}{'error':>7}")
-    for row in comparison():
-        measured = "" if row["measured"] is None else f"{row['measured']:.1f}"
-        again = "" if row["again"] is None else f"{row['again']:.0f}"
-        error = "" if row["error"] is None else f"{row['error']:+.0%}"
-        name = row["run"] + (" (fitted)" if row["fitted"] else "")
-        print(f"{name:36}{row['phase']:12}{measured:>9}{again:>7}{row['predicted']:>10.1f}{error:>7}")
+    print_table()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,46 +35,13 @@ def sequence(tokens: int, vocab: int) -> PackedSequence:
     )
 
 
-class Kept:
-    """Bytes of distinct storages that autograd keeps, at most at once; parameters, which are there anyway, apart."""
-
-    def __init__(self, actor: Actor) -> None:
-        weights = {p.untyped_storage().data_ptr() for chunk in actor.chunks for p in chunk.parameters()}
-        self.holders: dict[int, int] = dict.fromkeys(weights, 1)
-        self.bytes = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> Any:
-        return _Held(self, tensor)
-
-    @staticmethod
-    def unpack(held: Any) -> Tensor:
-        return held.tensor
-
-
-class _Held:
-    def __init__(self, kept: Kept, tensor: Tensor) -> None:
-        self.kept, self.tensor = kept, tensor
-        storage = tensor.untyped_storage()
-        self.key, self.size = storage.data_ptr(), storage.nbytes()
-        holders = kept.holders.get(self.key, 0)
-        kept.holders[self.key] = holders + 1
-        if not holders:
-            kept.bytes += self.size
-            kept.peak = max(kept.peak, kept.bytes)
-
-    def __del__(self) -> None:
-        self.kept.holders[self.key] -= 1
-        if not self.kept.holders[self.key]:
-            self.kept.bytes -= self.size
-
-
 def optimizers(actor: Actor) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
         yield part.optimizer
 
 
 def state(actor: Actor) -> dict[str, int]:
-    """Bytes of distinct storages: parameters, gradients, the optimizer's; and of every tensor alive."""
+    """Bytes of distinct storages: parameters, gradients, and what the optimizer has beside them."""
     parameters = [p for chunk in actor.chunks for p in chunk.parameters()]
     seen: dict[int, int] = {}
 
@@ -88,7 +54,7 @@ def state(actor: Actor) -> dict[str, int]:
         seen.update(new)
         return sum(new.values())
 
-    result = {
+    return {
         "parameters": fresh(p.data for p in parameters),
         "gradients": fresh(p.main_grad for p in parameters),
         "optimizer": fresh(
@@ -100,10 +66,6 @@ def state(actor: Actor) -> dict[str, int]:
             ]
         ),
     }
-    gc.collect()
-    alive = [item for item in gc.get_objects() if isinstance(item, Tensor)]
-    result["others"] = fresh(iter(alive))
-    return result
 
 
 def peak_of(actor: Actor, batch: list[PackedSequence], old: list[Tensor]) -> int:
@@ -127,9 +89,5 @@ def measure(directory: str, layouts: dict[str, dict[str, Any]], tokens: int, voc
         old = [torch.full((tokens - 1,), -5.0)]
         actor.set_step(0)
         actor.update(batch, old)  # the optimizer's state is made by its first step
-        kept = Kept(actor)
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, Kept.unpack):
-            actor.update(batch, old)
-        held = state(actor)
-        results[name] = held | {"kept": kept.peak, "peak": peak_of(actor, batch, old)}
+        results[name] = state(actor) | {"peak": peak_of(actor, batch, old)}
     return results
