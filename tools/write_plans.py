@@ -46,6 +46,10 @@ def output(command: str) -> str:
         import fit_planner
 
         return _printed(fit_planner.print_table)
+    if words[:3] == ["python", "tools/plot_scaling.py", "--table"]:
+        import plot_scaling
+
+        return _printed(plot_scaling.print_table)
     from treepo_mcore.cli_plan import app
 
     assert words[:2] == ["treepo-mcore", "plan"], command

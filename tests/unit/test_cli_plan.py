@@ -107,3 +107,9 @@ def test_pages_show_what_the_command_prints():
     check = [sys.executable, ROOT / "tools" / "write_plans.py", "--check"]
     result = subprocess.run(check, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_pictures_are_drawn_from_this_planner():
+    check = [sys.executable, ROOT / "tools" / "plot_scaling.py", "--check"]
+    result = subprocess.run(check, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
