@@ -25,12 +25,13 @@ from treepo_mcore.planner.workload import Assumptions, Workload, make_workload
 
 BUBBLE = 0.2  # share of the update that is worth a warning
 TAIL = 0.5  # share of the rollout
+WAITING = 0.2  # share of the admitted prompts
 FEW_REQUESTS = 32  # at once, on an engine: it then reads its weights for little
 FP8_BLOCK = 128  # weights/fp8.py
 
 
 @dataclass(frozen=True)
-class Warning_:
+class Finding:
     """`error`: the run cannot start or will stop; `warning`: it wastes the cluster."""
 
     level: Literal["error", "warning"]
@@ -51,7 +52,7 @@ class Plan:
     update: UpdateTime
     push: PushTime
     seconds: dict[str, float]  # of the phases, in their order
-    warnings: list[Warning_]
+    warnings: list[Finding]
 
     @property
     def total(self) -> float:
@@ -113,10 +114,10 @@ def _check_layout(config: Config, sizes: Sizes, cluster: Cluster) -> None:
     stages(actor, sizes.layers)
 
 
-def _warnings(plan: Plan) -> list[Warning_]:
+def _warnings(plan: Plan) -> list[Finding]:
     found = [*_memory_errors(plan), *_cache_errors(plan), *_precision_errors(plan)]
     messages = [*_starving(plan), *_waiting(plan)]
-    return [Warning_("error", text) for text in found] + [Warning_("warning", text) for text in messages]
+    return [Finding("error", text) for text in found] + [Finding("warning", text) for text in messages]
 
 
 def _memory_errors(plan: Plan) -> list[str]:
@@ -181,8 +182,11 @@ def _starving(plan: Plan) -> list[str]:
             f"{rollout.tail_seconds / rollout.seconds:.0%} of the rollout is its tail "
             f"({rollout.prompts_per_engine:.1f} prompts an engine): more prompts a step, or rollout.tail_steps"
         )
-    if rollout.waiting > 0.1:
-        found.append(f"the KV cache is too small for what is admitted: {rollout.waiting:.0%} of the prompts wait")
+    if rollout.waiting > WAITING:
+        found.append(
+            f"the KV cache cannot hold the trees that are admitted: {rollout.waiting:.0%} of them wait, pushed out, and "
+            "are prefilled again; a larger cache, or a smaller rollout.engine.max_num_seqs"
+        )
     if config.trainer.prompts_per_update < plan.data_parallel:
         found.append(
             f"trainer.prompts_per_update = {config.trainer.prompts_per_update} over {plan.data_parallel} data-parallel "

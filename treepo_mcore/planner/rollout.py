@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +26,12 @@ class RolloutTime:
 
     seconds: float
     steps: int
-    tail_seconds: float  # with fewer requests than half the most that ran at once
+    tail_seconds: float  # with fewer requests than half the most that ran at once, and none to come
     mean_batch: float  # requests an engine decodes at once
     full_batch: float  # the most that ran at once
     prefill_seconds: float
     prompts_per_engine: float
-    waiting: float  # engine steps times prompts that the cache had to push out, over engine steps times prompts
+    waiting: float  # share of the admitted prompts that the cache has pushed out, mean over engine steps
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def rollout_time(
         seconds += lasted
         batch += requests
         full = max(full, requests)
-        tail += lasted if requests < full / 2 and play.waiting_prompts == 0 else 0.0
+        tail += lasted if requests < full / 2 and play.all_run else 0.0
     prefill = _prefill_seconds(config, sizes, cluster, work, share, play.evicted_tokens)
     return RolloutTime(
         seconds=seconds + prefill,
@@ -134,72 +135,81 @@ class _Play:
         here = ages < profile.longest
         self.live = _strides_of(profile.live, inside, here)
         self.reach = _strides_of(profile.reach, inside, here)
-        self.stored = np.minimum(_strides_of(profile.decoded, inside, here), self.reach) + work.prompt_tokens * (
-            self.live > 0
-        )
+        self.stored = _strides_of(profile.held, inside, here) + work.prompt_tokens * (self.live > 0)
+        self.cache = max(engine.cache_tokens, work.longest)  # less is an error of its own (planner/plan.py)
         self.waiting_prompts = share
-        self.counts: list[float] = []  # prompts of each group, oldest first
-        self.ages: list[int] = []  # in strides
+        self.counts = np.empty(0)  # prompts of each group, oldest first
+        self.ages = np.empty(0, dtype=int)  # in strides
+        self.running = np.empty(0, dtype=bool)  # in the stride before
         self.count = 0
         self.paused = self.ran = 0.0
         self.evicted_tokens = 0.0
-        self.room = 0
 
-    def strides(self):  # type: ignore[no-untyped-def]
+    @property
+    def all_run(self) -> bool:
+        """Nobody waits, neither for admission nor for the cache."""
+        return self.waiting_prompts <= 0 and bool(self.running.all())
+
+    def strides(self) -> Iterator[tuple[float, float]]:
         """Yields (requests, context tokens they read) of each stride."""
         while True:
             self._admit()
-            counts, ages = np.array(self.counts), np.array(self.ages, dtype=int)
-            running = self._fitting(counts, ages)
-            live = float((counts * self.live[ages])[running].sum())
-            total = float((counts * self.live[ages]).sum())
-            if total < self.least and self.waiting_prompts <= 0:
+            if float((self.counts * self.live[self.ages]).sum()) < self.least and self.waiting_prompts <= 0:
                 return
-            reach = float((counts * self.reach[ages])[running].sum())
+            self._fit()
+            counts, ages = self.counts[self.running], self.ages[self.running]
+            live, reach = float((counts * self.live[ages]).sum()), float((counts * self.reach[ages]).sum())
             self.count += 1
-            self.ran += float(counts[running].sum())
-            self.paused += float(counts[~running].sum())
+            self.ran += float(counts.sum())
+            self.paused += float(self.counts[~self.running].sum())
             yield live, reach + live * self.work.prompt_tokens
-            self._grow_older(counts, ages, running)
+            self.ages = self.ages + self.running
+            keep = self.ages < len(self.live)
+            self.counts, self.ages, self.running = self.counts[keep], self.ages[keep], self.running[keep]
 
     def _admit(self) -> None:
         """Prompts come one by one while they fit, as in `Collector._fits`."""
-        live = sum(n * self.live[age] for n, age in zip(self.counts, self.ages, strict=True))
-        stored = sum(n * self.stored[age] for n, age in zip(self.counts, self.ages, strict=True))
+        live = float((self.counts * self.live[self.ages]).sum())
+        stored = float((self.counts * self.stored[self.ages]).sum())
         first, prompt = float(self.live[0]), self.work.prompt_tokens
         new = 0.0
         while self.waiting_prompts > 0:
             one = min(1.0, self.waiting_prompts)
             fits = (
                 live + first <= self.engine.requests
-                and stored + prompt + (live + self.width) * self.reserve <= self.engine.cache_tokens
+                and stored + prompt + (live + self.width) * self.reserve <= self.cache
             )
-            if not fits and (self.counts or new):
+            if not fits and (len(self.counts) or new):
                 break
             new += one
             self.waiting_prompts -= one
             live, stored = live + one * first, stored + one * prompt
         if new:
-            self.counts.append(new)
-            self.ages.append(0)
+            self._insert(len(self.counts), new, 0, True)
 
-    def _fitting(self, counts: np.ndarray, ages: np.ndarray) -> np.ndarray:
-        """Groups that the cache holds, oldest first; the others wait for room."""
-        held = (counts * self.stored[ages]).cumsum() <= self.engine.cache_tokens
-        if len(held):
-            held[0] = True
-        return held
+    def _insert(self, at: int, prompts: float, age: int, running: bool) -> None:
+        self.counts = np.insert(self.counts, at, prompts)
+        self.ages = np.insert(self.ages, at, age)
+        self.running = np.insert(self.running, at, running)
 
-    def _grow_older(self, counts: np.ndarray, ages: np.ndarray, running: np.ndarray) -> None:
-        # A group that just lost its place will be prefilled again when it gets one.
-        if not running.all() and int(running.sum()) < self.room:
-            out = slice(int(running.sum()), self.room)
-            self.evicted_tokens += float((counts * self.stored[ages])[out].sum())
-        self.room = int(running.sum())
-        ages = ages + running
-        keep = ages < len(self.live)
-        self.room = int((keep & running).sum())
-        self.counts, self.ages = counts[keep].tolist(), ages[keep].tolist()
+    def _fit(self) -> None:
+        """The oldest run as far as the cache holds them, the others wait; what lost its place is prefilled again."""
+        before = self.running.copy()
+        used = (self.counts * self.stored[self.ages]).cumsum()
+        over = np.flatnonzero(used > self.cache)
+        self.running[:] = True
+        if not len(over):
+            return
+        at = int(over[0])
+        excess = (used[at] - self.cache) / self.stored[self.ages[at]]
+        if excess < self.counts[at]:  # part of this group stays
+            self._insert(at + 1, excess, int(self.ages[at]), True)
+            before = np.insert(before, at + 1, before[at])
+            self.counts[at] -= excess
+            at += 1
+        self.running[at:] = False
+        lost = before & ~self.running
+        self.evicted_tokens += float((self.counts * self.stored[self.ages])[lost].sum())
 
 
 def _strides_of(values: np.ndarray, ages: np.ndarray, here: np.ndarray) -> np.ndarray:

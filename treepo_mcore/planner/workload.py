@@ -52,7 +52,7 @@ class TreeProfile:
     requests: float
     live: np.ndarray  # float64 [T], requests that decode
     reach: np.ndarray  # float64 [T], sum over these of their response tokens so far
-    decoded: np.ndarray  # float64 [T], tokens decoded so far
+    held: np.ndarray  # float64 [T], response tokens that live paths stand on, shared ones once
     longest: int
 
     @property
@@ -152,6 +152,7 @@ class _Sums:
     def __init__(self) -> None:
         self.leaves = self.logical = self.requests = 0
         self.stretches: list[tuple[int, int, int]] = []  # begin, end, in engine steps; response tokens at the begin
+        self.released: list[tuple[int, int]] = []  # engine step, tokens that no live path needs any more
 
     def means(self, trees: int) -> TreeProfile:
         begin, end, position = (np.array(column) for column in zip(*self.stretches, strict=True))
@@ -162,6 +163,8 @@ class _Sums:
             np.add.at(offset, at, sign * (position - begin))
         live, offset = live.cumsum(), offset.cumsum()
         reach = live * np.arange(steps) + offset
+        released = np.zeros(steps)
+        np.add.at(released, [step for step, _ in self.released], [tokens for _, tokens in self.released])
         return TreeProfile(
             leaves=self.leaves / trees,
             physical=float((end - begin).sum()) / trees,
@@ -169,7 +172,7 @@ class _Sums:
             requests=self.requests / trees,
             live=live / trees,
             reach=reach / trees,
-            decoded=live.cumsum() / trees,
+            held=np.minimum(live.cumsum() - released.cumsum(), reach) / trees,
             longest=steps,
         )
 
@@ -186,11 +189,12 @@ def _grow_one(
 ) -> None:
     """The sampler's rules (spec 2.5 to 2.7): waves of equal depth, budget handed on, restarts at boundaries."""
     leaves: list[int] = []  # lengths
-    wave, now = [0] * min(draw.randint(*first), width), 0  # response tokens at the start of each path
+    # Of each path: its response tokens at the start of the wave, and those that it shares with others.
+    wave, now = [(0, 0)] * min(draw.randint(*first), width), 0
     total.requests += len(wave)
     while True:
         ended, survivors, last = 0, [], now
-        for position in wave:
+        for position, shared in wave:
             room = min(segment, longest - position)
             life = _life(rate, draw)
             taken = min(life, room)
@@ -198,15 +202,16 @@ def _grow_one(
             last = max(last, now + taken)
             if life <= room or position + taken >= longest:
                 leaves.append(position + taken)
+                total.released.append((now + taken, position + taken - shared))
                 ended += 1
             else:
-                survivors.append(position + taken)
+                survivors.append((position + taken, shared))
         now = last
         missing = width - len(leaves)
         if survivors:
             children = max(len(survivors), min(missing, draw.randint(*factor) * (ended + len(survivors))))
             total.requests += children - len(survivors)
-            wave = [survivors[index % len(survivors)] for index in range(children)]
+            wave = [_child(survivors, index, children) for index in range(children)]
         elif missing > 0:
             wave = _restarts(leaves, missing, segment, factor, draw)
             total.requests += len(wave)
@@ -216,15 +221,25 @@ def _grow_one(
     total.logical += sum(leaves)
 
 
-def _restarts(leaves: list[int], missing: int, segment: int, factor: tuple[int, int], draw: random.Random) -> list[int]:
+def _restarts(
+    leaves: list[int], missing: int, segment: int, factor: tuple[int, int], draw: random.Random
+) -> list[tuple[int, int]]:
     """Fallback: finished paths in random order, each cut at a random boundary and continued `factor` times."""
-    wave: list[int] = []
+    wave: list[tuple[int, int]] = []
     for length in draw.sample(leaves, len(leaves)):
         copies = min(draw.randint(*factor), missing - len(wave))
-        wave += [segment * draw.randint(0, (length - 1) // segment)] * copies
+        cut = segment * draw.randint(0, (length - 1) // segment)
+        wave += [(cut, cut)] * copies
         if len(wave) == missing:
             break
     return wave
+
+
+def _child(survivors: list[tuple[int, int]], index: int, children: int) -> tuple[int, int]:
+    """An only child keeps what its path has for itself; siblings share all of it."""
+    position, shared = survivors[index % len(survivors)]
+    siblings = len(range(index % len(survivors), children, len(survivors)))
+    return position, position if siblings > 1 else shared
 
 
 def _life(rate: float, draw: random.Random) -> int:
