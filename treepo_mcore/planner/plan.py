@@ -184,7 +184,7 @@ def _starving(plan: Plan) -> list[str]:
         )
     if rollout.waiting > WAITING:
         found.append(
-            f"the KV cache cannot hold the trees that are admitted: {rollout.waiting:.0%} of them wait, pushed out, and "
+            f"the KV cache cannot hold the trees that are admitted: {rollout.waiting:.0%} of them wait and "
             "are prefilled again; a larger cache, or a smaller rollout.engine.max_num_seqs"
         )
     if config.trainer.prompts_per_update < plan.data_parallel:
