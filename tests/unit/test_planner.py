@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,14 +82,13 @@ def test_micro_batches_in_flight():
 
 
 def test_the_bubble_is_that_of_one_forward_one_backward():
-    """p - 1 of m + p - 1 turns, when stages are equal."""
-    model = sizes("Llama-3.1-70B")
+    """p - 1 of m + p - 1 turns, when stages are equal: here without an output layer to speak of."""
+    model = replace(sizes("Llama-3.1-70B"), vocab=1)
     settings = config(actor={"pp": 4}, trainer={"prompts_per_update": 16})
     cluster = make_cluster("h100", "ib400", 1, 4)
     work = make_workload(settings, MEANS)
     one = pass_time(settings, model, cluster, work, 16, backward=True)
-    head = 2 * model.vocab * model.hidden / (2 * 80 * 855638016)  # the last stage's output layer, over all layers
-    assert one.bubble == pytest.approx(3 / (one.micro_batches + 3), abs=1.5 * head)
+    assert one.bubble == pytest.approx(3 / (one.micro_batches + 3), rel=1e-4)
 
 
 def test_hazard_gives_the_mean():
@@ -155,13 +155,18 @@ def test_what_is_offloaded_is_not_there_in_the_rollout():
         ({"actor": {"tp": 1}}, "h100", 1, r"update needs .* GiB a GPU"),
         ({"actor": {"tp": 4, "micro_batch_tokens": 4096}}, "h100", 1, r"cannot be packed"),
         (
-            {"actor": {"tp": 4}, "rollout": {"engine": {"gpu_memory_utilization": 0.25}}},
+            {"actor": {"tp": 4}, "rollout": {"engine": {"gpu_memory_utilization": 0.23}}},
             "h100",
             1,
             r"the KV cache of an engine holds \d+ tokens, one path may have 8192",
         ),
         ({"actor": {"tp": 4, "fp8": "current"}}, "a100", 1, r"no FP8 tensor cores"),
-        ({"actor": {"tp": 4}, "trainer": {"prompts_per_step": 4, "prompts_per_update": 4}}, "h100", 1, r"at most"),
+        (
+            {"actor": {"tp": 4}, "trainer": {"prompts_per_step": 4, "prompts_per_update": 4}},
+            "h100",
+            1,
+            r"decodes at most 10 requests at once; it gets 0\.8 prompts",
+        ),
         ({"actor": {"tp": 2, "pp": 4}, "trainer": {"prompts_per_update": 4}}, "h100", 1, r"pipeline stages wait"),
         ({"actor": {"tp": 4}, "trainer": {"prompts_per_update": 8}}, "h100", 8, r"have nothing to do"),
         ({"actor": {"tp": 4}, "rollout": {"tp": 4}}, "h100", 4, r"rollout.tp = 4 crosses nodes of 2"),
@@ -177,7 +182,7 @@ def test_an_ffn_that_blocks_cannot_cut_is_named():
     settings = config(actor={"tp": 8, "pp": 4}, rollout={"tp": 4, "engine": {"quantization": "fp8_per_block"}})
     plan = make_plan(settings, sizes("Qwen2.5-72B"), make_cluster("h100", "ib400", 8, 8), MEANS)
     assert not plan.fits
-    assert "29568 / 4 is not a multiple of 128" in plan.warnings[0].message
+    assert any("29568 / 4 is not a multiple of 128" in warning.message for warning in plan.warnings)
 
 
 def test_layouts_without_meaning_are_refused():

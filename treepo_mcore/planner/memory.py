@@ -135,8 +135,7 @@ def in_flight(actor: ActorConfig, stage: int) -> float:
     """Micro-batches of whole stages whose activations wait for their backward pass (1F1B, interleaved with vpp)."""
     if not actor.vpp:
         return actor.pp - stage
-    chunks = min(2 * (actor.pp - stage - 1) + (actor.vpp - 1) * actor.pp + 1, actor.vpp * actor.pp)
-    return max(1.0, chunks / actor.vpp)
+    return (2 * (actor.pp - stage - 1) + (actor.vpp - 1) * actor.pp + 1) / actor.vpp
 
 
 def stage_activations(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> int:

@@ -173,10 +173,13 @@ def _starving(plan: Plan) -> list[str]:
             f"the KV cache of an engine holds {engine.cache_tokens} tokens, less than one tree ({tree:.0f} on average)"
         )
     if rollout.full_batch < FEW_REQUESTS:
-        found.append(
-            f"an engine decodes at most {rollout.full_batch:.0f} requests at once ({rollout.prompts_per_engine:.1f} "
-            "prompts each): more prompts a step or a larger rollout.tp would not cost more time"
+        roots = rollout.prompts_per_engine * float(work.profile.live[0])
+        why = (
+            f"its KV cache admits no more of its {rollout.prompts_per_engine:.1f} prompts"
+            if roots > 2 * rollout.full_batch
+            else f"it gets {rollout.prompts_per_engine:.1f} prompts: more prompts a step, or a larger rollout.tp"
         )
+        found.append(f"an engine decodes at most {rollout.full_batch:.0f} requests at once; {why}")
     elif rollout.tail_seconds > TAIL * rollout.seconds:
         found.append(
             f"{rollout.tail_seconds / rollout.seconds:.0%} of the rollout is its tail "
