@@ -47,9 +47,9 @@ class EngineMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """The fullest GPU. Bytes."""
+    """In each phase of the GPU that is fullest then. Bytes."""
 
-    stage: int  # of the pipeline that this GPU belongs to
+    stages: dict[str, int]  # phase -> pipeline stage of that GPU
     phases: dict[str, dict[str, int]]  # phase -> item -> bytes there in that phase
     host: dict[str, int]  # pinned, of one node
     engine: EngineMemory
@@ -76,14 +76,19 @@ def engine_in_fp8(config: Config) -> bool:
 
 
 def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> Memory:
-    """Of the fullest stage; `tokens` is the length of the longest micro-batch."""
-    split = stages(config.actor, sizes.layers)
+    """`tokens` is the length of the longest micro-batch."""
+    actor, split = config.actor, stages(config.actor, sizes.layers)
     engine = plan_engine(config, sizes, cluster)
-    plans = [_plan_stage(config, sizes, cluster, split[i], i, tokens, engine) for i in range(len(split))]
-    return max(plans, key=lambda plan: max(plan.total(phase) for phase in PHASES))
+    all_phases = [_stage_phases(config, sizes, cluster, split[i], i, tokens, engine) for i in range(len(split))]
+    totals = [{phase: sum(there.values()) for phase, there in phases.items()} for phases in all_phases]
+    fullest = {phase: max(range(len(split)), key=lambda i: totals[i][phase]) for phase in PHASES}
+    phases = {phase: all_phases[i][phase] for phase, i in fullest.items()}
+    dp = cluster.world // (actor.tp * actor.pp)
+    state = max((actor_state(actor, sizes, s, dp) for s in split), key=lambda state: state["parameters"])
+    return Memory(fullest, phases, host_memory(config, state, cluster), engine, cluster.gpu.memory)
 
 
-def _plan_stage(
+def _stage_phases(
     config: Config,
     sizes: Sizes,
     cluster: Cluster,
@@ -91,7 +96,8 @@ def _plan_stage(
     index: int,
     tokens: int,
     engine: EngineMemory,
-) -> Memory:
+) -> dict[str, dict[str, int]]:
+    """Phase -> item -> bytes of one GPU of a stage."""
     actor, offload = config.actor, offloaded(config)
     state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
     mask = {"tree attention": attention_mask(actor, tokens)}
@@ -113,9 +119,7 @@ def _plan_stage(
         "push": state_in_push | engine_on | {"staging": config.rollout.push_staging_mb << 20} | context,
         "rollout": resident | engine_on | generating | {"staging": config.rollout.push_staging_mb << 20} | context,
     }
-    phases = {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
-    host = host_memory(config, state, cluster)
-    return Memory(index, phases, host, engine, cluster.gpu.memory)
+    return {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
 
 
 def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:

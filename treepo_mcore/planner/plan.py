@@ -254,8 +254,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "memory": {
             "available": memory.available,
-            "stage": memory.stage,
-            "phases": {phase: {"total": memory.total(phase), "items": memory.phases[phase]} for phase in memory.phases},
+            "phases": {
+                phase: {"total": memory.total(phase), "stage": memory.stages[phase], "items": items}
+                for phase, items in memory.phases.items()
+            },
             "host_per_node": memory.host,
             "engine": asdict(engine),
         },

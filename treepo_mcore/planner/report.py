@@ -53,7 +53,7 @@ def _work_line(plan: Plan) -> str:
 def memory_table(plan: Plan) -> Table:
     """GiB of the fullest GPU by item and phase, and of a node's host memory."""
     memory = plan.memory
-    table = Table(title=f"GiB on a GPU of pipeline stage {memory.stage} ({memory.available / GIB:.1f} there)")
+    table = Table(title=f"GiB on the fullest GPU ({memory.available / GIB:.1f} there)")
     table.add_column("")
     for phase in PHASES:
         table.add_column(phase, justify="right")
@@ -64,6 +64,8 @@ def memory_table(plan: Plan) -> Table:
     table.add_section()
     totals = [memory.total(phase) for phase in PHASES]
     table.add_row("total", *(f"[red]{_gib(t)}[/]" if t > memory.available else _gib(t) for t in totals))
+    if plan.config.actor.pp > 1:
+        table.add_row("of pipeline stage", *(str(memory.stages[phase]) for phase in PHASES))
     table.caption = (
         f"KV cache of an engine: {memory.engine.cache_tokens} tokens. "
         f"Pinned host memory of a node: {_gib(sum(memory.host.values())) or '0'} GiB"
