@@ -1,11 +1,9 @@
-"""The one file of the rollout that knows vLLM (0.26): an engine inside this process, one per block of ranks."""
+"""vLLM (0.26) as the rollout's engine: inside this process, one per block of ranks. `vllm_cpu` belongs to it."""
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import difflib
-import glob
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -21,8 +18,11 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, RolloutConfig
+from treepo_mcore.rollout import vllm_cpu
 from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
+from treepo_mcore.weights.fp8 import check_whole_columns
+from treepo_mcore.weights.vllm import fp8_shapes
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -41,6 +41,7 @@ OWNED = {
     "async_scheduling": "nothing: the sampler decides on the tokens of the step just done",
     "enable_sleep_mode": "nothing: on wherever the device can",
 }
+BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
@@ -57,8 +58,7 @@ class VllmEngine:
         self.eos_ids = list(eos_ids)
         arguments = engine_arguments(config, arch, directory)
         if not torch.cuda.is_available():
-            _name_shared_memory(config.rollout.tp)
-            _leave_weights_unpacked()
+            vllm_cpu.prepare(config.rollout.tp)
         # vLLM seeds the global generators while it starts.
         with torch.random.fork_rng(devices=[]), _refusals():
             self.llm = LLM(**arguments)
@@ -170,6 +170,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
         )
     if arch.heads % config.rollout.tp:
         raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide the model's {arch.heads} attention heads")
+    _check_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
         "skip_tokenizer_init": True,
@@ -195,6 +196,8 @@ def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
 
     Call it after the process group is there: vLLM derives ranks from it. Raises `ConfigError`.
     """
+    if config.rollout.engine.get("quantization") == BLOCK_FP8:
+        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # on GPUs; it would round scales to powers of two after loading
     with _refusals():
         EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
 
@@ -219,16 +222,15 @@ def _check_pass_through(config: RolloutConfig) -> None:
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
 
 
-def _leave_weights_unpacked() -> None:
-    """Keep parameters ordinary tensors on a CPU, where vLLM would hide them inside its matrix kernels.
-
-    vLLM has no setting for it; this makes its dispatcher take its own fallback, torch's linear layer. What that
-    costs is in docs/resharding.md.
-    """
-    import vllm._custom_ops
-
-    vllm._custom_ops._supports_onednn = False
-    os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
+def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
+    found = config.engine.get("quantization")
+    if found is None:
+        return
+    if found != BLOCK_FP8:
+        raise ConfigError(f"rollout.engine.quantization: found {found}, pushes know {BLOCK_FP8} (or none)")
+    if config.dtype == "float32":
+        raise ConfigError(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
+    check_whole_columns(fp8_shapes(arch, config.tp))
 
 
 def _scheduler(client: Any) -> Any:
@@ -247,36 +249,3 @@ def _count_preemptions(scheduler: Any) -> list[int]:
 
     scheduler._preempt_request = preempt
     return count
-
-
-def _name_shared_memory(tp: int) -> None:
-    """Give the CPU all-reduce a segment name of this job.
-
-    vLLM's name is the same for every job on a host, so two jobs collide and a crashed one blocks the next.
-    """
-    if tp == 1:
-        return
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-
-    job = f"{os.environ['MASTER_PORT']}-{_job_token()}"
-    original = _CPUSHMDistributed.make_group_name
-    if getattr(original, "treepo", False):
-        return
-
-    def make_group_name(communicator: Any) -> str:
-        return f"{original(communicator).replace('/', '')}-{job}"
-
-    make_group_name.treepo = True  # type: ignore[attr-defined]
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
-    atexit.register(_unlink_shared_memory, job)
-
-
-def _job_token() -> str:
-    token = [os.urandom(4).hex()]
-    dist.broadcast_object_list(token, 0)
-    return token[0]
-
-
-def _unlink_shared_memory(job: str) -> None:
-    for path in glob.glob(f"/dev/shm/*{job}*"):
-        Path(path).unlink(missing_ok=True)
