@@ -188,8 +188,8 @@ def test_an_ffn_that_blocks_cannot_cut_is_named():
 def test_layouts_without_meaning_are_refused():
     cluster = make_cluster("h100", "ib400", 1, 8)
     for sections, said in (
-        ({"actor": {"tp": 8, "pp": 2}}, r"8 GPUs are not a multiple of 16"),
-        ({"rollout": {"tp": 16}}, r"rollout\.tp: 8 GPUs"),
+        ({"actor": {"tp": 8, "pp": 2}}, r"8 processes are not a multiple of 16"),
+        ({"rollout": {"tp": 16}}, r"rollout\.tp: 8 processes"),
         ({"actor": {"tp": 8}}, r"actor\.tp: 8 does not divide the model's attention heads 28"),
     ):
         with pytest.raises(ConfigError, match=said):

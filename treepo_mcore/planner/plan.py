@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from treepo_mcore.architecture import Sizes
-from treepo_mcore.config import Config, ConfigError
+from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.planner import constants
 from treepo_mcore.planner.hardware import Cluster
 from treepo_mcore.planner.memory import PHASES, Memory, engine_in_fp8, in_fp8, offloaded, plan_memory
@@ -101,13 +101,8 @@ def make_plan(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptio
 
 
 def _check_layout(config: Config, sizes: Sizes, cluster: Cluster) -> None:
-    actor, tp, world = config.actor, config.rollout.tp, cluster.world
-    if world % (actor.tp * actor.pp):
-        raise ConfigError(
-            f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} GPUs are not a multiple of {actor.tp * actor.pp}"
-        )
-    if world % tp:
-        raise ConfigError(f"rollout.tp: {world} GPUs are not a multiple of {tp}")
+    actor, tp = config.actor, config.rollout.tp
+    check_grid(config, cluster.world)
     check_tensor_parallel(sizes, actor)
     if sizes.heads % tp or sizes.ffn % tp:
         raise ConfigError(f"rollout.tp: {tp} does not divide {sizes.heads} attention heads and FFN width {sizes.ffn}")
