@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_weights_plan import architecture, hf_tensors, megatron_side
 from tree_fake_engine import grow as sampled
 from tree_fake_engine import keyed_draw
 
@@ -22,6 +23,8 @@ from treepo_mcore.planner.seconds import pass_time, push_time
 from treepo_mcore.planner.shards import engine_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.planner.workload import Assumptions, flat_tree, grow, hazard, make_workload
 from treepo_mcore.tree.tree import PROMPT
+from treepo_mcore.weights.plan import make_plan as make_transfers
+from treepo_mcore.weights.vllm import vllm_pieces
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 MEANS = Assumptions(256, 1792, 0.6)
@@ -136,6 +139,27 @@ def test_shards_that_match_are_not_sent():
     assert push_time(aligned, model, cluster, plan_engine(aligned, model, cluster)).received == 0
     other = push_time(crossed, model, cluster, plan_engine(crossed, model, cluster))
     assert other.received == pytest.approx(plan_engine(crossed, model, cluster).weights / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "rollout_tp"),
+    [(4, 2, 1, 2), (2, 1, 2, 1), (2, 4, 1, 8), (4, 2, 2, 8), (1, 4, 2, 4), (2, 2, 2, 2)],
+)
+def test_pushed_bytes_are_those_of_the_real_plan(tp, pp, dp, rollout_tp):
+    """Of a small model whose layers are nearly all of it, on average over ranks."""
+    arch = architecture(
+        hidden=16, ffn=128, layers=16, heads=8, kv_heads=8, head_dim=4, vocab=64, qk_norm=False, qkv_bias=False
+    )
+    each = arch.layers // pp
+    layers = [range(stage * each, (stage + 1) * each) for stage in range(pp)]
+    sources = megatron_side(arch, hf_tensors(arch), tp, layers, dp, 1)[1]
+    world = tp * pp * dp
+    targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(world)]
+    received = 2 * sum(t.numel for t in make_transfers(sources, targets) if not t.local) / world
+    settings = config(actor={"tp": tp, "pp": pp}, rollout={"tp": rollout_tp})
+    cluster = make_cluster("h100", "ib400", 1, world)
+    engine = plan_engine(settings, arch, cluster)
+    assert push_time(settings, arch, cluster, engine).received == pytest.approx(received, rel=0.07, abs=2000)
 
 
 def test_what_is_offloaded_is_not_there_in_the_rollout():
