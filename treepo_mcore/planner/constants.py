@@ -1,6 +1,6 @@
 """Numbers that no data sheet gives: some fitted on two published runs, the others assumed.
 
-`tools/fit_planner.py` fits and prints them; a test holds these equal to its result. docs/scaling.md says how well they
+`tools/fit_planner.py` fits and prints them; a test holds these equal to its result. docs/planning.md says how well they
 predict runs that they were not fitted on.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treepo_mcore.architecture import Sizes
 from treepo_mcore.config import ActorConfig, Config
@@ -85,9 +85,12 @@ def pass_time(
 def _stage_flops(sizes: Sizes, stage: Stage, tokens: float, rows: float, attended: float) -> float:
     """Forward, the whole stage over all its tensor-parallel ranks."""
     products = 2 * tokens * matrix_parameters(sizes)
-    attention = 4 * tokens * attended * sizes.heads * sizes.head_dim
     head = 2 * rows * sizes.vocab * sizes.hidden if stage.head else 0.0
-    return stage.layers * (products + attention) + head
+    return stage.layers * (products + _attention_flops(sizes, tokens, attended)) + head
+
+
+def _attention_flops(sizes: Sizes, tokens: float, attended: float) -> float:
+    return 4 * tokens * attended * sizes.heads * sizes.head_dim
 
 
 def _stage_seconds(
@@ -103,11 +106,17 @@ def _stage_seconds(
     """One micro-batch through one stage: arithmetic, tensor-parallel messages, the hand-over to the next stage."""
     actor = config.actor
     flops = _stage_flops(sizes, stage, tokens, rows, attended)
-    recomputed = flops if actor.recompute == "full" else 0.0
-    if actor.recompute == "selective":
-        recomputed = stage.layers * 4 * tokens * attended * sizes.heads * sizes.head_dim
+    again = {
+        "none": 0.0,
+        "selective": stage.layers * _attention_flops(sizes, tokens, attended),
+        "full": _stage_flops(sizes, replace(stage, head=False), tokens, rows, attended),
+    }
     efficiency = constants.UPDATE_EFFICIENCY if backward else constants.LOG_PROB_EFFICIENCY
-    seconds = (3 * flops + recomputed if backward else flops) / actor.tp / (actor_peak(actor, cluster) * efficiency)
+    seconds = (
+        (3 * flops + again[actor.recompute] if backward else flops)
+        / actor.tp
+        / (actor_peak(actor, cluster) * efficiency)
+    )
     ways = 2 if backward else 1
     seconds += ways * stage.layers * _tensor_parallel_seconds(actor, sizes, cluster, tokens)
     if actor.pp > 1:
