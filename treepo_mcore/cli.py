@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from treepo_mcore import cli_launch, cli_trees
+from treepo_mcore import cli_launch, cli_plan, cli_trees
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 from treepo_mcore.observe.logs import set_up_logging
@@ -22,6 +22,7 @@ OTHERS_WAIT_SECONDS = 10
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_trees.app, name="trees")
 app.add_typer(cli_launch.app, name="launch")
+app.add_typer(cli_plan.app, name="plan")
 
 
 @app.callback()

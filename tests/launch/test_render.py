@@ -20,6 +20,7 @@ from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"
 EXAMPLES = sorted([*(ROOT / "examples" / "slurm").glob("*.sh"), *(ROOT / "examples" / "torchrun").glob("*.sh")])
+RECIPES = sorted((ROOT / "examples").glob("*gpu/*.sh"))
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 JOBS = {
@@ -68,7 +69,7 @@ def _shellcheck(script: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("example", EXAMPLES + RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_examples_are_what_the_command_prints(example, monkeypatch):
     """To make one anew, run the command of its second line."""
     monkeypatch.chdir(ROOT)

@@ -1,0 +1,119 @@
+"""`treepo-mcore plan`: memory and time on paper, before a cluster is booked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from treepo_mcore.architecture import Sizes, read_sizes
+from treepo_mcore.config import ConfigError, ModelConfig, load_config
+
+
+class DefaultGroup(TyperGroup):
+    """A first word that names no sub-command belongs to the sub-command `config`: `plan CONFIG ...`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["config", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=DefaultGroup,
+    no_args_is_help=True,
+    help="Predict memory and time of CONFIG on a cluster: plan CONFIG key=value ... --nodes N --gpu h100 ...",
+)
+
+Nodes = Annotated[int, typer.Option("--nodes", min=1)]
+PerNode = Annotated[int, typer.Option("--gpus-per-node", min=1)]
+GpuName = Annotated[str, typer.Option("--gpu", help="a100, h100, h200 or b200")]
+NetworkName = Annotated[str, typer.Option("--network", help="ib200, ib400, ib800, roce400 or eth100")]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="mean prompt; default: a quarter of the longest")]
+ResponseTokens = Annotated[int | None, typer.Option(min=1, help="mean answer; default: a quarter of the longest")]
+Informative = Annotated[float, typer.Option(min=0.01, max=1, help="share of prompts that the filter keeps")]
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
+
+
+@app.command("config")
+def plan_config(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
+    nodes: Nodes = 1,
+    gpus_per_node: PerNode = 8,
+    gpu: GpuName = "h100",
+    network: NetworkName = "ib400",
+    prompt_tokens: PromptTokens = None,
+    response_tokens: ResponseTokens = None,
+    informative: Informative = 0.6,
+    as_json: Json = False,
+) -> None:
+    """Memory of a GPU and time of a step by phase, and warnings; exit status 1 when it does not fit."""
+    from treepo_mcore.planner.hardware import make_cluster
+    from treepo_mcore.planner.plan import make_plan, plan_json
+    from treepo_mcore.planner.report import print_plan
+    from treepo_mcore.planner.workload import assume
+
+    settings = load_config(config, overrides)
+    cluster = make_cluster(gpu, network, nodes, gpus_per_node)
+    assumed = assume(settings, prompt_tokens, response_tokens, informative)
+    plan = make_plan(settings, model_sizes(settings.model), cluster, assumed)
+    if as_json:
+        print(json.dumps(plan_json(plan), indent=1))
+    else:
+        print_plan(plan, Console(width=None if Console().is_terminal else 120))
+    if not plan.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def suggest(
+    model: Annotated[Path, typer.Option("--model", help="directory with a config.json")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
+    nodes: Nodes = 1,
+    gpus_per_node: PerNode = 8,
+    gpu: GpuName = "h100",
+    network: NetworkName = "ib400",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="mean prompt; the longest is four times that")] = 256,
+    response_tokens: Annotated[int, typer.Option(min=1, help="mean answer; the longest is four times that")] = 1024,
+    informative: Informative = 0.6,
+    best: Annotated[int, typer.Option(min=1, help="layouts to show")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Search layouts, show the best, and why their neighbours lose."""
+    from treepo_mcore.planner.hardware import make_cluster
+    from treepo_mcore.planner.suggest import base_config, print_suggestions, suggest_layouts, suggestions_json
+    from treepo_mcore.planner.workload import Assumptions
+
+    settings = base_config(str(model), prompt_tokens, response_tokens, overrides or [])
+    sizes = model_sizes(settings.model)
+    cluster = make_cluster(gpu, network, nodes, gpus_per_node)
+    assumed = Assumptions(prompt_tokens, response_tokens, informative)
+    found = suggest_layouts(settings, sizes, cluster, assumed, best)
+    if as_json:
+        print(json.dumps(suggestions_json(found), indent=1))
+    else:
+        print_suggestions(found, Console(width=None if Console().is_terminal else 120))
+    if not found.best:
+        raise typer.Exit(1)
+
+
+def model_sizes(model: ModelConfig) -> Sizes:
+    """From the directory, or from the hub, which is asked for config.json only."""
+    directory = Path(model.path)
+    if directory.is_dir():
+        return read_sizes(directory)
+    if model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path: {model.path}: no such directory (and not a hub name like org/model)")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_sizes(Path(hf_hub_download(model.path, "config.json", revision=model.revision)).parent)
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
+        raise ConfigError(f"model.path: {model.path}: config.json is not to be had: {type(error).__name__}") from error
