@@ -7,6 +7,7 @@ tensor is ever put together anywhere but in its parameter, and parameters keep t
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -66,7 +67,9 @@ def gather_layouts(pieces: list[Piece]) -> list[list[Piece]]:
 
 def plan_push(sources: list[Piece], targets: list[Piece]) -> list[Transfer]:
     """The plan of all ranks, the same on every one of them. Collective."""
-    return make_plan(gather_layouts(sources), gather_layouts(targets))
+    nodes = [0] * dist.get_world_size()
+    dist.all_gather_object(nodes, int(os.environ.get("GROUP_RANK", "0")))  # torchrun's number of this node
+    return make_plan(gather_layouts(sources), gather_layouts(targets), nodes)
 
 
 class Push:
