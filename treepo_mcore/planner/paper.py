@@ -51,8 +51,8 @@ class PaperJob:
 
     def to_fill(self, rank: int) -> dict[str, int]:
         """Engine parameter -> elements that a push has to write on a rank; without those that are all padding."""
-        padding, parameters = (part[self.grids[rank].engine_rank] for part in (self.padding, self.parameters))
-        counts = {name: tensor.numel() - padding[name] for name, tensor in parameters.items()}
+        place = self.grids[rank].engine_rank
+        counts = {name: tensor.numel() - self.padding[place][name] for name, tensor in self.parameters[place].items()}
         return {name: count for name, count in counts.items() if count}
 
 
