@@ -22,11 +22,14 @@ from treepo_mcore.observe.environment import versions
 
 MODELS = Path(__file__).resolve().parents[1] / "examples" / "models"
 UNEVEN = {"first_stage_layers": 7, "last_stage_layers": 7}  # 126 layers over 16 stages
-CLUSTERS: list[tuple[str, int, dict[str, int], int]] = [  # model, nodes of 8 GPUs, actor, rollout.tp
-    ("Llama-3.1-70B", 8, {"tp": 8, "pp": 4}, 8),
-    ("Llama-3.1-70B", 8, {"tp": 4, "pp": 4}, 8),
-    ("Qwen2.5-72B", 8, {"tp": 8, "pp": 4}, 8),
-    ("Llama-3.1-405B", 32, {"tp": 8, "pp": 16} | UNEVEN, 16),
+CLUSTERS: list[tuple[str, int, dict[str, int], int, bool]] = [  # model, nodes of 8 GPUs, actor, rollout.tp, FP8
+    ("Llama-3.1-70B", 8, {"tp": 8, "pp": 4}, 8, False),
+    ("Llama-3.1-70B", 8, {"tp": 8, "pp": 4}, 8, True),
+    ("Llama-3.1-70B", 8, {"tp": 4, "pp": 4}, 8, False),
+    ("Llama-3.1-70B", 8, {"tp": 4, "pp": 4}, 8, True),
+    ("Qwen2.5-72B", 8, {"tp": 8, "pp": 4}, 8, False),
+    ("Llama-3.1-405B", 32, {"tp": 8, "pp": 16} | UNEVEN, 16, False),
+    ("Llama-3.1-405B", 32, {"tp": 8, "pp": 16} | UNEVEN, 8, True),
 ]
 HEAD = ("model", "ranks", "actor", "engine", "received", "sent", "rounds", "staging", "at least", "predicted")
 
@@ -45,9 +48,10 @@ def main() -> None:
     options.out.write_text(json.dumps({"versions": versions(), "clusters": results}, indent=1) + "\n")
 
 
-def run(model: str, nodes: int, actor: dict[str, int], rollout_tp: int) -> dict[str, Any]:
+def run(model: str, nodes: int, actor: dict[str, int], rollout_tp: int, fp8: bool) -> dict[str, Any]:
     """One cluster's report without the rows of single ranks, and what the command took."""
     overrides = [f"actor.{key}={value}" for key, value in actor.items()] + [f"rollout.tp={rollout_tp}"]
+    overrides += ["rollout.engine.quantization=fp8_per_block"] * fp8
     with tempfile.TemporaryDirectory() as folder:
         config, output = Path(folder) / "run.yaml", Path(folder) / "output"
         config.write_text(json.dumps({"model": {"path": str(MODELS / model)}, "data": {"train": "none"}}))
@@ -71,7 +75,7 @@ def row(result: dict[str, Any]) -> list[str]:
         result["model"].removeprefix("Llama-3.1-"),
         str(result["ranks"]),
         f"tp{actor['tp']} pp{actor['pp']} dp{actor['dp']}",
-        f"{result['engines']} x tp{result['rollout_tp']}",
+        f"{result['engines']} x tp{result['rollout_tp']}" + " fp8" * bool(result["quantised_by"]),
         f"{result['bytes_received_max'] / 1e9:.2f} GB",
         f"{result['bytes_sent_max'] / 1e9:.2f} GB",
         f"{result['rounds']:,}",

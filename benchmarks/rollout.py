@@ -1,6 +1,6 @@
 """Trees against flat sampling and against the released design: one engine, one law of answer lengths.
 
-    python benchmarks/rollout.py [--quick | --full] [--out FILE]
+    python benchmarks/rollout.py [--quick | --full] [--tp 1] [--out FILE]
 
 The model is random with all logits nearly equal, so a token ends an answer with probability (EOS ids) / (vocabulary)
 whatever came before: every sampler draws from the same memoryless law, cut at depth x segment, through the same stop
@@ -209,7 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the paper's setting only, 3 minutes")
     parser.add_argument("--full", action="store_true", help="the whole grid, hours")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of the paper's setting; the other cells run once")
+    parser.add_argument("--tp", type=int, help="only the cells of this size; the others are kept from FILE")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout.json"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -223,13 +224,17 @@ def main() -> None:
     results = {
         "machine": machine(),
         "mode": mode,
-        "repeats": options.repeats,
         "step_models_ms": STEP_MODELS,
         "cells": [],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.tp and options.out.is_file():
+        before = json.loads(options.out.read_text())["cells"]
+        results["cells"] = [entry for entry in before if entry["cell"]["tp"] != options.tp]
     for cell in cells(mode):
-        rows = launch(cell, options.repeats)
+        if options.tp and cell["tp"] != options.tp:
+            continue
+        rows = launch(cell, options.repeats if cell == PAPER or mode == "quick" else 1)
         results["cells"].append({"cell": cell, "methods": rows})
         results["machine"]["load_after"] = os.getloadavg()[0]
         options.out.write_text(json.dumps(results, indent=1) + "\n")

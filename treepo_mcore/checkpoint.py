@@ -89,7 +89,8 @@ class _torch_adam:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        self.parts = [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
 
     def __enter__(self) -> None:
         self.original = DistributedOptimizer._set_main_param_and_optimizer_states

@@ -11,16 +11,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from treepo_mcore import cli_plan, cli_trees
+from treepo_mcore import cli_launch, cli_plan, cli_trees
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 from treepo_mcore.observe.logs import set_up_logging
+from treepo_mcore.observe.signals import STOPPED, StopRequest
 
 OTHERS_WAIT_SECONDS = 10
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_trees.app, name="trees")
 app.add_typer(cli_plan.app, name="plan")
+app.add_typer(cli_launch.app, name="launch")
 
 
 @app.callback()
@@ -38,7 +40,10 @@ def train(
     nodes: Annotated[int | None, typer.Option(min=1, help="with --dry-run: of the cluster; 1 unless told")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="with --dry-run; 8 unless told")] = None,
 ) -> None:
-    """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]..."""
+    """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]...
+
+    SIGUSR1 or SIGTERM to any rank: all finish the step, save, and exit with status 75; the same command continues.
+    """
     settings = load_config(config, overrides)
     set_up_logging(settings.run.log_level)
     if dry_run:
@@ -48,11 +53,15 @@ def train(
         return
     if nodes or gpus_per_node:
         raise ConfigError("--nodes, --gpus-per-node: only with --dry-run; torchrun says how many processes train")
+    stop = StopRequest()
+    stop.listen()
     from treepo_mcore.trainer import Trainer
 
-    summary = Trainer(settings).run()
+    summary = Trainer(settings, stop).run()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(summary), flush=True)
+    if "stopped" in summary:
+        sys.exit(STOPPED)
 
 
 def main() -> None:

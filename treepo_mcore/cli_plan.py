@@ -45,5 +45,5 @@ def reshard(
     directory = resolve_model(settings.model, weights=False)
     job = put_on_paper(settings, read_architecture(directory), directory, nodes, gpus_per_node)
     rates = Bandwidths(memory_bandwidth * 1e9, node_bandwidth * 1e9, network_bandwidth * 1e9)
-    report = {"model": directory.name} | reshard_report(job, rates)
+    report = {"model": directory.name} | reshard_report(job, rates, settings.rollout.push_staging_mb << 20)
     print(json.dumps(report) if as_json else "\n".join([directory.name, *describe(report)]))

@@ -155,7 +155,12 @@ class RolloutConfig(Section):
     tail_steps: int | None = Field(None, ge=0)
     unfinished: Literal["carry", "drop"] = "carry"  # carry: such prompts come first in the next step, sampled anew
     agreement_every: int = Field(16, ge=1)  # engine steps between comparisons of the ranks' decisions
-    engine: dict[str, Any] = {}  # any argument of vLLM's EngineArgs
+    # Buffer of the pushes of weights on every rank, in MiB: both directions and both halves together. Only what is used
+    # is taken; 64 hold a row of FP8 blocks of the widest models.
+    push_staging_mb: int = Field(256, ge=64)
+    # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
+    # quantised before they are sent.
+    engine: dict[str, Any] = {}
 
 
 class FilterConfig(Section):
@@ -337,6 +342,19 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(error)}") from error
+
+
+def check_grid(config: Config, world: int) -> None:
+    """Raise `ConfigError` when the processes do not fill the layout."""
+    actor, rollout = config.actor, config.rollout
+    model = actor.tp * actor.pp
+    if world % model:
+        raise ConfigError(
+            f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} processes are not a multiple of {model}; "
+            f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
+        )
+    if world % rollout.tp:
+        raise ConfigError(f"rollout.tp: {world} processes are not a multiple of {rollout.tp}")
 
 
 def dump_config(config: Config) -> str:

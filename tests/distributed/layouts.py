@@ -90,6 +90,7 @@ def one_case(directory: str, settings: dict[str, Any], trees: str, per_update: i
     result: dict[str, Any] = {"metrics": [], "weights": [], "gaps": []}
     for batch in batches:
         result["metrics"].append(actor.update(batch, [next(old) for _ in batch]))
+        actor.finish_updates()
         weights, gap = in_hf(actor, actor.tensors)
         result["weights"].append(weights)
         result["gaps"].append(gap)

@@ -31,7 +31,7 @@ def run(config: dict[str, Any], gpus_per_node: int) -> dict[str, Any]:
     plan = plan_push(actor.pieces, vllm_layout(parameters, actor.arch, settings.rollout.tp, actor.grid.engine_rank))
     push = Push(plan, actor.tensors, parameters)
     return {
-        "plan": [asdict(transfer) for transfer in plan],
+        "plan": [asdict(transfer) for transfer in push.plan],
         "groups": created,
         "grid": asdict(actor.grid),
         "sent": push.sent_bytes,

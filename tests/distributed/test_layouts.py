@@ -22,6 +22,7 @@ MODELS = {
 }
 # eps near the gradients' size: Adam's sign of a gradient that is nothing but rounding says nothing about a layout.
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5, "clip_grad": 0.05}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS = {
     1: {
         "flat packing": {"packing": "flat"},
@@ -41,6 +42,7 @@ LAYOUTS = {
         "dp2": {},
         "dp2 flat packing": {"packing": "flat"},
         "dp2 distributed optimizer": {"distributed": True},
+        "dp2 overlapped": {"distributed": True, "megatron": OVERLAP},
     },
     4: {
         "tp2 pp2": {"tp": 2, "pp": 2},

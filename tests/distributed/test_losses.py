@@ -52,7 +52,12 @@ LAYOUTS = {
         "flat": {"packing": "flat", "micro_batch_tokens": 256},
     },
     # Two trees, then one: in the second update a rank has nothing to do.
-    2: {"dp2": {"micro_batch_tokens": 48}, "dp2 flat": {"packing": "flat", "micro_batch_tokens": 64}},
+    2: {
+        "dp2": {"micro_batch_tokens": 48},
+        "dp2 flat": {"packing": "flat", "micro_batch_tokens": 64},
+        "tp2": {"tp": 2, "sequence_parallel": True, "micro_batch_tokens": 64},
+        "pp2": {"pp": 2, "micro_batch_tokens": 64},
+    },
 }
 BETWEEN_LAYOUTS = 1e-5  # gradients, relative, each parameter; losses, absolute (they are near 0.1)
 TO_TRANSFORMERS = 3e-5  # the same, from float64: what float32 costs in any layout

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from harness import launch
+from test_push import BLOCKS
 
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError, parse_config
@@ -26,15 +28,17 @@ CASES = {  # model, actor, rollout_tp, processes per node
         2,
     ),
     "interleaved pp2 dp2 to four engines on two nodes": ({"family": "llama"}, {"pp": 2, "vpp": 2}, 1, 2),
+    "tp2 pp2 to tp2, fp8": ({"family": "llama"} | BLOCKS, {"tp": 2, "pp": 2}, 2, 4),
 }
+FP8 = {"dtype": "bfloat16", "engine": {"quantization": "fp8_per_block"}}
 
 
-def settings(model_directory, model, actor, rollout_tp):
+def settings(model_directory, model, actor, rollout_tp, **rollout):
     overrides = {key: value for key, value in model.items() if key != "family"}
     return {
         "model": {"path": str(model_directory(model["family"], **overrides))},
         "data": {"train": "none", "max_prompt_tokens": 64},
-        "rollout": {"tp": rollout_tp, "dtype": "float32", "tree": {"segment_tokens": 16, "max_depth": 4}},
+        "rollout": {"tp": rollout_tp, "dtype": "float32", "tree": {"segment_tokens": 16, "max_depth": 4}} | rollout,
         "actor": {"dtype": "float32"} | actor,
     }
 
@@ -48,8 +52,10 @@ def on_paper(raw, nodes, gpus_per_node):
 @pytest.fixture(scope="module", params=CASES)
 def both(request, model_directory):
     """(job on paper, what the live ranks returned)."""
+    if "fp8" in request.param and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's FP8 kernel for CPUs needs AMX")
     model, actor, rollout_tp, gpus_per_node = CASES[request.param]
-    raw = settings(model_directory, model, actor, rollout_tp)
+    raw = settings(model_directory, model, actor, rollout_tp, **(FP8 if "fp8" in request.param else {}))
     live = launch("paper:run", WORLD, {"config": raw, "gpus_per_node": gpus_per_node}, limit=600)
     return on_paper(raw, WORLD // gpus_per_node, gpus_per_node), live
 
@@ -109,8 +115,7 @@ def test_nothing_of_the_fake_job_stays():
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(model_directory, actor, rollout_tp, engine, line):
-    raw = settings(model_directory, {"family": "qwen2"}, actor, rollout_tp)
-    raw["rollout"]["engine"] = engine
+    raw = settings(model_directory, {"family": "qwen2"}, actor, rollout_tp, engine=engine)
     with pytest.raises(ConfigError) as caught:
         on_paper(raw, 1, 4)
     assert str(caught.value).startswith(line)

@@ -123,6 +123,8 @@ def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
         ("rollout.tp=3", "rollout.tp: 3 does not divide the model's 4 attention heads"),
         ("rollout.tree.max_depth=64", "= 528 is more than the model's max_position_embeddings = 256"),
         ("actor.sequence_parallel=true", "actor.sequence_parallel: needs actor.tp > 1"),
+        ("rollout.engine.max_num_seqs=many", "rollout: vLLM refuses this: "),
+        ("rollout.engine.kv_cache_dtype=int3", "rollout: vLLM refuses this: "),
         ("actor.vpp=2", "actor.vpp: virtual pipeline stages need actor.pp > 1"),
     ],
 )
@@ -222,6 +224,8 @@ def test_messages_without_a_chat_template(config, tmp_path):
         ),
         ("rollout.engine.dtype=float16", "use rollout.dtype"),
         ("rollout.engine.seed=1", "use run.seed"),
+        ("rollout.engine.quantization=fp8", "quantization: found fp8, pushes know fp8_per_block"),
+        ("rollout.engine.quantization=fp8_per_block", "rollout.dtype: float32 with quantization fp8_per_block"),
         ("actor.megatron.recompute_module=[mlp]", "did you mean actor.megatron.recompute_modules?"),
         (
             "actor.megatron.sequence_parallel=true",
@@ -234,6 +238,12 @@ def test_messages_without_a_chat_template(config, tmp_path):
 )
 def test_pass_through_keys(config, override, words):
     assert words in refused(config, override)
+
+
+def test_fp8_of_shards_that_are_not_whole_blocks(config):
+    fp8 = ("rollout.engine.quantization=fp8_per_block", "rollout.dtype=bfloat16")
+    text = refused(config, *fp8, "rollout.tp=4")
+    assert "rollout.engine.quantization: model.layers.0.self_attn.o_proj.weight has 32 columns on a rank" in text
 
 
 def test_pass_through_reaches_all_three_classes_of_megatron(model):

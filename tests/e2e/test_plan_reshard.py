@@ -16,6 +16,12 @@ GB = 1e9
 PP16 = ["actor.pp=16", "actor.first_stage_layers=7", "actor.last_stage_layers=7"]  # of 126 layers
 CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vocabulary padding left out
     "70B tp8 pp4": ("Llama-3.1-70B", 8, ["actor.tp=8", "actor.pp=4", "rollout.tp=8"], 17.64),
+    "70B tp8 pp4, fp8": (
+        "Llama-3.1-70B",
+        8,
+        ["actor.tp=8", "actor.pp=4", "rollout.tp=8", "rollout.engine.quantization=fp8_per_block"],
+        9.09,
+    ),
     "70B tp4 pp4": ("Llama-3.1-70B", 8, ["actor.tp=4", "actor.pp=4", "rollout.tp=8"], 17.64),
     "72B tp8 pp4": ("Qwen2.5-72B", 8, ["actor.tp=8", "actor.pp=4", "rollout.tp=8"], 18.18),
     "405B tp8 pp16": ("Llama-3.1-405B", 32, ["actor.tp=8", *PP16, "rollout.tp=16"], 51.27),

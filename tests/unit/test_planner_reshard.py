@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,6 @@ from treepo_mcore.weights.layout import Piece, rows
 from treepo_mcore.weights.plan import Transfer, make_plan
 
 NODES = [0, 0, 1, 1]
-SIZES = {"w": 2, "scale": 4}
 
 
 def move(source, target, count, local="w", start=0):
@@ -28,17 +28,18 @@ def job(sources, targets, nodes, numel):
         nodes=nodes,
         grids=[grid] * len(nodes),
         parameters=[{"w": torch.empty(numel, dtype=torch.bfloat16, device="meta")}],
+        itemsize=2,
         plan=lambda: make_plan(sources, targets, nodes),
         to_fill=lambda rank: {"w": numel} if targets[rank] else {},
     )
 
 
 def test_bytes_by_link_direction_and_rank():
-    plan = [move(0, 0, 1), move(0, 1, 2), move(1, 2, 3), move(1, 3, 4, "scale")]
-    table = traffic(plan, NODES, SIZES)
+    plan = [move(0, 0, 1), move(0, 1, 2), move(1, 2, 3), replace(move(1, 3, 4), form="blocks")]
+    table = traffic(plan, NODES, 2)
     assert table[0].tolist() == [[20, 0, 0, 0], [20, 0, 0, 0]]
     assert table[1].tolist() == [[40, 0, 0, 0], [0, 40, 0, 0]]
-    assert table[2].tolist() == [[0, 60 + 160, 0, 0], [0, 0, 60, 160]]
+    assert table[2].tolist() == [[0, 60 + 44, 0, 0], [0, 0, 60, 44]]
 
 
 @pytest.mark.parametrize(
@@ -62,11 +63,14 @@ def test_a_parameter_that_nothing_writes_is_not_covered():
 
 
 def test_staging_is_two_halves_of_each_direction():
-    one, other = (traffic(plan, NODES, SIZES) for plan in ([move(0, 2, 4), move(2, 2, 9)], [move(0, 1, 1)]))
-    # Rank 2 receives 80 bytes in its largest round, rank 0 sends 80, rank 1 receives 20.
-    assert staging_used([one, other]) == 2 * 80
-    assert staging_used([one, traffic([move(1, 0, 3)], NODES, SIZES)]) == 2 * (80 + 60)
-    assert staging_used([]) == 0
+    one, other, third = [move(0, 2, 4), move(2, 3, 1)], [move(0, 1, 1)], [move(0, 1, 5)]
+    # Rank 2 receives 80 bytes and sends 20; rank 0 sends 80, 20 and 100, the first and the last from the same half.
+    assert staging_used([one], 4, 2) == 80 + 20
+    assert staging_used([one, other], 4, 2) == 80 + 20
+    assert staging_used([one, other, third], 4, 2) == 100 + 20
+    # Messages begin at multiples of 8: 20 bytes to rank 1, then 20 to rank 2 from byte 24 on.
+    assert staging_used([[move(0, 1, 1), move(0, 2, 1)]], 4, 2) == 44
+    assert staging_used([], 4, 2) == 0
 
 
 def test_the_report_of_two_nodes():
@@ -75,7 +79,7 @@ def test_the_report_of_two_nodes():
     targets = [[], [rows("t", 0, 600, 10, "w", 0)], whole]
     three = job([whole, [], []], targets, [0, 0, 1], 10_000)
     three.to_fill = lambda rank: {0: {}, 1: {"w": 6000}, 2: {"w": 10_000}}[rank]
-    report = reshard_report(three, Bandwidths(memory=1e6, node=1e5, network=1e4), staging_bytes=8 * 4000)
+    report = reshard_report(three, Bandwidths(memory=1e6, node=1e5, network=1e4), staging_bytes=4 * (8000 + 3 * 8))
     assert report["covered_once"] is True
     assert report["bytes"] == {"same GPU": 0, "same node": 12_000, "across nodes": 20_000}
     assert report["bytes_sent_max"] == 32_000
@@ -107,4 +111,4 @@ def test_a_gap_in_the_plan_shows():
 
 def test_ranks_are_told_apart():
     plan = [move(0, 1, 1), move(0, 2, 1)]
-    assert np.array_equal(traffic(plan, [0, 0, 0, 0], SIZES)[1], [[40, 0, 0, 0], [0, 20, 20, 0]])
+    assert np.array_equal(traffic(plan, [0, 0, 0, 0], 2)[1], [[40, 0, 0, 0], [0, 20, 20, 0]])

@@ -117,7 +117,8 @@ class Actor:
         """One optimizer step on this rank's share of a mini-batch (an empty share is fine).
 
         The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
-        with weights of one the mean over logical tokens. Returns metrics, the same on every rank.
+        with weights of one the mean over logical tokens. Returns metrics, the same on every rank. Call `finish_updates`
+        behind the last one.
         old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for the supervised objective.
         """
         batches = self._micro_batches(sequences, old_logp, reference_logp)
@@ -129,6 +130,17 @@ class Actor:
         outputs = self._run(batches, partial(self._loss, objective, normaliser))
         _, grad_norm, _ = self.optimizer.step()
         return self._metrics(outputs, float(grad_norm))
+
+    @on_megatron_device
+    def finish_updates(self) -> None:
+        """Make `tensors` whole behind the last `update`, before anybody but the next one reads them.
+
+        Under `overlap_param_gather` Megatron gathers the parameters of the distributed optimizer behind the next
+        forward pass; until then a rank has only its own share of the new values.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def set_step(self, step: int) -> None:
         """Learning rate of rollout step `step`, counted from 0; warm-up begins above zero."""

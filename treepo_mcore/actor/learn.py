@@ -46,6 +46,7 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
         )
         if config.actor.old_logprobs == "recompute" or len(results) == 1:
             check_mismatch(results[-1]["mismatch/logprob_abs_mean"], config.actor, step)
+    actor.finish_updates()
     return _step_metrics(results, config) | {"actor/lr": actor.learning_rate, "actor/updates": len(results)}
 
 

@@ -29,7 +29,7 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     check_function(config.reward)
     files = _check_files(config, arch, directory)
     job = put_on_paper(config, arch, directory, nodes, gpus_per_node)
-    where, *push = describe(reshard_report(job, Bandwidths()))
+    where, *push = describe(reshard_report(job, Bandwidths(), config.rollout.push_staging_mb << 20))
     size = sum(math.prod(shape) for shape in hf_shapes(arch).values())
     return [
         f"model: {directory.name}, {size / 1e9:.2f} billion parameters; {files}",

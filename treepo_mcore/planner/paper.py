@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from treepo_mcore.actor.model import build_meta_model, megatron_configs
-from treepo_mcore.actor.parallel import Grid, build_grid, check_grid, leave_grid
+from treepo_mcore.actor.parallel import Grid, build_grid, leave_grid
 from treepo_mcore.architecture import Architecture
-from treepo_mcore.config import Config, ConfigError
+from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.rollout.vllm_engine import engine_arguments
+from treepo_mcore.weights.fp8 import block_plan
 from treepo_mcore.weights.layout import Piece
 from treepo_mcore.weights.megatron import megatron_layout
 from treepo_mcore.weights.plan import Layouts, PlanError, Transfer, make_plan
-from treepo_mcore.weights.vllm import MetaEngine, vllm_layout, vllm_padding, vllm_shapes
+from treepo_mcore.weights.vllm import SCALE, MetaEngine, fp8_parameters, vllm_layout, vllm_padding, vllm_shapes
 
 Group = tuple[int, ...]  # ranks
 
@@ -43,17 +44,26 @@ class PaperJob:
     nodes: list[int]  # by rank
 
     def plan(self) -> list[Transfer]:
-        """The plan of a push, as every rank of the live job makes it. Raises `ConfigError` naming a tensor."""
+        """What `Push` runs, FP8 blocks and all, as every rank makes it. Raises `ConfigError` naming a tensor."""
         try:
-            return make_plan(self.sources, self.targets, self.nodes)
+            plan = make_plan(self.sources, self.targets, self.nodes)
         except PlanError as error:
             raise ConfigError(f"push: {error}") from error
+        return block_plan(plan, fp8_parameters(self.parameters[0]))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the rollout's dtype; norms are never quantised."""
+        return self.parameters[0]["model.norm.weight"].element_size()
 
     def to_fill(self, rank: int) -> dict[str, int]:
-        """Engine parameter -> elements that a push has to write on a rank; without those that are all padding."""
+        """Engine parameter -> elements that a push has to write on a rank; without those that are all padding.
+
+        Scales are not counted: they come with their blocks.
+        """
         place = self.grids[rank].engine_rank
         counts = {name: tensor.numel() - self.padding[place][name] for name, tensor in self.parameters[place].items()}
-        return {name: count for name, count in counts.items() if count}
+        return {name: count for name, count in counts.items() if count and not name.endswith(SCALE)}
 
 
 @contextlib.contextmanager
@@ -89,7 +99,7 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
     configs = megatron_configs(config.actor, arch)
     arguments = engine_arguments(config, arch, directory)
     check_grid(config, world)
-    _check_engine(arch, tp)
+    vllm_shapes(arch, tp)  # refuses what cannot be split
     engine = MetaEngine(arguments)
     grids: list[Grid] = []
     groups: list[Group] = []
@@ -118,13 +128,6 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
         [_padding(parameters[r], arch, tp, r) for r in range(tp)],
         [rank // gpus_per_node for rank in range(world)],
     )
-
-
-def _check_engine(arch: Architecture, tp: int) -> None:
-    try:
-        vllm_shapes(arch, tp)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _check_same_groups(rank: int, created: list[Group], first: list[Group]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.plan import Box, Transfer, make_rounds
-from treepo_mcore.weights.transfer import HALVES, STAGING_BYTES
+from treepo_mcore.weights.transfer import ALIGNMENT, HALVES, STAGING_BYTES, round_limit
 
 if TYPE_CHECKING:  # Megatron and vLLM come with it
     from treepo_mcore.planner.paper import PaperJob
@@ -38,11 +39,10 @@ def reshard_report(job: PaperJob, bandwidths: Bandwidths, staging_bytes: int = S
 
     staging_bytes: of `weights.transfer.Push`. Raises `ConfigError` where there is no plan.
     """
-    sizes = {name: tensor.element_size() for name, tensor in job.parameters[0].items()}
     plan = job.plan()
-    rounds = make_rounds(plan, staging_bytes // (2 * HALVES * max(sizes.values())))
-    in_rounds = [traffic(part, job.nodes, sizes) for part in rounds]
-    total = traffic(plan, job.nodes, sizes)
+    rounds = make_rounds(plan, round_limit(staging_bytes, len(job.nodes)), job.itemsize)
+    in_rounds = [traffic(part, job.nodes, job.itemsize) for part in rounds]
+    total = traffic(plan, job.nodes, job.itemsize)
     rate = bandwidths.of_kinds()
     copies = float(total[GPU].max() / rate[GPU])  # while the rounds are on the wire
     return {
@@ -64,7 +64,8 @@ def reshard_report(job: PaperJob, bandwidths: Bandwidths, staging_bytes: int = S
             for k, kind in enumerate(KINDS)
         },
         "busiest_link": busiest_link(total, rate),
-        "staging_bytes_max": staging_used(in_rounds),
+        "quantised_by": dict(Counter(quantisers(plan).values())),
+        "staging_bytes_max": staging_used(rounds, len(job.nodes), job.itemsize),
         "bytes_per_second": dict(zip(KINDS, rate.tolist(), strict=True)),
         "seconds_predicted": max(copies, sum(float(_seconds(part, rate).max()) for part in in_rounds)),
         # If no port ever waited for another one.
@@ -72,12 +73,12 @@ def reshard_report(job: PaperJob, bandwidths: Bandwidths, staging_bytes: int = S
     }
 
 
-def traffic(transfers: Iterable[Transfer], nodes: list[int], sizes: dict[str, int]) -> np.ndarray:
-    """Bytes, int64 [kind of link, sent or received, rank]. sizes: bytes of an element, by the engine's parameter."""
+def traffic(transfers: Iterable[Transfer], nodes: list[int], itemsize: int) -> np.ndarray:
+    """Bytes, int64 [kind of link, sent or received, rank]. itemsize: of an element of the rollout's dtype."""
     table = np.zeros((len(KINDS), 2, len(nodes)), dtype=np.int64)
     for transfer in transfers:
         kind = GPU if transfer.local else NODE if nodes[transfer.source] == nodes[transfer.target] else NETWORK
-        count = transfer.numel * sizes[transfer.target_local]
+        count = transfer.bytes(itemsize)
         table[kind, SENT, transfer.source] += count
         table[kind, RECEIVED, transfer.target] += count
     return table
@@ -109,18 +110,25 @@ def busiest_link(total: np.ndarray, rate: np.ndarray) -> dict[str, Any]:
     }
 
 
-def staging_used(rounds: list[np.ndarray]) -> int:
-    """Bytes of the largest staging buffer of any rank, as `Push` allocates it. rounds: `traffic` of each."""
-    if not rounds:
-        return 0
-    crossing = np.stack([part[NODE:].sum(0) for part in rounds])  # [round, direction, rank]
-    return int(HALVES * crossing.max(0).sum(0).max())
+def staging_used(rounds: list[list[Transfer]], world: int, itemsize: int) -> int:
+    """Bytes of the largest staging buffer of any rank, as `Push` allocates it."""
+    buffers = np.zeros((HALVES, 2, world), dtype=np.int64)
+    for number, transfers in enumerate(rounds):
+        messages: dict[tuple[int, int], int] = defaultdict(int)
+        for transfer in transfers:
+            messages[transfer.source, transfer.target] += transfer.bytes(itemsize)
+        needed = np.zeros((2, world), dtype=np.int64)
+        for pair, size in sorted(messages.items()):  # each begins where the one before it ends, aligned
+            for direction, rank in enumerate(pair):
+                needed[direction, rank] = -(-needed[direction, rank] // ALIGNMENT) * ALIGNMENT + size
+        np.maximum(buffers[number % HALVES], needed, out=buffers[number % HALVES])
+    return int(buffers.sum((0, 1)).max())
 
 
 def describe(report: dict[str, Any]) -> list[str]:
     """The report for people, in lines."""
     actor = " ".join(f"{name}{size}" for name, size in report["actor"].items())
-    busiest = report["busiest_link"]
+    busiest, quantised = report["busiest_link"], report["quantised_by"]
     rows = [_row(kind, report) for kind in KINDS]
     return [
         f"{report['ranks']} ranks on {report['nodes']} nodes; actor {actor} -> "
@@ -129,6 +137,7 @@ def describe(report: dict[str, Any]) -> list[str]:
         + ("every byte arrives once" if report["covered_once"] else "NOT every byte arrives once"),
         f"{'GB':14}{'total':>10}{'a rank sends':>19}{'a rank receives':>19}{'GB/s':>8}",
         *rows,
+        *([f"FP8 weights by who quantises them: {quantised}"] if quantised else []),
         f"a rank receives at most {report['bytes_received_max'] / 1e9:.2f} GB from others, "
         f"stages at most {report['staging_bytes_max'] / (1 << 20):.0f} MiB",
         f"busiest link: rank {busiest['rank']} {busiest['direction']} {busiest['bytes'] / 1e9:.2f} GB "

@@ -34,7 +34,8 @@ class Rollout:
         """rewards: only on the first rank of each engine. Collective: makes process groups."""
         self.config, self.grid, self.engine = config, grid, engine
         self.tokenizer, self.rewards = tokenizer, rewards
-        self.collector = Collector(config, engine, tokenizer, rewards, self._engine_group())
+        self.engine_group = self._engine_group()
+        self.collector = Collector(config, engine, tokenizer, rewards, self.engine_group)
         self.leaders = dist.new_group(list(range(0, grid.world, config.rollout.tp)), backend="gloo")
         self.phases = 0  # begun; their counters in the store must not meet
 
@@ -68,18 +69,20 @@ class Rollout:
         return SharedQueue(dist.PrefixStore(f"treepo/phase{self.phases}", store), engine, wanted, limit)
 
     def _exchange(self, mine: Collection) -> Collection:
-        """All engines' results on every rank; the first rank of each engine speaks for it."""
-        everyone: list[Any] = [None] * self.grid.world
+        """All engines' results on every rank: from first rank to first rank, and from there to the engine's others."""
         begin = time.perf_counter()
         dist.barrier()
         mine.counts.idle_seconds += time.perf_counter() - begin  # until the slowest engine is done
-        dist.all_gather_object(everyone, mine if self.grid.leads_engine else None)
+        everyone: list[Any] = [None] * self.grid.engines
+        if self.grid.leads_engine:
+            dist.all_gather_object(everyone, mine, group=self.leaders)
+        if self.engine_group is not None:
+            dist.broadcast_object_list(everyone, self.grid.engine * self.config.rollout.tp, group=self.engine_group)
         total = Collection()
         for part in everyone:
-            if part is not None:
-                total.trees += part.trees
-                total.unfinished += part.unfinished
-                total.counts.add(part.counts)
+            total.trees += part.trees
+            total.unfinished += part.unfinished
+            total.counts.add(part.counts)
         total.trees.sort(key=lambda tree: int(tree.meta["number"]))
         total.unfinished.sort()
         return total

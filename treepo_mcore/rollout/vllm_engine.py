@@ -1,28 +1,28 @@
-"""The one file of the rollout that knows vLLM (0.26): an engine inside this process, one per block of ranks."""
+"""vLLM (0.26) as the rollout's engine: inside this process, one per block of ranks. `vllm_cpu` belongs to it."""
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import difflib
-import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, RolloutConfig
+from treepo_mcore.rollout import vllm_cpu
 from treepo_mcore.rollout.engine import Chunk
-from treepo_mcore.tree.sampler import Request
+from treepo_mcore.tree.sampler import Finish, Request
+from treepo_mcore.weights.fp8 import check_whole_columns
+from treepo_mcore.weights.vllm import fp8_shapes
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -41,6 +41,8 @@ OWNED = {
     "async_scheduling": "nothing: the sampler decides on the tokens of the step just done",
     "enable_sleep_mode": "nothing: on wherever the device can",
 }
+BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights
+FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
 
@@ -56,18 +58,15 @@ class VllmEngine:
         self.eos_ids = list(eos_ids)
         arguments = engine_arguments(config, arch, directory)
         if not torch.cuda.is_available():
-            _name_shared_memory(config.rollout.tp)
-            _leave_weights_unpacked()
+            vllm_cpu.prepare(config.rollout.tp)
         # vLLM seeds the global generators while it starts.
-        with torch.random.fork_rng(devices=[]):
-            try:
-                self.llm = LLM(**arguments)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
-        self.core = self.llm.llm_engine
-        self.scheduler = _scheduler(self.core)
+        with torch.random.fork_rng(devices=[]), _refusals():
+            self.llm = LLM(**arguments)
+        # Requests go to the client of the engine core and outputs come from there: `LLMEngine` would build detokenised,
+        # dictionary-shaped results of every token, at the price of a tenth of the time of a small step.
+        self.client = self.llm.llm_engine.engine_core
+        self.scheduler = _scheduler(self.client)
         self.preempted = _count_preemptions(self.scheduler)
-        self.started: set[str] = set()
         self.counter = 0
 
     def submit(self, request: Request) -> None:
@@ -78,16 +77,14 @@ class VllmEngine:
             detokenize=False,
             seed=request.seed,
             stop_token_ids=self.eos_ids,
-            output_kind=RequestOutputKind.DELTA,
         )
-        self.core.add_request(request.id, {"prompt_token_ids": request.context}, params)
+        self._add(request.id, request.context, params)
 
     def abort(self, ids: list[str]) -> None:
-        self.core.abort_request(ids)
-        self.started.difference_update(ids)
+        self.client.abort_requests(ids)
 
     def step(self) -> list[Chunk]:
-        return [self._chunk(output) for output in self.core.step()]
+        return [_chunk(output) for output in self.client.get_output().outputs]
 
     @property
     def block_tokens(self) -> int:
@@ -105,18 +102,17 @@ class VllmEngine:
 
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, detokenize=False, stop_token_ids=self.eos_ids)
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        ids = {}
-        for index, prompt in enumerate(prompts):
+        answers: dict[str, list[int]] = {}
+        for prompt in prompts:
             self.counter += 1
-            ids[f"greedy-{self.counter}"] = index
-            self.core.add_request(f"greedy-{self.counter}", {"prompt_token_ids": prompt}, params)
-        answers: list[list[int]] = [[] for _ in prompts]
-        while self.core.has_unfinished_requests():
-            for output in self.core.step():
-                assert isinstance(output, RequestOutput)
-                answers[ids[output.request_id]] = list(output.outputs[0].token_ids)
-        return answers
+            answers[f"greedy-{self.counter}"] = []
+            self._add(f"greedy-{self.counter}", prompt, params)
+        running = len(prompts)
+        while running:
+            for output in self.client.get_output().outputs:
+                answers[output.request_id] += output.new_token_ids
+                running -= output.finished
+        return list(answers.values())
 
     def sleep(self) -> None:
         # Level 2 frees the weights too: the next push brings new ones. On a CPU the call frees nothing.
@@ -145,19 +141,22 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached prefixes of the old weights: requests were still running at the push")
 
-    def _runner(self) -> Any:
-        return self.core.model_executor.driver_worker.worker.model_runner
+    def _add(self, name: str, context: list[int], params: SamplingParams) -> None:
+        # The same time for all: first come, first served, on every rank of the engine.
+        request = EngineCoreRequest(name, context, None, params, None, 0.0, None, None, None)
+        self.client.add_request(request)
 
-    def _chunk(self, output: Any) -> Chunk:
-        new = output.outputs[0]
-        first = output.request_id not in self.started
-        self.started.add(output.request_id)
-        if output.finished:
-            self.started.discard(output.request_id)
-        tokens = list(new.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(new.logprobs or [], tokens, strict=True)]
-        finish = new.finish_reason if output.finished else None
-        return Chunk(output.request_id, tokens, logprobs, finish, (output.num_cached_tokens or 0) if first else 0)
+    def _runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def _chunk(output: EngineCoreOutput) -> Chunk:
+    tokens = output.new_token_ids
+    # One row a token; its first column is the sampled token's.
+    logprobs = output.new_logprobs.logprobs[:, 0].tolist() if output.new_logprobs is not None else []
+    prefill = output.prefill_stats  # with a request's first token
+    finish = None if output.finish_reason is None else FINISH.get(output.finish_reason, "abort")
+    return Chunk(output.request_id, tokens, logprobs, finish, prefill.num_cached_tokens if prefill else 0)
 
 
 def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dict[str, Any]:
@@ -171,6 +170,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
         )
     if arch.heads % config.rollout.tp:
         raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide the model's {arch.heads} attention heads")
+    _check_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
         "skip_tokenizer_init": True,
@@ -191,6 +191,26 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
     return arguments | config.rollout.engine
 
 
+def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
+    """Let vLLM judge its arguments as a whole, which takes a fraction of a second, before anything is built.
+
+    Call it after the process group is there: vLLM derives ranks from it. Raises `ConfigError`.
+    """
+    if config.rollout.engine.get("quantization") == BLOCK_FP8:
+        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # on GPUs; it would round scales to powers of two after loading
+    with _refusals():
+        EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What vLLM says to its arguments, as one line of ours."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
+
+
 def _check_pass_through(config: RolloutConfig) -> None:
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for key in config.engine:
@@ -202,21 +222,20 @@ def _check_pass_through(config: RolloutConfig) -> None:
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
 
 
-def _leave_weights_unpacked() -> None:
-    """Keep parameters ordinary tensors on a CPU, where vLLM would hide them inside its matrix kernels.
+def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
+    found = config.engine.get("quantization")
+    if found is None:
+        return
+    if found != BLOCK_FP8:
+        raise ConfigError(f"rollout.engine.quantization: found {found}, pushes know {BLOCK_FP8} (or none)")
+    if config.dtype == "float32":
+        raise ConfigError(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
+    check_whole_columns(fp8_shapes(arch, config.tp))
 
-    vLLM has no setting for it; this makes its dispatcher take its own fallback, torch's linear layer. What that
-    costs is in docs/resharding.md.
-    """
-    import vllm._custom_ops
 
-    vllm._custom_ops._supports_onednn = False
-    os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
-
-
-def _scheduler(core: Any) -> Any:
-    """The scheduler inside an in-process engine; its names are not vLLM's public interface."""
-    return core.engine_core.engine_core.scheduler
+def _scheduler(client: Any) -> Any:
+    """The scheduler behind an in-process client; its names are not vLLM's public interface."""
+    return client.engine_core.scheduler
 
 
 def _count_preemptions(scheduler: Any) -> list[int]:
@@ -230,36 +249,3 @@ def _count_preemptions(scheduler: Any) -> list[int]:
 
     scheduler._preempt_request = preempt
     return count
-
-
-def _name_shared_memory(tp: int) -> None:
-    """Give the CPU all-reduce a segment name of this job.
-
-    vLLM's name is the same for every job on a host, so two jobs collide and a crashed one blocks the next.
-    """
-    if tp == 1:
-        return
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-
-    job = f"{os.environ['MASTER_PORT']}-{_job_token()}"
-    original = _CPUSHMDistributed.make_group_name
-    if getattr(original, "treepo", False):
-        return
-
-    def make_group_name(communicator: Any) -> str:
-        return f"{original(communicator).replace('/', '')}-{job}"
-
-    make_group_name.treepo = True  # type: ignore[attr-defined]
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
-    atexit.register(_unlink_shared_memory, job)
-
-
-def _job_token() -> str:
-    token = [os.urandom(4).hex()]
-    dist.broadcast_object_list(token, 0)
-    return token[0]
-
-
-def _unlink_shared_memory(job: str) -> None:
-    for path in glob.glob(f"/dev/shm/*{job}*"):
-        Path(path).unlink(missing_ok=True)
