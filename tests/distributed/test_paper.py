@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import launch
-from test_push import BLOCKS
 
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError, parse_config
@@ -19,6 +18,8 @@ from treepo_mcore.planner.paper import fake_rank, put_on_paper
 from treepo_mcore.planner.reshard import Bandwidths, reshard_report
 
 WORLD = 4
+# Two key/value heads of 64: shards cut FP8 blocks of keys and values.
+BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 CASES = {  # model, actor, rollout_tp, processes per node
     "tp2 pp2 to tp2": ({"family": "qwen2"}, {"tp": 2, "pp": 2}, 2, 4),
     "uneven pp2 dp2 to tp4 over two nodes, tied": (

@@ -113,7 +113,7 @@ def test_clusters_on_paper(tmp_path, cluster):
     assert max(arrives) == pytest.approx(shard * GB, rel=0.01)
     # Each rank holds 1/pp of the model or less, and receives the rest of its engine shard from others.
     stages = report["actor"]["pp"]
-    assert report["bytes_received_max"] == pytest.approx(shard * GB * (1 - 1 / stages), rel=0.02)
+    assert report["bytes_received_max"] == pytest.approx(shard * GB * (1 - 1 / stages), rel=0.03)
     assert report["staging_bytes_max"] <= 256 << 20
     assert report["seconds_at_least"] <= report["seconds_predicted"] < 2 * report["seconds_at_least"]
     dry = command("train", config, *layout, "--nodes", nodes, "--dry-run")
