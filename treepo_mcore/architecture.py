@@ -64,10 +64,11 @@ class Architecture(Sizes):
     rope_scale: float  # factor on cosine and sine (YaRN's attention factor)
 
 
-def resolve_model(config: ModelConfig) -> Path:
+def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
     """The local directory of a model: the path itself, or a hub name's snapshot through huggingface_hub.
 
-    Honours HF_HUB_OFFLINE and the hub's cache. Raises `ConfigError` when neither is there.
+    weights: have the hub's weights too, not only what describes them. Honours HF_HUB_OFFLINE and the hub's cache.
+    Raises `ConfigError` when neither is there.
     """
     directory = Path(config.path)
     if directory.is_dir():
@@ -76,7 +77,7 @@ def resolve_model(config: ModelConfig) -> Path:
         raise ConfigError(f"model.path: {config.path}: no such directory (and not a hub name like org/model)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
     except Exception as error:  # the hub's errors share no base class; all mean "not to be had"

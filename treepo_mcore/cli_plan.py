@@ -1,4 +1,4 @@
-"""`treepo-mcore plan`: memory and time on paper, before a cluster is booked."""
+"""`treepo-mcore plan`: what a run would do on a cluster that need not be there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from treepo_mcore.architecture import Sizes, read_sizes
-from treepo_mcore.config import ConfigError, ModelConfig, load_config
+from treepo_mcore.architecture import read_architecture, read_sizes, resolve_model
+from treepo_mcore.config import load_config
+from treepo_mcore.observe.logs import set_up_logging
 
 
 class DefaultGroup(TyperGroup):
@@ -61,7 +62,7 @@ def plan_config(
     settings = load_config(config, overrides)
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
     assumed = assume(settings, prompt_tokens, response_tokens, informative)
-    plan = make_plan(settings, model_sizes(settings.model), cluster, assumed)
+    plan = make_plan(settings, read_sizes(resolve_model(settings.model, weights=False)), cluster, assumed)
     if as_json:
         print(json.dumps(plan_json(plan), indent=1))
     else:
@@ -90,7 +91,7 @@ def suggest(
     from treepo_mcore.planner.workload import Assumptions
 
     settings = base_config(str(model), prompt_tokens, response_tokens, overrides or [])
-    sizes = model_sizes(settings.model)
+    sizes = read_sizes(resolve_model(settings.model, weights=False))
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
     assumed = Assumptions(prompt_tokens, response_tokens, informative)
     found = suggest_layouts(settings, sizes, cluster, assumed, best)
@@ -102,18 +103,30 @@ def suggest(
         raise typer.Exit(1)
 
 
-def model_sizes(model: ModelConfig) -> Sizes:
-    """From the directory, or from the hub, which is asked for config.json only."""
-    directory = Path(model.path)
-    if directory.is_dir():
-        return read_sizes(directory)
-    if model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
-        raise ConfigError(f"model.path: {model.path}: no such directory (and not a hub name like org/model)")
-    from huggingface_hub import hf_hub_download
+@app.command()
+def reshard(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
+    nodes: Nodes = 1,
+    gpus_per_node: PerNode = 8,
+    memory_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's own memory")] = 3350,
+    node_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s a GPU and direction inside a node")] = 450,
+    network_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s a GPU and direction across nodes")] = 50,
+    as_json: Json = False,
+) -> None:
+    """The push of weights from the actor into the engines: bytes, links, staging and time.
 
-    try:
-        return read_sizes(Path(hf_hub_download(model.path, "config.json", revision=model.revision)).parent)
-    except ConfigError:
-        raise
-    except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
-        raise ConfigError(f"model.path: {model.path}: config.json is not to be had: {type(error).__name__}") from error
+    Both sides are built by Megatron's and vLLM's own classes on meta tensors, for every rank of the cluster. The
+    model's directory needs no more than its config.json. Bandwidths are line rates; the defaults are those of
+    H100 SXM nodes with one port of 400 Gb/s a GPU.
+    """
+    settings = load_config(config, overrides)
+    set_up_logging(settings.run.log_level)
+    from treepo_mcore.planner.paper import put_on_paper
+    from treepo_mcore.planner.reshard import Bandwidths, describe, reshard_report
+
+    directory = resolve_model(settings.model, weights=False)
+    job = put_on_paper(settings, read_architecture(directory), directory, nodes, gpus_per_node)
+    rates = Bandwidths(memory_bandwidth * 1e9, node_bandwidth * 1e9, network_bandwidth * 1e9)
+    report = {"model": directory.name} | reshard_report(job, rates, settings.rollout.push_staging_mb << 20)
+    print(json.dumps(report) if as_json else "\n".join([directory.name, *describe(report)]))
