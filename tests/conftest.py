@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +37,31 @@ def model_directory(tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that point the quickstart's configuration to its data and an untrained model."""
+    quickstart = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
+    folder = tmp_path_factory.mktemp("task")
+    python = [sys.executable]
+    subprocess.run(
+        [*python, quickstart / "make_data.py", "--out", folder, "--train", "200", "--eval", "16"], check=True
+    )
+    corpus = ["--corpus", folder / "sft.jsonl", "--out", folder / "tokenizer", "--vocab-size", "320"]
+    subprocess.run([*python, quickstart / "make_tokenizer.py", *corpus], check=True)
+    make = (
+        "import sys; from pathlib import Path; from warmup import make_model; make_model(*map(Path, sys.argv[1:]), 0)"
+    )
+    subprocess.run([*python, "-c", make, folder / "tokenizer", folder / "model"], check=True, cwd=quickstart)
+    return [
+        f"model.path={folder / 'model'}",
+        f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'eval.jsonl'}",
+        "trainer.prompts_per_step=4",
+        "trainer.prompts_per_update=2",
+        "filter.enabled=false",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from treepo_mcore import cli_trees
+from treepo_mcore import cli_launch, cli_trees
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 from treepo_mcore.observe.logs import set_up_logging
+from treepo_mcore.observe.signals import STOPPED, StopRequest
 
 OTHERS_WAIT_SECONDS = 10
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_trees.app, name="trees")
+app.add_typer(cli_launch.app, name="launch")
 
 
 @app.callback()
@@ -32,14 +34,21 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
 ) -> None:
-    """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]..."""
+    """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]...
+
+    SIGUSR1 or SIGTERM to any rank: all finish the step, save, and exit with status 75; the same command continues.
+    """
     settings = load_config(config, overrides)
     set_up_logging(settings.run.log_level)
+    stop = StopRequest()
+    stop.listen()
     from treepo_mcore.trainer import Trainer
 
-    summary = Trainer(settings).run()
+    summary = Trainer(settings, stop).run()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(summary), flush=True)
+    if "stopped" in summary:
+        sys.exit(STOPPED)
 
 
 def main() -> None:

@@ -344,6 +344,19 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
         raise ConfigError(f"{where}: {_explain(error)}") from error
 
 
+def check_grid(config: Config, world: int) -> None:
+    """Raise `ConfigError` when the processes do not fill the layout."""
+    actor, rollout = config.actor, config.rollout
+    model = actor.tp * actor.pp
+    if world % model:
+        raise ConfigError(
+            f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} processes are not a multiple of {model}; "
+            f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
+        )
+    if world % rollout.tp:
+        raise ConfigError(f"rollout.tp: {world} processes are not a multiple of {rollout.tp}")
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

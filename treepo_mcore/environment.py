@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# They ask a rank to save and stop (observe/signals.py).
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 # Without a GPU. One OpenMP thread a process: spinning threads of a second process make everything fifty times
 # slower. Dynamo off: vLLM would compile for a minute and then step slower.
@@ -32,3 +38,16 @@ def prepare_environment() -> None:
     """Set defaults; whatever the user has set stays."""
     for key, value in (ENVIRONMENT if has_gpu() else ENVIRONMENT | CPU_ENVIRONMENT).items():
         os.environ.setdefault(key, value)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started inside never hear `STOP_SIGNALS`: Slurm sends them to everything below a task.
+
+    They end when their pipe from the rank closes, or by SIGKILL.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from typing import Any
 
@@ -13,14 +14,16 @@ from treepo_mcore import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.learn import learn
 from treepo_mcore.actor.model import megatron_configs
-from treepo_mcore.actor.parallel import build_grid, check_grid, init_process_group
+from treepo_mcore.actor.parallel import build_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
-from treepo_mcore.config import Config, dump_config
+from treepo_mcore.config import Config, check_grid, dump_config
 from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.observe.environment import versions
+from treepo_mcore.observe.heartbeat import listen_to_nodes
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
+from treepo_mcore.observe.signals import STOPPED, StopRequest
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
@@ -35,9 +38,13 @@ from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 class Trainer:
     """A run from its configuration. Every rank makes one and calls `run`."""
 
-    def __init__(self, config: Config) -> None:
-        """Check everything that can be checked, then build. Raises `ConfigError` before any model is built."""
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
+        """Check everything that can be checked, then build. Raises `ConfigError` before any model is built.
+
+        stop: looked at between steps; on which ranks it was asked does not matter.
+        """
         self.config = config
+        self.stop = stop or StopRequest()
         self.directory = resolve_model(config.model)
         self.arch = read_architecture(self.directory)
         check_weights(self.directory, self.arch)
@@ -51,6 +58,8 @@ class Trainer:
         init_process_group()
         check_grid(config, dist.get_world_size())
         check_engine(config, self.arch, self.directory)
+        store = dist.distributed_c10d._get_default_store()
+        self.heartbeat = listen_to_nodes(dist.get_rank(), dist.get_world_size(), store)
         self.rewards = RewardPool(config.reward) if dist.get_rank() % config.rollout.tp == 0 else None
         self.grid = build_grid(config.actor, config.rollout.tp, config.run.seed)
         self.tokenizer = tokenizer
@@ -69,10 +78,15 @@ class Trainer:
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
         self._say_who_quantises()
         self.step = 0
+        self.saved: int | None = None  # step of the newest checkpoint
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
 
     def run(self) -> dict[str, Any]:
-        """Train to the configured end; returns the summary that is also written to ``summary.json``."""
+        """Train to the configured end; returns the summary that is also written to ``summary.json``.
+
+        Asked to stop, it saves after the step that is under way and returns a summary with `stopped`, the signal's
+        name; nothing else is written then.
+        """
         self._resume()
         trainer = self.config.trainer
         if trainer.eval_before and self.held_out and self.accuracy_before is None:
@@ -80,6 +94,8 @@ class Trainer:
         begin = time.perf_counter()
         self.progress.start(self.step)
         while self.step < trainer.steps and not self._out_of_time(begin):
+            if asked := self._asked_to_stop():
+                return self._stop(asked)
             values = self.train_step()
             self.progress.step(self.step, values)
             if self.grid.rank == 0:
@@ -144,7 +160,7 @@ class Trainer:
         found = checkpoint.newest(run.dir / "checkpoints") if run.resume else None
         if found is not None:
             state = checkpoint.load(found, self.actor)
-            self.step = state["step"]
+            self.step = self.saved = state["step"]
             self.accuracy_before = state["accuracy_before"]
             self.prompts.load_state_dict(state["prompts"])
         if self.grid.rank == 0:
@@ -176,12 +192,23 @@ class Trainer:
         self.close()
         return summary
 
+    def _stop(self, asked: str) -> dict[str, Any]:
+        self._save()
+        self.progress.say(f"{asked}: saved at step {self.step}, exit status {STOPPED}; the same command goes on")
+        self.close()
+        return {"stopped": asked, "steps": self.step, "seed": self.config.run.seed, "layout": self._layout()}
+
     def close(self) -> None:
-        """End the reward workers."""
+        """End the reward workers, and tell the other nodes that this one is done."""
+        if self.heartbeat is not None:
+            self.heartbeat.close()
         if self.rewards is not None:
             self.rewards.close()
 
     def _save(self) -> None:
+        """Unless this very step is saved: the tracker must not name a checkpoint that is being rewritten."""
+        if self.saved == self.step:
+            return
         trainer = self.config.trainer
         state = {
             "step": self.step,
@@ -189,6 +216,7 @@ class Trainer:
             "prompts": self.prompts.state_dict(),
         }
         checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)
+        self.saved = self.step
 
     def _evaluate_and_say(self, when: str) -> float:
         accuracy = self.evaluate()
@@ -212,6 +240,12 @@ class Trainer:
         late = torch.tensor(int(time.perf_counter() - begin > limit))
         dist.broadcast(late, 0)
         return bool(late)
+
+    def _asked_to_stop(self) -> str | None:
+        """The signal that any rank has got; the ranks get it at different times, or only one of them does."""
+        asked = torch.tensor(self.stop.number)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return signal.Signals(int(asked)).name if asked else None
 
     def _layout(self) -> str:
         return f"tp{self.grid.tp} pp{self.grid.pp} dp{self.grid.dp} rollout-tp{self.config.rollout.tp}"

@@ -27,30 +27,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="session")
-def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that point the quickstart's configuration to its data and an untrained model."""
-    folder = tmp_path_factory.mktemp("task")
-    python = [sys.executable]
-    subprocess.run(
-        [*python, QUICKSTART / "make_data.py", "--out", folder, "--train", "200", "--eval", "16"], check=True
-    )
-    corpus = ["--corpus", folder / "sft.jsonl", "--out", folder / "tokenizer", "--vocab-size", "320"]
-    subprocess.run([*python, QUICKSTART / "make_tokenizer.py", *corpus], check=True)
-    make = (
-        "import sys; from pathlib import Path; from warmup import make_model; make_model(*map(Path, sys.argv[1:]), 0)"
-    )
-    subprocess.run([*python, "-c", make, folder / "tokenizer", folder / "model"], check=True, cwd=QUICKSTART)
-    return [
-        f"model.path={folder / 'model'}",
-        f"data.train={folder / 'train.jsonl'}",
-        f"data.eval={folder / 'eval.jsonl'}",
-        "trainer.prompts_per_step=4",
-        "trainer.prompts_per_update=2",
-        "filter.enabled=false",
-    ]
-
-
 def start(processes: int, overrides: list[str]) -> subprocess.Popen[str]:
     """The quickstart's configuration under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -129,6 +105,27 @@ def _worker(launcher: int) -> int:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     workers = [int(c) for c in children if b"treepo_mcore" in Path(f"/proc/{c}/cmdline").read_bytes()]
     return workers[-1]
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_the_command_continues(task: list[str], tmp_path: Path) -> None:
+    overrides = [*task, f"run.dir={tmp_path}"]
+    process = start(2, [*overrides, "trainer.steps=1000"])
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.is_file() and "reward/mean" in metrics.read_text()):
+        assert time.monotonic() < deadline, "no step"
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.5)
+    os.kill(_worker(process.pid), signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    done = int((tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert f"SIGUSR1: saved at step {done}, exit status 75" in output
+    assert {line.split()[2] for line in output.splitlines() if line.strip().startswith("exitcode")} == {"75"}
+    assert not (tmp_path / "summary.json").exists()
+    again = train(2, [*overrides, f"trainer.steps={done + 1}"])
+    assert f"resumed at step {done}" in again
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "reward/mean" in line]
+    assert steps == list(range(done + 1))
 
 
 @pytest.mark.long

@@ -110,6 +110,17 @@ def test_a_worker_killed_from_outside_is_replaced(functions):
         assert [(result.key, result.correct) for result in pool.drain()] == [(1, True)]
 
 
+def test_signals_that_ask_the_rank_to_stop_do_not_hurt_workers(functions):
+    with RewardPool(RewardConfig(function=functions)) as pool:
+        worker = pool._workers[0].process
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            worker.send_signal(number)
+        pool.submit(0, "abc", "abc", "")
+        assert pool.drain()[0].score == 3.0
+        assert pool._workers[0].process is worker
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_workers_do_not_import_torch(functions):
     results, _ = run(RewardConfig(function=functions), ["modules"])
     assert results[0].error is None

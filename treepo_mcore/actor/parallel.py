@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from treepo_mcore.actor.cpu import on_megatron_device
-from treepo_mcore.config import ActorConfig, Config, ConfigError
+from treepo_mcore.config import ActorConfig
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,6 @@ class Grid:
     def leads_model(self) -> bool:
         """Whether this rank reports for its model replica: first of its tensor group on the last stage."""
         return self.tp_rank == 0 and self.pp_rank == self.pp - 1
-
-
-def check_grid(config: Config, world: int) -> None:
-    """Raise `ConfigError` when the processes do not fill the layout."""
-    actor, rollout = config.actor, config.rollout
-    model = actor.tp * actor.pp
-    if world % model:
-        raise ConfigError(
-            f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} processes are not a multiple of {model}; "
-            f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
-        )
-    if world % rollout.tp:
-        raise ConfigError(f"rollout.tp: {world} processes are not a multiple of {rollout.tp}")
 
 
 def init_process_group() -> None:

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from treepo_mcore.config import ConfigError, RewardConfig
+from treepo_mcore.environment import deaf_children
 from treepo_mcore.rewards.math import quick_verdict
 from treepo_mcore.rewards.worker import PROGRESS, Outcome, resolve
 
@@ -73,12 +74,13 @@ class _Worker:
             file.truncate(PROGRESS.size)
             self.progress = mmap.mmap(file.fileno(), PROGRESS.size)
             command = [sys.executable, "-P", "-m", "treepo_mcore.rewards.worker"]
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit)],
-                pass_fds=[theirs.fileno(), file.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
+            with deaf_children():
+                self.process = subprocess.Popen(
+                    [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit)],
+                    pass_fds=[theirs.fileno(), file.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                )
         theirs.close()
 
     def give(self, items: list[_Item]) -> None:

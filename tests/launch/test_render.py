@@ -1,0 +1,158 @@
+"""Rendered scripts: what is asked for is in them, shellcheck finds nothing, examples are what the command prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from treepo_mcore.cli import app
+from treepo_mcore.config import ConfigError
+from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"
+EXAMPLES = sorted([*(ROOT / "examples" / "slurm").glob("*.sh"), *(ROOT / "examples" / "torchrun").glob("*.sh")])
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+JOBS = {
+    "slurm": SlurmJob(CONFIG, nodes=2),
+    "slurm, everything": SlurmJob(
+        CONFIG,
+        ("actor.tp=2", "data.train=a file.jsonl"),
+        nodes=4,
+        account="post-training",
+        partition="h100",
+        qos="high",
+        time="1-12:00:00",
+        signal_seconds=900,
+        container_image="/images/treepo.sqsh",
+        container_mounts="/data:/data,/home/me/runs:/workspace/runs",
+        interface="eth0",
+        ib_hca="mlx5_0,mlx5_1",
+        nvlinks=18,
+        port=23456,
+    ),
+    "slurm, CPU": SlurmJob(CONFIG, nodes=2, gpus_per_node=0, processes_per_node=1, exclusive=False),
+    "torchrun, one node": TorchrunJob(CONFIG),
+    "torchrun, static": TorchrunJob(CONFIG, nodes=2, head="10.0.0.1", interface="eth0", port=12345),
+    "torchrun, c10d": TorchrunJob(CONFIG, nodes=2, head="10.0.0.1", rendezvous="c10d"),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_scripts_pass_shellcheck(job, tmp_path):
+    _shellcheck(render(JOBS[job]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script", ["tools/setup_venv.sh", "tools/install_slurm.sh", "tests/launch/cluster.sh", ".ci/run"]
+)
+def test_our_own_scripts_pass_shellcheck(script, tmp_path):
+    _shellcheck((ROOT / script).read_text(), tmp_path)
+
+
+def _shellcheck(script: str, folder: Path) -> None:
+    if SHELLCHECK is None:
+        pytest.skip("no shellcheck on the PATH; it comes with requirements/cpu.lock")
+    file = folder / "script.sh"
+    file.write_text(script)
+    done = subprocess.run([SHELLCHECK, "--norc", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_examples_are_what_the_command_prints(example, monkeypatch):
+    """To make one anew, run the command of its second line."""
+    monkeypatch.chdir(ROOT)
+    made_by = re.search("^# Made by: treepo-mcore (.*)$", example.read_text(), re.MULTILINE)
+    result = CliRunner().invoke(app, shlex.split(made_by[1]), catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.output == example.read_text()
+
+
+def test_there_are_examples_of_both():
+    assert {path.parent.name for path in EXAMPLES} == {"slurm", "torchrun"}
+
+
+def test_a_batch_script_has_what_was_asked_for():
+    script = render(JOBS["slurm, everything"])
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
+    assert options == {
+        "job-name": "treepo",
+        "account": "post-training",
+        "partition": "h100",
+        "qos": "high",
+        "nodes": "4",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "exclusive": "",
+        "mem": "0",
+        "time": "1-12:00:00",
+        "output": "%x-%j.out",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "B:USR1@900",
+    }
+    for words in (
+        "image=/images/treepo.sqsh\n",
+        "mounts=/data:/data,/home/me/runs:/workspace/runs\n",
+        "export NCCL_IB_HCA=mlx5_0,mlx5_1 #",
+        "export NCCL_SOCKET_IFNAME=eth0 #",
+        "MASTER_PORT=23456 #",
+        "--nvlinks 18",
+        "actor.tp=2 'data.train=a file.jsonl'",
+    ):
+        assert words in script
+    bare = render(JOBS["slurm"])
+    for words in ("account", "qos", "partition", "container", "NCCL_IB_HCA", "IFNAME"):
+        assert words not in bare
+
+
+def test_the_script_says_how_it_was_made():
+    runner = CliRunner()
+    for job in JOBS.values():
+        script = render(job)
+        command = re.search("^# Made by: treepo-mcore (.*)$", script, re.MULTILINE)[1]
+        assert runner.invoke(app, shlex.split(command), catch_exceptions=False).output == script
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (SlurmJob(CONFIG, ("actor.tp=3",)), "actor.tp x actor.pp = 3 x 1: 8 processes are not a multiple of 3"),
+        (SlurmJob(CONFIG, ("actor.tpp=3",)), "unknown key actor.tpp"),
+        (SlurmJob(CONFIG, gpus_per_node=0), "--processes-per-node: needed where --gpus-per-node is 0"),
+        (SlurmJob(CONFIG, processes_per_node=4), "--processes-per-node: 4, expected one for each of --gpus-per-node 8"),
+        (SlurmJob(CONFIG, container_mounts="/a:/a"), "--container-mounts: needs --container-image"),
+        (SlurmJob(CONFIG, time="tomorrow"), "--time: expected MINUTES, H:M:S or D-H:M:S, found 'tomorrow'"),
+        (SlurmJob(CONFIG, time="11"), "--signal-seconds: 600 leaves nothing of --time 11 (660 s)"),
+        (TorchrunJob(CONFIG, nodes=2), "--head: needed with several nodes"),
+    ],
+)
+def test_what_cannot_run_is_refused(job, words):
+    with pytest.raises(ConfigError) as caught:
+        render(job)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("time", ["12", "11:01", "0:12:00", "1-0", "1-0:00", "0-00:12:00"])
+def test_time_limits_as_sbatch_takes_them(time):
+    assert f"#SBATCH --time={time}\n" in render(SlurmJob(CONFIG, time=time))
+
+
+def test_submit_hands_the_script_to_sbatch(tmp_path, monkeypatch):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\ncat > {tmp_path}/submitted\necho Submitted batch job 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    command = ["launch", "slurm", str(CONFIG), "--nodes", "2", "--submit"]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert (tmp_path / "submitted").read_text() == render(JOBS["slurm"])
