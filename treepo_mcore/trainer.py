@@ -77,8 +77,9 @@ class Trainer:
         )
         self.phases = Phases(config.memory, self.actor)
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
-        self.push = self._make_push()
         self.phases.attach(self.engine, self.engine.weight_bytes(), self.engine.reserved_bytes())
+        with self.phases.train():  # the push looks at the actor's parameters, which must be there for it
+            self.push = self._make_push()
         self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
         self._say_who_quantises()

@@ -30,7 +30,8 @@ from treepo_mcore.environment import prepare_environment
 prepare_environment()
 
 SHARDS, LAYERS, REPEATS = 8, 4, 10
-STEPS = 4
+STEPS, PROMPTS = 4, 16
+TREE: dict[str, Any] = {"width": 16, "segment_tokens": 128, "max_depth": 8}
 CELLS = {
     "push, bf16": ("push", "none"),
     "push, fp8": ("push", "fp8"),
@@ -177,7 +178,7 @@ def run_configuration(folder: Path, fp8: str, model: str, **sizes: Any) -> dict[
         for i in range(64)
     ]
     (folder / "train.jsonl").write_text("\n".join(prompts) + "\n")
-    tree = {"width": 16, "segment_tokens": 128, "max_depth": 8, "stopping": {"boxed": "none", "repetition_count": 0}}
+    tree = TREE | {"stopping": {"boxed": "none", "repetition_count": 0}}
     return {
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(directory)},
@@ -188,8 +189,8 @@ def run_configuration(folder: Path, fp8: str, model: str, **sizes: Any) -> dict[
         "actor": {"fp8": fp8, "micro_batch_tokens": 8192, "optimizer": {"lr": 1e-6}},
         "trainer": {
             "steps": STEPS,
-            "prompts_per_step": 16,
-            "prompts_per_update": 8,
+            "prompts_per_step": PROMPTS,
+            "prompts_per_update": PROMPTS // 2,
             "eval_before": False,
             "eval_after": False,
             "export": False,

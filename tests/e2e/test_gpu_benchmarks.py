@@ -38,7 +38,12 @@ def run(code, tmp_path):
 
 
 def test_steps(tmp_path):
-    row = run("import whole\nrow = whole.steps(folder, 'none', '70b-layers', **SMALL)", tmp_path)
+    code = """
+import whole
+whole.STEPS, whole.PROMPTS, whole.TREE = 2, 2, {"width": 4, "segment_tokens": 8, "max_depth": 2}
+row = whole.steps(folder, "none", "70b-layers", **SMALL)
+"""
+    row = run(code, tmp_path)
     assert row["time/rollout"] > 0
     assert {"time/push", "time/sleep", "time/wake", "time/offload", "push/seconds"} <= set(row)
 
