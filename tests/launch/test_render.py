@@ -156,3 +156,6 @@ def test_submit_hands_the_script_to_sbatch(tmp_path, monkeypatch):
     command = ["launch", "slurm", str(CONFIG), "--nodes", "2", "--submit"]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     assert (tmp_path / "submitted").read_text() == render(JOBS["slurm"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="no sbatch on this machine"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
