@@ -1,10 +1,11 @@
 """Weights from Megatron's shards into vLLM's: gathered, shard to shard, and the floor of a raw copy, side by side.
 
-    nice python benchmarks/reshard.py --processes 2 --millions 50 --out benchmarks/results/reshard.json
+    nice python benchmarks/reshard.py --processes 2 4 --millions 50 --out benchmarks/results/reshard.json
 
-Starts itself under torchrun for every number of processes. The actor's side is a real Megatron model with random
-float32 weights and no optimizer, the engine's a real vLLM model in bfloat16. In every repetition the three ways
-take turns; times are from barrier to barrier, medians over the repetitions with the range beside them.
+Starts itself under torchrun for every number of processes and size of an engine. The actor's side is a real Megatron
+model with random float32 weights and no optimizer, the engine's a real vLLM model in bfloat16. In every repetition the
+ways take turns; times are from barrier to barrier, medians over the repetitions with the range beside them. Rows of an
+earlier run that this one does not measure again are kept.
 
 floor: for every pair of ranks one contiguous tensor of the plan's bytes, cast and copied into a send buffer, sent,
 and copied out; and one contiguous cast copy of the bytes that stay. No plan can do less.
@@ -13,30 +14,25 @@ and copied out; and one contiguous cast copy of the bytes that stay. No plan can
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LAYOUTS: dict[int, dict[str, tuple[dict[str, int], int]]] = {  # processes -> name -> (actor, rollout.tp)
-    2: {
-        "TP2 -> TP2": ({"tp": 2}, 2),
-        "PP2 -> TP2": ({"pp": 2}, 2),
-        "TP2 -> 2 x TP1": ({"tp": 2}, 1),
-        "DP2 -> TP2": ({}, 2),
-    },
-    4: {
-        "TP2 PP2 -> 2 x TP2": ({"tp": 2, "pp": 2}, 2),
-        "TP4 -> 4 x TP1": ({"tp": 4}, 1),
-    },
-    8: {"TP2 PP2 DP2 -> 4 x TP2": ({"tp": 2, "pp": 2}, 2)},
+LAYOUTS: dict[tuple[int, int], dict[str, dict[str, int]]] = {  # processes, rollout.tp -> name -> actor
+    (2, 2): {"TP2 -> TP2": {"tp": 2}, "PP2 -> TP2": {"pp": 2}, "TP1 DP2 -> TP2": {}},
+    (2, 1): {"TP2 -> 2 x TP1": {"tp": 2}, "TP1 DP2 -> 2 x TP1": {}},
+    (4, 2): {"TP2 PP2 -> 2 x TP2": {"tp": 2, "pp": 2}, "PP2 DP2 -> 2 x TP2": {"pp": 2}},
+    (4, 1): {"TP4 -> 4 x TP1": {"tp": 4}},
+    (8, 2): {"TP2 PP2 DP2 -> 4 x TP2": {"tp": 2, "pp": 2}},
 }
 SIZES = {  # millions of parameters -> sizes of a Qwen2 model
     3: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 1024},
@@ -49,45 +45,55 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embedding
 def main() -> None:
     """Parse arguments; without torchrun's environment, start it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], choices=sorted(LAYOUTS))
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], choices=[2, 4, 8])
     parser.add_argument("--millions", type=int, default=50, choices=sorted(SIZES))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rollout-tp", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reshard.json"))
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
+    if options.job:
         measure(options)
         return
-    rows = []
-    for processes in options.processes:
-        for case in LAYOUTS[processes]:
-            rows.append(launch(options, processes, case))
-            print(line(rows[-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    rows = {(row["processes"], row["millions"], row["case"]): row for row in old}
+    for processes, rollout_tp in LAYOUTS:
+        if processes in options.processes and rollout_tp in options.rollout_tp:
+            for row in launch(options, processes, rollout_tp):
+                rows[row["processes"], row["millions"], row["case"]] = row
+                print(line(row), flush=True)
+            save(options.out, list(rows.values()))
 
 
-def launch(options: argparse.Namespace, processes: int, case: str) -> dict[str, Any]:
-    """One layout in its own job."""
+def save(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Every row names the machine it was measured on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def launch(options: argparse.Namespace, processes: int, rollout_tp: int) -> list[dict[str, Any]]:
+    """The layouts that share an engine, in one job."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "row.json"
+        out = Path(folder) / "rows.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        arguments = ["--processes", str(processes), "--millions", str(options.millions), "--case", case]
+        arguments = ["--job", "--rollout-tp", str(rollout_tp), "--millions", str(options.millions)]
         arguments += ["--repeats", str(options.repeats), "--out", str(out)]
         job = subprocess.run([*torchrun, __file__, *arguments], stderr=subprocess.PIPE, text=True)
         if job.returncode:
-            sys.exit(f"{case} on {processes} processes failed:\n{job.stderr}")
-        row: dict[str, Any] = json.loads(out.read_text())
-        return row
+            sys.exit(f"{processes} processes, rollout.tp {rollout_tp} failed:\n{job.stderr}")
+        rows: list[dict[str, Any]] = json.loads(out.read_text())
+        return rows
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     times = "  ".join(f"{way} {row[way]['median'] * 1e3:8.1f}" for way in ("gather", "direct", "unverified", "floor"))
+    most = {key: max(r[key] for r in row["ranks"]) for key in row["ranks"][0]}
     return (
-        f"{row['processes']} {row['case']:24}  ms: {times}  direct/floor {row['direct_over_floor']:.2f}  "
-        f"gather/direct {row['gather_over_direct']:.2f}  MB on the wire, most a rank receives: "
-        f"{max(r['received_bytes'] for r in row['ranks']) / 1e6:.2f}"
+        f"{row['millions']:3}M {row['processes']} {row['case']:24} ms: {times}  direct/floor "
+        f"{row['direct_over_floor']:.2f}  gather/direct {row['gather_over_direct']:5.1f}  most of a rank: "
+        f"{most['received_bytes'] / 1e6:.2f} MB received (least possible {most['least_bytes'] / 1e6:.2f}), "
+        f"{most['staging_bytes'] / 1e6:.1f} MB staging, checksums {most['checksum_seconds'] * 1e3:.1f} ms"
     )
 
 
@@ -95,36 +101,49 @@ def machine() -> dict[str, Any]:
     """What the numbers belong to."""
     import torch
 
-    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    models = [
+        text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if "model n" in text
+    ]
+    load = round(os.getloadavg()[0], 1)
+    return {"cpu": models[0], "cores": os.cpu_count(), "torch": torch.__version__, "load": load}
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Inside a rank."""
+    """Inside a rank: one engine, one actor after the other."""
     from treepo_mcore.environment import prepare_environment
 
     prepare_environment()
     import torch.distributed as dist
+    from megatron.core import parallel_state
 
+    from treepo_mcore.actor.parallel import init_process_group
+
+    init_process_group()
+    rollout_tp = options.rollout_tp[0]
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(options, Path(folder))
-        row = bench.run()
+        directory = _write_config(Path(folder), SIZES[options.millions] | HEADS)
+        engine: list[Any] = []
+        rows = []
+        for case, settings in LAYOUTS[dist.get_world_size(), rollout_tp].items():
+            parallel_state.destroy_model_parallel()
+            bench = _Bench(directory, settings, rollout_tp, engine)
+            row = {"case": case, "millions": options.millions, "processes": dist.get_world_size()}
+            rows.append(row | bench.run(options.repeats) | {"machine": machine()})
+            del bench
+            gc.collect()
         if dist.get_rank() == 0:
-            options.out.write_text(json.dumps(row))
+            options.out.write_text(json.dumps(rows))
         dist.barrier()
 
 
 class _Bench:
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        import torch.distributed as dist
-
-        from treepo_mcore.actor.parallel import build_grid, init_process_group
+    def __init__(self, directory: Path, settings: dict[str, int], rollout_tp: int, engine: list[Any]) -> None:
+        """engine: made by the first layout, after its process groups; empty before that."""
+        from treepo_mcore.actor.parallel import build_grid
         from treepo_mcore.architecture import read_architecture
         from treepo_mcore.config import parse_config
+        from treepo_mcore.rollout.vllm_engine import VllmEngine
 
-        self.options = options
-        init_process_group()
-        settings, rollout_tp = LAYOUTS[dist.get_world_size()][options.case]
-        directory = _write_config(folder, SIZES[options.millions] | HEADS)
         self.arch = read_architecture(directory)
         self.config = parse_config(
             {
@@ -135,14 +154,16 @@ class _Bench:
             }
         )
         self.grid = build_grid(self.config.actor, rollout_tp, 0)
-        self._build(directory)
+        if not engine:
+            engine.append(VllmEngine(self.config, self.arch, directory, ()))
+        self.engine = engine[0]
+        self._build()
 
-    def _build(self, directory: Path) -> None:
+    def _build(self) -> None:
         import torch
 
         from treepo_mcore.actor.cpu import megatron_device
         from treepo_mcore.actor.model import build_model, megatron_configs
-        from treepo_mcore.rollout.vllm_engine import VllmEngine
         from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
         from treepo_mcore.weights.transfer import Push, plan_push
         from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
@@ -154,17 +175,19 @@ class _Bench:
         torch.manual_seed(0)  # replicas agree
         for tensor in self.tensors.values():
             tensor.normal_()
-        self.engine = VllmEngine(self.config, self.arch, directory, ())
         parameters = self.engine.parameters()
         where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
+        wanted = vllm_layout(*where)
         begin = time.perf_counter()
-        self.plan = plan_push(self.pieces, vllm_layout(*where))
+        self.plan = plan_push(self.pieces, wanted)
         self.plan_seconds = time.perf_counter() - begin
-        self.push = Push(self.plan, self.tensors, parameters, padding=vllm_padding(*where))
+        staging = self.config.rollout.push_staging_mb << 20
+        self.push = Push(self.plan, self.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging)
+        self.least = 2 * missing_elements(self.pieces, wanted, self.arch)
         self.floor = _Floor(self.plan, torch.bfloat16)
 
-    def run(self) -> dict[str, Any]:
-        """The row of the table."""
+    def run(self, repeats: int) -> dict[str, Any]:
+        """The numbers of a row."""
         import torch.distributed as dist
 
         ways: dict[str, Callable[[], Any]] = {
@@ -175,7 +198,7 @@ class _Bench:
         }
         times: dict[str, list[float]] = {way: [] for way in ways}
         reports = []
-        for repeat in range(self.options.repeats + 1):
+        for repeat in range(repeats + 1):
             for way, act in ways.items():
                 dist.barrier()
                 begin = time.perf_counter()
@@ -187,14 +210,13 @@ class _Bench:
                     reports.append(result)
         everyone: list[Any] = [None] * dist.get_world_size()
         mine = vars(reports[0]) | {"checksum_seconds": statistics.median(r.checksum_seconds for r in reports)}
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, mine | {"least_bytes": self.least})
         median = {way: statistics.median(values) for way, values in times.items()}
         return {
-            "case": self.options.case,
-            "processes": dist.get_world_size(),
             "parameters": sum(t.numel for t in self.plan if t.target < self.config.rollout.tp),
             "transfers": len(self.plan),
             "plan_seconds": self.plan_seconds,
+            "repeats": repeats,
             **{way: {"median": median[way], "min": min(v), "max": max(v)} for way, v in times.items()},
             "direct_over_floor": median["direct"] / median["floor"],
             "gather_over_direct": median["gather"] / median["direct"],
@@ -207,6 +229,25 @@ class _Bench:
         from treepo_mcore.weights.hf import gather_tensors
 
         self.engine.wake(gather_tensors(self.arch, self.pieces, self.tensors, torch.bfloat16))
+
+
+def missing_elements(held: list[Any], wanted: list[Any], arch: Any) -> int:
+    """What a rank's engine wants and its actor does not have, counted element by element, without a plan."""
+    import torch
+
+    from treepo_mcore.weights.layout import box, hf_shapes
+
+    shapes = hf_shapes(arch)
+    by_tensor = defaultdict(list)
+    for piece in held:
+        by_tensor[piece.tensor].append(piece)
+    count = 0
+    for piece in wanted:
+        absent = torch.ones(shapes[piece.tensor], dtype=torch.bool)
+        for own in by_tensor[piece.tensor]:
+            box(absent, own.start, own.shape).fill_(False)
+        count += int(box(absent, piece.start, piece.shape).sum())
+    return count
 
 
 class _Floor:

@@ -97,7 +97,7 @@ def ours(
     result = Leaves(decoded=found.counts.decoded_tokens)
     for tree_ in found.trees:
         result.lengths += [tree_.leaf_tokens(leaf) for leaf in range(len(tree_.leaves))]
-        result.effective.append(float(1 / (tree_.masses() ** 2).sum()))
+        result.effective.append(float(1 / (tree_.masses(fallback=False) ** 2).sum()))
         starts = [n for n in tree_.nodes[1:] if n.from_fallback and not tree_.nodes[n.parent].from_fallback]
         result.fallbacks += len(starts)
     return result

@@ -5,7 +5,7 @@
 n_eff = Var(reward of one independent leaf) / Var(mass-weighted mean reward of a tree), both within a prompt and summed
 over prompts: so many independent answers estimate a prompt's accuracy as well as the tree does. The variance of the
 tree's mean is over repeated trees. 1 / sum(m^2) stands beside it: it is n_eff for leaves that do not depend on each
-other at all.
+other at all. Leaves behind a fallback have no mass: a restart looks at how paths ended, and would bias the mean.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Lab:
 
 def value(groups: list[list[Any]], variance: float, rng: np.random.Generator) -> dict[str, Any]:
     """One row. `variance`: of an independent leaf's reward, mean over prompts."""
-    means = np.array([[tree.masses() @ [leaf.reward for leaf in tree.leaves] for tree in group] for group in groups])
+    means = np.array(
+        [[tree.masses(fallback=False) @ [leaf.reward for leaf in tree.leaves] for tree in group] for group in groups]
+    )
     trees = [tree for group in groups for tree in group]
     repeats = means.shape[1]
     n_eff = variance / means.var(axis=1, ddof=1).mean()
@@ -101,14 +103,20 @@ def value(groups: list[list[Any]], variance: float, rng: np.random.Generator) ->
     return {
         "n_eff": float(n_eff),
         "n_eff_error": float(np.std(boot)),
-        "effective_leaves": float(np.mean([1 / (tree.masses() ** 2).sum() for tree in trees])),
+        "effective_leaves": float(np.mean([1 / (tree.masses(fallback=False) ** 2).sum() for tree in trees])),
         "physical_tokens": physical,
         "n_eff_per_1000_physical": 1000 * float(n_eff) / physical,
         "sharing": float(np.sum([tree.logical_tokens for tree in trees]) / np.sum([t.unique_tokens for t in trees])),
         "two_levels": float(np.mean([_two_levels(tree) for tree in trees])),
-        "mass_weighted_accuracy": float(means.mean()),
+        "accuracy": float(means.mean()),  # the same in all settings, or the estimate is biased
+        "accuracy_error": float(np.sqrt(means.var(axis=1, ddof=1).mean() / means.size)),
+        "fallback_share": float(np.mean([leaf.from_fallback for tree in trees for leaf in tree.leaves])),
         "trees": len(trees),
     }
+
+
+def _mean_reward(tree: Any) -> float:
+    return float(tree.masses(fallback=False) @ [leaf.reward for leaf in tree.leaves])
 
 
 def _two_levels(tree: Any) -> bool:
@@ -139,15 +147,25 @@ def frontier(rows: dict[str, dict[str, Any]], path: Path) -> None:
         '<text x="300" y="408">logical / physical tokens</text>',
         '<text x="16" y="280" transform="rotate(-90 16 280)">n_eff per 1000 physical tokens</text>',
     ]
+    taken: list[tuple[float, float]] = []
     for (name, row), x, y in zip(rows.items(), xs, ys, strict=True):
         left, height = 60 + 600 * (x - 0.9) / (right - 0.9), 370 - 340 * y / top
         error = 340 * y / top * row["n_eff_error"] / row["n_eff"]
         parts.append(
             f'<path d="M{left:.0f} {height - error:.0f}V{height + error:.0f}" stroke="#3b6fb6"/>'
             f'<circle cx="{left:.0f}" cy="{height:.0f}" r="4" fill="#1d4b8f"/>'
-            f'<text x="{left + 7:.0f}" y="{height - 5:.0f}">{name}</text>'
+            f'<text x="{left + 7:.0f}" y="{height - 5 + _free(taken, left, height):.0f}">{name}</text>'
         )
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def _free(taken: list[tuple[float, float]], left: float, height: float) -> float:
+    """How far a label has to go down so that it does not cover another one."""
+    down = 0.0
+    while any(abs(left - x) < 170 and abs(height + down - y) < 13 for x, y in taken):
+        down += 13
+    taken.append((left, height + down))
+    return down
 
 
 def main() -> None:
@@ -168,7 +186,18 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rows: dict[str, dict[str, Any]] = {}
     variance = 0.0
-    titles = {"": 30, "n_eff": 8, "+-": 6, "1/Sm2": 7, "tokens": 8, "per 1k": 8, "sharing": 9, "2 lev": 7}
+    titles = {
+        "": 30,
+        "n_eff": 8,
+        "+-": 6,
+        "1/Sm2": 7,
+        "tokens": 8,
+        "per 1k": 8,
+        "sharing": 9,
+        "2 lev": 7,
+        "accuracy": 10,
+        "+- ": 7,
+    }
     print(f"{len(prompts)} prompts\n" + "".join(f"{title:>{width}}" for title, width in titles.items()))
     for seed, (name, setting) in enumerate(SETTINGS.items(), start=2):
         groups = lab.trees(prompts, options.trees, setting, seed)
@@ -179,7 +208,7 @@ def main() -> None:
         print(
             f"{name:30}{row['n_eff']:8.2f}{row['n_eff_error']:6.2f}{row['effective_leaves']:7.2f}"
             f"{row['physical_tokens']:8.0f}{row['n_eff_per_1000_physical']:8.2f}{row['sharing']:9.2f}"
-            f"{row['two_levels']:7.2f}",
+            f"{row['two_levels']:7.2f}{row['accuracy']:10.3f}{row['accuracy_error']:7.3f}",
             flush=True,
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)

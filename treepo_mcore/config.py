@@ -155,7 +155,12 @@ class RolloutConfig(Section):
     tail_steps: int | None = Field(None, ge=0)
     unfinished: Literal["carry", "drop"] = "carry"  # carry: such prompts come first in the next step, sampled anew
     agreement_every: int = Field(16, ge=1)  # engine steps between comparisons of the ranks' decisions
-    engine: dict[str, Any] = {}  # any argument of vLLM's EngineArgs
+    # Buffer of the pushes of weights on every rank, in MiB: both directions and both halves together. Only what is used
+    # is taken; 64 hold a row of FP8 blocks of the widest models.
+    push_staging_mb: int = Field(256, ge=64)
+    # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
+    # quantised before they are sent.
+    engine: dict[str, Any] = {}
 
 
 class FilterConfig(Section):

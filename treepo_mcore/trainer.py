@@ -29,6 +29,7 @@ from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
 from treepo_mcore.tree.tree import Tree, write_trees
+from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, plan_push
 from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
@@ -75,6 +76,7 @@ class Trainer:
         self.engine.sleep()
         self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
+        self._say_who_quantises()
         self.step = 0
         self.saved: int | None = None  # step of the newest checkpoint
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
@@ -136,7 +138,15 @@ class Trainer:
         parameters = self.engine.parameters()
         where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
         plan = plan_push(self.actor.pieces, vllm_layout(*where))
-        return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where))
+        staging_bytes = self.config.rollout.push_staging_mb << 20
+        return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
+
+    def _say_who_quantises(self) -> None:
+        where = quantisers(self.push.plan)
+        if where:
+            cut = [name for name, place in where.items() if place != "owner"]
+            some = f", the first {cut[0]}" if cut else ""
+            self.progress.say(f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}")
 
     def _push(self) -> dict[str, float]:
         """Wake the engine with the actor's weights; returns what it took on this rank."""

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from answers import TOKENS, check_answers
 from harness import launch
 from models import EOS_IDS, YARN, Reference, write_prompts
 from trees import path_of, random_tree
@@ -13,7 +14,6 @@ from trees import path_of, random_tree
 from treepo_mcore.tree.tree import EOS, FINISHED, read_trees, write_trees
 
 TEMPERATURE = 0.7
-TOKENS, DISTINCT = 64, 16
 ROUNDS = 3
 TOLERANCE = 1e-4  # nats
 CASES = {
@@ -67,15 +67,8 @@ def prompts(job):
 
 
 def test_greedy_answers_after_every_push(job, prompts):
-    ranks, folder = job
-    long = 0
-    for number in range(ROUNDS + 1):
-        reference = Reference(folder / f"round_{number}")
-        expected = [reference.greedy(prompt, TOKENS, EOS_IDS) for prompt in prompts]
-        for rank, result in enumerate(ranks):
-            assert result["answers"][number] == expected, f"round {number}, rank {rank}"
-        long += sum(len(answer) == TOKENS and len(set(answer)) >= DISTINCT for answer in expected)
-    assert long >= 2 * (ROUNDS + 1), "too few answers are long and varied enough to tell weights apart"
+    telling = check_answers(*job, prompts, ROUNDS + 1)
+    assert telling >= 2 * (ROUNDS + 1), "too few answers are long and varied enough to tell weights apart"
 
 
 def test_every_step_changed_the_answers(job):

@@ -224,6 +224,8 @@ def test_messages_without_a_chat_template(config, tmp_path):
         ),
         ("rollout.engine.dtype=float16", "use rollout.dtype"),
         ("rollout.engine.seed=1", "use run.seed"),
+        ("rollout.engine.quantization=fp8", "quantization: found fp8, pushes know fp8_per_block"),
+        ("rollout.engine.quantization=fp8_per_block", "rollout.dtype: float32 with quantization fp8_per_block"),
         ("actor.megatron.recompute_module=[mlp]", "did you mean actor.megatron.recompute_modules?"),
         (
             "actor.megatron.sequence_parallel=true",
@@ -236,6 +238,12 @@ def test_messages_without_a_chat_template(config, tmp_path):
 )
 def test_pass_through_keys(config, override, words):
     assert words in refused(config, override)
+
+
+def test_fp8_of_shards_that_are_not_whole_blocks(config):
+    fp8 = ("rollout.engine.quantization=fp8_per_block", "rollout.dtype=bfloat16")
+    text = refused(config, *fp8, "rollout.tp=4")
+    assert "rollout.engine.quantization: model.layers.0.self_attn.o_proj.weight has 32 columns on a rank" in text
 
 
 def test_pass_through_reaches_all_three_classes_of_megatron(model):

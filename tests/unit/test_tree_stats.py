@@ -22,8 +22,8 @@ def test_numbers_of_one_tree():
     assert (stats.trees, stats.leaves, stats.fallback_leaves) == (1, 3, 1)
     assert (stats.physical_tokens, stats.logical_tokens) == (11, 6 + 8 + 1)
     assert stats.mean_length == pytest.approx(5.0)
-    assert stats.mass_mean_length == pytest.approx(6 / 4 + 8 / 4 + 1 / 2)
-    assert stats.effective_leaves == pytest.approx(1 / (1 / 16 + 1 / 16 + 1 / 4))
+    assert stats.mass_mean_length == pytest.approx(6 / 2 + 8 / 2)  # the restarted leaf has no mass
+    assert stats.effective_leaves == pytest.approx(1 / (1 / 4 + 1 / 4))
     assert stats.reasons == {EOS: 2, LENGTH: 1}
     assert stats.depths == {1: 1, 2: 2}
     assert stats.sharing == pytest.approx([(2 * 4 + 1) / 5, 1.0])

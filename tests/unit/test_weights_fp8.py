@@ -1,17 +1,31 @@
-"""Block quantisation: close to the weight, equal to vLLM's own, and only of whole blocks."""
+"""Block quantisation: close to the weight, equal to vLLM's own, by the owner of whole blocks or by the receiver."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 
 import pytest
 import torch
-from test_weights_plan import architecture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_weights_plan import architecture, megatron_side, vllm_shard
 
-from treepo_mcore.weights.fp8 import FP8_MAX, dequantise, quantise, quantisers
-from treepo_mcore.weights.layout import hf_shapes, rows
-from treepo_mcore.weights.plan import PlanError
-from treepo_mcore.weights.vllm import vllm_pieces
+from treepo_mcore.config import ConfigError
+from treepo_mcore.weights.fp8 import (
+    FP8,
+    FP8_MAX,
+    Edges,
+    block_plan,
+    check_whole_columns,
+    dequantise,
+    quantise,
+    quantise_into,
+    quantisers,
+    scale_shape,
+)
+from treepo_mcore.weights.layout import BLOCK, box, hf_shapes
+from treepo_mcore.weights.plan import PlanError, make_plan, make_rounds
+from treepo_mcore.weights.vllm import SCALE, fp8_shapes, vllm_layout, vllm_pieces, vllm_shapes
 
 SHAPES = [(128, 128), (256, 384), (300, 200), (1, 1), (129, 127)]
 
@@ -57,35 +71,172 @@ def test_equal_to_vllm(shape, dtype):
     assert torch.equal(scale, expected_scale)
 
 
+def test_dequantised_product_is_close_to_float32():
+    """Half a unit of three mantissa bits in every term; small numbers in a block add at most its largest / 2**18."""
+    original, inputs = weight((300, 256)), torch.randn(7, 256)
+    values, scale = quantise(original)
+    error = (inputs @ dequantise(values, scale).T - inputs @ original.T).abs()
+    tiny = scale.repeat_interleave(BLOCK, 0)[:300].repeat_interleave(BLOCK, 1)[:, :256] * 2**-10
+    bound = inputs.abs() @ (original.abs() / 16 + tiny).T
+    assert (error <= bound * (1 + 1e-5)).all()
+    assert error.max() > 1e-3 * bound.max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantise_into_views_in_chunks(shape, monkeypatch):
+    monkeypatch.setattr("treepo_mcore.weights.fp8.CHUNK", 200)
+    original = weight(shape)
+    values = torch.zeros(shape[0], shape[1] + 5, dtype=FP8)[:, 5:]
+    scale = torch.zeros(scale_shape(shape))
+    quantise_into(original, values, scale, torch.bfloat16)
+    expected, expected_scale = quantise(original.bfloat16())
+    assert torch.equal(values.float(), expected.float())
+    assert torch.equal(scale, expected_scale)
+
+
+@st.composite
+def fp8_cases(draw):
+    """Sizes around blocks: heads of a quarter of one to a whole one, FFNs that are not whole blocks."""
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    arch = architecture(
+        hidden=draw(st.sampled_from([128, 192, 256])),
+        ffn=draw(st.sampled_from([256, 320, 512, 640])),
+        heads=4,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([32, 64, 128])),
+        layers=draw(st.integers(1, 2)),
+        vocab=64,
+        tied=draw(st.booleans()),
+    )
+    tp, rollout_tp, pp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
+    cut = draw(st.integers(0, arch.layers))
+    stages = [range(arch.layers)] if pp == 1 else [range(cut), range(cut, arch.layers)]
+    dp = max(1, rollout_tp // (tp * pp))
+    return arch, tp, stages, dp, rollout_tp
+
+
+def random_tensors(arch):
+    draw = torch.Generator().manual_seed(0)
+    shapes = hf_shapes(arch)
+    return {name: torch.randn(shape, generator=draw) * (1 + i % 7) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def pushed(shards, plan, arch, rollout_tp, limit):
+    """What stands in every engine rank's parameters after the plan, in bfloat16 and FP8."""
+    quantised = fp8_shapes(arch, rollout_tp)
+    ranks = []
+    for _ in shards:
+        tensors = {
+            name: torch.zeros(shape, dtype=FP8 if name in quantised else torch.bfloat16)
+            for name, shape in vllm_shapes(arch, rollout_tp).items()
+        }
+        ranks.append(tensors | {name + SCALE: torch.zeros(scale_shape(shape)) for name, shape in quantised.items()})
+    edges = {
+        (rank, name): Edges(tensors[name], tensors[name + SCALE], torch.bfloat16)
+        for rank, tensors in enumerate(ranks)
+        for name in quantised
+    }
+    moved = itertools.chain.from_iterable(make_rounds(plan, limit, 2))
+    for transfer in [*(t for t in plan if t.local), *moved]:
+        assert transfer.local or transfer.bytes(2) <= limit
+        source = box(shards[transfer.source][transfer.source_local], transfer.source_start, transfer.shape)
+        tensors, name = ranks[transfer.target], transfer.target_local
+        if transfer.form == "edge":
+            edges[transfer.target, name].put(transfer.target_start, source)
+            continue
+        view = box(tensors[name], transfer.target_start, transfer.shape)
+        if transfer.form == "plain":
+            view.copy_(source)
+            continue
+        scales = box(
+            tensors[name + SCALE], tuple(first // BLOCK for first in transfer.target_start), scale_shape(transfer.shape)
+        )
+        assert not scales.any()  # every block once
+        quantise_into(source, view, scales, torch.bfloat16)
+    assert not any(e.waiting for e in edges.values())
+    return ranks
+
+
+def cuts_no_block(piece, shape):
+    spans = zip(piece.start, piece.shape, shape, strict=True)
+    return all(a % BLOCK == 0 and (n % BLOCK == 0 or a + n == whole) for a, n, whole in spans)
+
+
+@settings(max_examples=20, deadline=None)
+@given(fp8_cases(), st.sampled_from([70_000, 10**9]))
+def test_pushed_blocks_equal_quantising_the_engine_shard(case, limit):
+    """vLLM quantises its own fused shard; whole HF blocks are those of the full tensor too."""
+    arch, tp, stages, dp, rollout_tp = case
+    hf = random_tensors(arch)
+    shards, sources = megatron_side(arch, hf, tp, stages, dp, 16)
+    targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(len(shards))]
+    plan = block_plan(make_plan(sources, targets), fp8_shapes(arch, rollout_tp))
+    where = quantisers(plan)
+    ranks = pushed(shards, plan, arch, rollout_tp, limit)
+    for rank, tensors in enumerate(ranks):
+        expected = vllm_shard(arch, hf, rollout_tp, rank % rollout_tp)
+        assert vllm_layout(tensors, arch, rollout_tp, rank % rollout_tp) == targets[rank]
+        for name, tensor in expected.items():
+            if name + SCALE not in tensors:
+                assert torch.equal(tensors[name], tensor.bfloat16()), name
+                continue
+            values, scale = quantise(tensor.bfloat16())
+            assert torch.equal(tensors[name].view(torch.uint8), values.view(torch.uint8)), name
+            assert torch.equal(tensors[name + SCALE], scale), name
+        for piece in targets[rank]:  # against the full HF tensor, where its blocks are not cut
+            if where.get(piece.tensor) != "owner" or not cuts_no_block(piece, hf[piece.tensor].shape):
+                continue
+            values, _ = quantise(hf[piece.tensor].bfloat16())
+            mine = piece.of_local(tensors)
+            assert torch.equal(mine.float(), box(values, piece.start, piece.shape).float()), piece
+
+
 def whole_blocks(**sizes):
     defaults = {"hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "head_dim": 128, "layers": 1, "vocab": 64}
-    return dataclasses.replace(architecture(), **defaults | sizes)
+    return architecture(**defaults | sizes)
 
 
-def test_owner_quantises_whole_blocks():
-    arch = whole_blocks()
-    targets = [list(vllm_pieces(arch, 2, rank)) for rank in range(2)]
-    where = quantisers(hf_shapes(arch), targets, targets)
-    assert set(where.values()) == {"owner"}
+def plan_between(arch, tp, rollout_tp):
+    world = max(tp, rollout_tp)
+    sources = [list(vllm_pieces(arch, tp, rank)) if rank < tp else [] for rank in range(world)]
+    targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(world)]
+    return block_plan(make_plan(sources, targets), fp8_shapes(arch, rollout_tp))
+
+
+def test_owners_quantise_whole_blocks():
+    plan = plan_between(whole_blocks(), 2, 1)
+    where = quantisers(plan)
     assert len(where) == 7
+    assert set(where.values()) == {"owner"}
+    moved = [t for t in plan if not t.local and t.form == "blocks"]
+    assert sum(t.bytes(2) for t in moved) == sum(t.numel + 4 * t.numel // BLOCK**2 for t in moved)
 
 
-def test_receiver_quantises_what_owners_cut():
-    arch = whole_blocks()
-    targets = [list(vllm_pieces(arch, 2, rank)) for rank in range(2)]
-    name = "model.layers.0.mlp.gate_proj.weight"
-    halves = [[rows(name, 0, 64, 256, "a", 0)], [rows(name, 64, 448, 256, "a", 0)]]
-    where = quantisers(hf_shapes(arch), halves, targets)
-    assert [tensor for tensor, place in where.items() if place == "receiver"] == [name]
+def test_receivers_quantise_what_shards_cut():
+    """Heads of 64 over two ranks of the engine: a rank's keys and values share a block, queries do not."""
+    where = quantisers(plan_between(whole_blocks(head_dim=64), 1, 2))
+    receivers = {name.split(".")[-2] for name, place in where.items() if place == "receiver"}
+    assert receivers == {"k_proj", "v_proj"}
+    assert set(where.values()) == {"owner", "receiver"}
 
 
-def test_a_cut_shard_of_the_engine_is_refused():
-    """The FFN of Qwen2.5-72B is 231 blocks wide."""
-    arch = whole_blocks(ffn=29568)
-    for tp, refused in ((1, False), (2, True)):
-        targets = [list(vllm_pieces(arch, tp, rank)) for rank in range(tp)]
-        if refused:
-            with pytest.raises(PlanError, match=r"mlp\.\w+_proj\.weight: the engine's shard .* cuts a block"):
-                quantisers(hf_shapes(arch), targets, targets)
-        else:
-            assert set(quantisers(hf_shapes(arch), targets, targets).values()) == {"owner"}
+def test_the_ffn_of_qwen_72b():
+    """231 blocks wide: at rollout.tp 1 the actor's shards cut blocks, at 8 vLLM's own kernels refuse `down_proj`."""
+    arch = whole_blocks(ffn=29568, heads=8, kv_heads=8)
+    where = quantisers(plan_between(arch, 8, 1))
+    assert {name.split(".")[-2] for name, place in where.items() if place == "both"} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    check_whole_columns(fp8_shapes(arch, 1))
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj\.weight has 3696 columns on a rank"):
+        check_whole_columns(fp8_shapes(arch, 8))
+
+
+def test_a_row_of_blocks_larger_than_the_staging_is_refused():
+    plan = plan_between(whole_blocks(), 2, 1)
+    row = BLOCK * 256 + 4 * 2
+    assert all(t.shape[0] == BLOCK for r in make_rounds(plan, row, 2) for t in r if "gate" in t.tensor)
+    with pytest.raises(PlanError, match=r"bytes of .* cannot be sent in parts, and .* rollout\.push_staging_mb"):
+        make_rounds(plan, row - 1, 2)

@@ -48,8 +48,8 @@ def hf_tensors(arch):
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def padded(tensor, height):
-    out = torch.full((height, *tensor.shape[1:]), POISON, dtype=tensor.dtype)
+def padded(tensor, height, fill=POISON):
+    out = torch.full((height, *tensor.shape[1:]), fill, dtype=tensor.dtype)
     out[: len(tensor)] = tensor
     return out
 
@@ -92,7 +92,7 @@ def vllm_shard(arch, hf, tp, rank):
     """What vLLM keeps on a rank, written down without pieces; padding rows are zero."""
 
     def vocab(tensor):
-        return share(padded(tensor, -(-arch.vocab // 64) * 64).clamp(min=0), tp, rank)
+        return share(padded(tensor, -(-arch.vocab // 64) * 64, fill=0.0), tp, rank)
 
     shard = {"model.embed_tokens.weight": vocab(hf["model.embed_tokens.weight"])}
     if not arch.tied:
@@ -140,36 +140,40 @@ def cases(draw):
     cuts = draw(st.lists(st.integers(0, arch.layers), max_size=3))  # stages may be uneven, even empty
     bounds = [0, *sorted(cuts), arch.layers]
     stages = [range(a, b) for a, b in itertools.pairwise(bounds)]
+    vpp = draw(st.sampled_from([n for n in (1, 2) if len(stages) % n == 0]))
     dp = draw(st.sampled_from([1, 2]))
-    world = tp * len(stages) * dp
+    world = tp * len(stages) // vpp * dp
     while world % rollout_tp:
         dp, world = 2 * dp, 2 * world
-    return arch, tp, stages, dp, rollout_tp, draw(st.sampled_from([1, 16, 128]))
+    return arch, tp, stages, vpp, dp, rollout_tp, draw(st.sampled_from([1, 16, 128]))
 
 
-def megatron_side(arch, hf, tp, stages, dp, padding):
-    """Shards and layouts of every rank; ranks run over tensor, data, pipeline parallel, as in Megatron."""
+def megatron_side(arch, hf, tp, stages, dp, padding, vpp=1):
+    """Shards and layouts of every rank; ranks run over tensor, data, pipeline parallel, as in Megatron.
+
+    With vpp > 1 a rank holds several stages, dealt in turns; its tensors are named `<chunk>.<name>`.
+    """
     shards, layouts = [], []
-    for stage, _, rank in itertools.product(range(len(stages)), range(dp), range(tp)):
-        last = stage == len(stages) - 1
-        shard = megatron_shard(arch, hf, tp, rank, padding, stages[stage], stage == 0, last)
-        shards.append(shard)
-        layouts.append(
-            [
-                piece
-                for name, tensor in shard.items()
-                for piece in parameter_pieces(arch, name, name, tuple(tensor.shape), stages[stage].start, rank)
-            ]
-        )
+    pp = len(stages) // vpp
+    for pp_rank, _, rank in itertools.product(range(pp), range(dp), range(tp)):
+        shards.append({})
+        layouts.append([])
+        for chunk, stage in enumerate(range(pp_rank, len(stages), pp)):
+            last = stage == len(stages) - 1
+            shard = megatron_shard(arch, hf, tp, rank, padding, stages[stage], stage == 0, last)
+            for name, tensor in shard.items():
+                local = f"{chunk}.{name}"
+                shards[-1][local] = tensor
+                layouts[-1] += parameter_pieces(arch, name, local, tuple(tensor.shape), stages[stage].start, rank)
     return shards, layouts
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.sampled_from([128, 1000, 10**9]))
 def test_plan_equals_slicing(case, limit):
-    arch, tp, stages, dp, rollout_tp, padding = case
+    arch, tp, stages, vpp, dp, rollout_tp, padding = case
     hf = hf_tensors(arch)
-    shards, sources = megatron_side(arch, hf, tp, stages, dp, padding)
+    shards, sources = megatron_side(arch, hf, tp, stages, dp, padding, vpp)
     targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(len(shards))]
     plan = make_plan(sources, targets)
     engines = [
@@ -196,8 +200,8 @@ def test_plan_equals_slicing(case, limit):
 @settings(max_examples=50, deadline=None)
 @given(cases(), st.integers(128, 800))
 def test_rounds_are_bounded_and_complete(case, limit):
-    arch, tp, stages, dp, rollout_tp, padding = case
-    _, sources = megatron_side(arch, hf_tensors(arch), tp, stages, dp, padding)
+    arch, tp, stages, vpp, dp, rollout_tp, padding = case
+    _, sources = megatron_side(arch, hf_tensors(arch), tp, stages, dp, padding, vpp)
     targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(len(sources))]
     plan = make_plan(sources, targets)
     rounds = make_rounds(plan, limit)
@@ -242,7 +246,7 @@ def test_a_row_larger_than_the_staging_is_refused():
     whole = [rows("a", 0, 4, 100, "a", 0)]
     plan = make_plan([whole, []], [[], whole])
     assert [t.shape for r in make_rounds(plan, 250) for t in r] == [(2, 100), (2, 100)]
-    with pytest.raises(PlanError, match="a: one row of 100 elements"):
+    with pytest.raises(PlanError, match=r"a: 100 bytes of a cannot be sent in parts"):
         make_rounds(plan, 99)
 
 

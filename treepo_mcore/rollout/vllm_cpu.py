@@ -21,6 +21,7 @@ def prepare(tp: int) -> None:
     """Call before an engine over `tp` ranks is built, on all ranks together."""
     _name_shared_memory(tp)
     _leave_weights_unpacked()
+    _leave_fp8_unpacked()
     _sample_by_one_number()
 
 
@@ -34,6 +35,26 @@ def _leave_weights_unpacked() -> None:
 
     vllm._custom_ops._supports_onednn = False
     os.environ["VLLM_CPU_SGL_KERNEL"] = "0"
+
+
+def _leave_fp8_unpacked() -> None:
+    """Keep FP8 weights [N, K] and their scales [N / 128, K / 128] in the places where pushes write them.
+
+    vLLM packs the values for AMX after loading; its kernel also takes them unpacked. (It wants a float32 bias, which
+    its caller in vLLM does not give it.)
+    """
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel as Kernel
+
+    def apply_weights(kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        bias = bias if bias is None else bias.float()
+        sizes = list(kernel.weight_group_shape)
+        out = _custom_ops.fp8_scaled_mm_cpu(flat, layer.weight, layer.weight_scale_inv, sizes, bias, x.dtype, False)
+        return out.view(*x.shape[:-1], -1)
+
+    Kernel.apply_weights = apply_weights
+    Kernel.process_weights_after_loading = lambda kernel, layer: None
 
 
 def _sample_by_one_number() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from treepo_mcore.config import Config, ConfigError, RolloutConfig
 from treepo_mcore.rollout import vllm_cpu
 from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
+from treepo_mcore.weights.fp8 import check_whole_columns
+from treepo_mcore.weights.vllm import fp8_shapes
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -38,6 +41,7 @@ OWNED = {
     "async_scheduling": "nothing: the sampler decides on the tokens of the step just done",
     "enable_sleep_mode": "nothing: on wherever the device can",
 }
+BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
@@ -166,6 +170,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
         )
     if arch.heads % config.rollout.tp:
         raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide the model's {arch.heads} attention heads")
+    _check_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
         "skip_tokenizer_init": True,
@@ -191,6 +196,8 @@ def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
 
     Call it after the process group is there: vLLM derives ranks from it. Raises `ConfigError`.
     """
+    if config.rollout.engine.get("quantization") == BLOCK_FP8:
+        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # on GPUs; it would round scales to powers of two after loading
     with _refusals():
         EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
 
@@ -213,6 +220,17 @@ def _check_pass_through(config: RolloutConfig) -> None:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
             hint = f"; did you mean rollout.engine.{near[0]}?" if near else ""
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
+
+
+def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
+    found = config.engine.get("quantization")
+    if found is None:
+        return
+    if found != BLOCK_FP8:
+        raise ConfigError(f"rollout.engine.quantization: found {found}, pushes know {BLOCK_FP8} (or none)")
+    if config.dtype == "float32":
+        raise ConfigError(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
+    check_whole_columns(fp8_shapes(arch, config.tp))
 
 
 def _scheduler(client: Any) -> Any:

@@ -25,7 +25,7 @@ class TreeStats:
     physical_tokens: int  # of responses
     logical_tokens: int
     mean_length: float  # of leaves, tokens
-    mass_mean_length: float  # weighted by path mass: unbiased for independent sampling, apart from fallback
+    mass_mean_length: float  # weighted by path mass without fallback: unbiased for independent sampling
     effective_leaves: float  # mean over trees of 1 / sum of squared path masses
     reasons: dict[str, int]  # leaves by the reason of their end
     depths: dict[int, int]  # leaves by the segment they ended in
@@ -41,7 +41,7 @@ def tree_stats(trees: Sequence[Tree], answer_of: Callable[[str], str | None] | N
     if not trees:
         raise ValueError("tree_stats: no trees")
     leaves = [leaf for tree in trees for leaf in tree.leaves]
-    masses = [tree.masses() for tree in trees]
+    masses = [tree.masses(fallback=False) for tree in trees]
     lengths = [np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))]) for tree in trees]
     return TreeStats(
         trees=len(trees),

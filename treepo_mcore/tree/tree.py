@@ -182,16 +182,26 @@ class Tree:
             counts[self.path(leaf.node)] += 1
         return counts
 
-    def masses(self) -> np.ndarray:
+    def masses(self, fallback: bool = True) -> np.ndarray:
         """Path mass of each leaf, the product of 1/children over its ancestors, float64[leaves] (spec 2.12).
 
-        Sums to 1 once every path has ended.
+        Sums to 1 once every path has ended. Without `fallback`, restarted paths have none and leave the others' as it
+        was before: as restarts depend on how paths ended, only then is the mass-weighted mean over leaves an unbiased
+        estimate of the mean over independent answers.
         """
         masses = np.ones(len(self.leaves))
         for index, leaf in enumerate(self.leaves):
+            if leaf.from_fallback and not fallback:
+                masses[index] = 0
+                continue
             for node in self.path(leaf.node)[:-1]:
-                masses[index] /= len(self._children[node])
+                children = self._children[node]
+                masses[index] /= len(children) if fallback else self._grown(children)
         return masses
+
+    def _grown(self, nodes: Sequence[int]) -> int:
+        """How many of them were not restarted."""
+        return sum(not self.nodes[node].from_fallback for node in nodes)
 
     def depth_first(self) -> list[int]:
         """Node ids in depth-first order, children in order of creation."""

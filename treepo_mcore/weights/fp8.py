@@ -1,30 +1,29 @@
-"""Weights as 128 x 128 blocks of E4M3 with one float32 scale each, as vLLM's block-FP8 linear layers hold them.
+"""Weights as 128 x 128 blocks of E4M3 with one float32 scale each, as vLLM's `fp8_per_block` linear layers hold them.
 
-A block can be quantised where all of it lies. `quantisers` says for every tensor of a plan where that is: on the
-owner (one byte an element travels, and the scales), on the receiver (the tensor travels in the rollout's dtype), or
-nowhere, because the engine's own shard would cut a block; vLLM has no layout for that, so the plan is refused.
+vLLM counts blocks from the first row and column of a rank's own parameter (all of `qkv_proj`, say), so that is the grid
+here. A block that one transfer covers is quantised by the rank that has the weights: one byte an element travels, and
+the scale. Where transfers meet inside a block, its parts travel in the rollout's dtype and the receiver quantises it.
+`block_plan` cuts a plan accordingly, `quantisers` says what became of each tensor.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from treepo_mcore.weights.layout import Piece
-from treepo_mcore.weights.plan import PlanError
+from treepo_mcore.config import ConfigError
+from treepo_mcore.weights.layout import BLOCK, box
+from treepo_mcore.weights.plan import Transfer, part_of
 
-BLOCK = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-4  # amax below which vLLM's quantiser does not go, so that an empty block has a finite scale
-# The linear layers; embeddings, the head, norms and biases keep the rollout's dtype.
-QUANTISED = tuple(
-    f".{name}_proj.weight"
-    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
-)
-Where = Literal["owner", "receiver"]
+CHUNK = 1 << 20  # elements quantised at a time: what bounds the float32 copies
+Where = Literal["owner", "receiver", "both"]
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +39,18 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return whole[:height, :width].contiguous(), scale[:, 0, :, 0]
 
 
+def quantise_into(weight: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """The same into tensors that are there already, a few rows of blocks at a time.
+
+    dtype: what the weight is rounded to first, as it would be on its way into the engine.
+    """
+    step = max(CHUNK // weight.shape[1] // BLOCK, 1) * BLOCK
+    for first in range(0, weight.shape[0], step):
+        some, scales = quantise(weight[first : first + step].to(dtype))
+        values[first : first + step].copy_(some)
+        scale[first // BLOCK : first // BLOCK + len(scales)].copy_(scales)
+
+
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     """Float32 [N, K] of E4M3 values [N, K] and their block scales."""
     height, width = values.shape
@@ -47,39 +58,108 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     return values.float() * spread
 
 
-def quantisers(
-    shapes: dict[str, tuple[int, ...]], sources: list[list[Piece]], targets: list[list[Piece]]
-) -> dict[str, Where]:
-    """Where each linear weight of a plan is quantised.
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a parameter."""
+    return tuple(-(-size // BLOCK) for size in shape)
 
-    shapes: of the HF tensors. Raises `PlanError` with the tensor's name where an edge of the engine's shard cuts a
-    block of it.
+
+def check_whole_columns(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what vLLM could load and not run. shapes: of the FP8 parameters on a rank of the engine.
+
+    A layer's input is quantised in groups of 128, and vLLM asserts that they divide it. Raises `ConfigError`.
     """
-    names = [name for name in shapes if name.endswith(QUANTISED)]
-    where: dict[str, Where] = dict.fromkeys(names, "owner")
-    for piece in (p for pieces in targets for p in pieces if p.tensor in where):
-        if _cuts(piece, shapes[piece.tensor]):
-            raise PlanError(
-                f"{piece.tensor}: the engine's shard {list(piece.shape)} from {list(piece.start)} cuts a block of "
-                f"{BLOCK} x {BLOCK}; use a rollout.tp whose shards are multiples of {BLOCK}, or a bfloat16 rollout"
+    for name, (_, width) in shapes.items():
+        if width % BLOCK:
+            raise ConfigError(
+                f"rollout.engine.quantization: {name} has {width} columns on a rank of the engine, vLLM's FP8 needs "
+                f"a multiple of {BLOCK}; use another rollout.tp, or no quantization"
             )
-    for piece in (p for pieces in sources for p in pieces if p.tensor in where):
-        if _cuts(piece, shapes[piece.tensor]):
-            where[piece.tensor] = "receiver"
-    return where
 
 
-def _cuts(piece: Piece, shape: tuple[int, ...]) -> bool:
-    """Whether an edge of the piece lies inside a block and not at the tensor's end."""
-    return any(
-        first % BLOCK or ((first + size) % BLOCK and first + size != whole)
-        for first, size, whole in zip(piece.start, piece.shape, shape, strict=True)
-    )
+def block_plan(plan: list[Transfer], shapes: dict[str, tuple[int, ...]]) -> list[Transfer]:
+    """The plan with what goes into FP8 parameters cut into whole blocks and the rest.
+
+    shapes: of the FP8 parameters [N, K], by name; all ranks of all engines are alike.
+    """
+    cut: list[Transfer] = []
+    for transfer in plan:
+        shape = shapes.get(transfer.target_local)
+        cut += [transfer] if shape is None else _split(transfer, shape)
+    return cut
+
+
+def quantisers(plan: list[Transfer]) -> dict[str, Where]:
+    """Of a block plan: where each quantised HF tensor is quantised; "both" where some of its blocks are cut."""
+    forms: dict[str, set[str]] = {}
+    for transfer in plan:
+        if transfer.form != "plain":
+            forms.setdefault(transfer.tensor, set()).add(transfer.form)
+    return {
+        name: "both" if len(found) == 2 else "owner" if "blocks" in found else "receiver"
+        for name, found in forms.items()
+    }
+
+
+class Edges:
+    """The blocks of one parameter that come in parts: put together in the rollout's dtype, quantised when complete."""
+
+    def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.values, self.scale, self.dtype = values, scale, dtype
+        self.waiting: dict[tuple[int, int], tuple[Tensor, int]] = {}  # block -> what is there, elements still missing
+
+    def put(self, start: tuple[int, ...], part: Tensor) -> None:
+        """part: a box of the parameter that begins at `start`."""
+        ends = [first + size for first, size in zip(start, part.shape, strict=True)]
+        spans = [range(first // BLOCK, -(-end // BLOCK)) for first, end in zip(start, ends, strict=True)]
+        for index in itertools.product(*spans):
+            corner = tuple(i * BLOCK for i in index)
+            low = tuple(map(max, corner, start))
+            shape = tuple(min(c + BLOCK, end) - a for c, end, a in zip(corner, ends, low, strict=True))
+            piece = box(part, tuple(a - b for a, b in zip(low, start, strict=True)), shape)
+            self._put_into_block((index[0], index[1]), tuple(a - c for a, c in zip(low, corner, strict=True)), piece)
+
+    def _put_into_block(self, index: tuple[int, int], start: tuple[int, ...], piece: Tensor) -> None:
+        rows, columns = (slice(i * BLOCK, (i + 1) * BLOCK) for i in index)
+        target = self.values[rows, columns]
+        block, missing = self.waiting.pop(index, (None, target.numel()))
+        if block is None:
+            block = torch.empty(target.shape, dtype=self.dtype, device=target.device)
+        box(block, start, tuple(piece.shape)).copy_(piece)
+        missing -= piece.numel()
+        if missing:
+            self.waiting[index] = block, missing
+        else:
+            quantise_into(block, target, self.scale[index[0] : index[0] + 1, index[1] : index[1] + 1], self.dtype)
+
+
+def _split(transfer: Transfer, whole: tuple[int, ...]) -> list[Transfer]:
+    """Whole blocks of the parameter, if any, and up to four strips around them. whole: the parameter's shape."""
+    (top, bottom), (left, right) = map(_inner, transfer.target_start, transfer.shape, whole)
+    if top >= bottom or left >= right:
+        return [replace(transfer, form="edge")]
+    height, width = transfer.shape
+    middle = part_of(transfer, top, bottom - top)
+    strips = [
+        part_of(transfer, 0, top),
+        part_of(transfer, bottom, height - bottom),
+        part_of(middle, 0, left, dim=1),
+        part_of(middle, right, width - right, dim=1),
+    ]
+    blocks = replace(part_of(middle, left, right - left, dim=1), form="blocks")
+    return [blocks, *(replace(strip, form="edge") for strip in strips if strip.numel)]
+
+
+def _inner(first: int, size: int, whole: int) -> tuple[int, int]:
+    """The part [from, to) of `size` elements from `first` on that is whole blocks; the last one may be short."""
+    end = first + size
+    return -first % BLOCK, size if end == whole else size - end % BLOCK
 
 
 def _blocks(weight: Tensor) -> Tensor:
-    """[rows of blocks, 128, columns of blocks, 128], zeros beyond the edges."""
-    height, width = (-(-size // BLOCK) for size in weight.shape)
-    whole = torch.zeros(height * BLOCK, width * BLOCK, dtype=weight.dtype, device=weight.device)
-    whole[: weight.shape[0], : weight.shape[1]] = weight
-    return whole.view(height, BLOCK, width, BLOCK)
+    """[rows of blocks, 128, columns of blocks, 128], zeros beyond the edges; a view where there is none."""
+    height, width = scale_shape(tuple(weight.shape))
+    if weight.shape != (height * BLOCK, width * BLOCK):
+        whole = torch.zeros(height * BLOCK, width * BLOCK, dtype=weight.dtype, device=weight.device)
+        whole[: weight.shape[0], : weight.shape[1]] = weight
+        weight = whole
+    return weight.unflatten(1, (width, BLOCK)).unflatten(0, (height, BLOCK))

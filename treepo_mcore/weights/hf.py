@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -69,9 +70,9 @@ def gather_tensors(
         full = torch.empty(shape, dtype=dtype, device=device)
         covered = 0
         for owner, boxes in owned[name].items():
-            size = sum(_numel(s) for _, s in boxes)
+            size = sum(math.prod(s) for _, s in boxes)
             flat = torch.empty(size, dtype=dtype, device=device)
-            parts = flat.split([_numel(s) for _, s in boxes])
+            parts = flat.split([math.prod(s) for _, s in boxes])
             if owner == rank:
                 for part, (start, extent) in zip(parts, boxes, strict=True):
                     part.view(extent).copy_(mine[name, start, extent].of_local(tensors))
@@ -98,10 +99,6 @@ def _owners(pieces: list[Piece]) -> dict[str, dict[int, list[tuple[tuple[int, ..
                 seen.add(key)
                 owned[key[0]][rank].append(key[1:])
     return owned
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def export_directory(source: Path, target: Path, named: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,11 +6,14 @@ of that box in the local tensor. Boxes keep their shape; nothing is ever transpo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from treepo_mcore.architecture import Architecture
+
+BLOCK = 128  # side of a block of weights that shares one FP8 scale
 
 
 @dataclass(frozen=True, order=True)
@@ -30,10 +33,7 @@ class Piece:
     @property
     def numel(self) -> int:
         """Elements in the box."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def box(tensor: Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from treepo_mcore.weights.layout import Piece
+from treepo_mcore.weights.layout import BLOCK, Piece
 
 Layouts = list[list[Piece]]  # pieces of every rank, by rank
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and shape, in the HF tensor
+# How a box travels. plain: in the rollout's dtype. blocks: whole FP8 blocks of the target, quantised by the source, and
+# a float32 scale each. edge: in the rollout's dtype, parts of FP8 blocks that the target then quantises.
+Form = Literal["plain", "blocks", "edge"]
 
 
 class PlanError(ValueError):
@@ -27,14 +32,21 @@ class Transfer:
     target: int  # rank
     target_local: str
     target_start: tuple[int, ...]
+    form: Form = "plain"
 
     @property
     def numel(self) -> int:
         """Elements in the box."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def scales(self) -> int:
+        """Float32 numbers that go with it: one for each of its FP8 blocks."""
+        return math.prod(-(-size // BLOCK) for size in self.shape) if self.form == "blocks" else 0
+
+    def bytes(self, itemsize: int) -> int:
+        """On the wire. itemsize: bytes of an element of the rollout's dtype."""
+        return self.numel + 4 * self.scales if self.form == "blocks" else self.numel * itemsize
 
     @property
     def local(self) -> bool:
@@ -132,48 +144,59 @@ def _show(box: Box) -> str:
     return "[" + ", ".join(f"{a}:{a + n}" for a, n in zip(*box, strict=True)) + "]"
 
 
-def make_rounds(plan: list[Transfer], limit: int) -> list[list[Transfer]]:
-    """What crosses ranks, cut into rounds in which no rank sends or receives more than `limit` elements.
+def make_rounds(plan: list[Transfer], limit: int, itemsize: int = 1) -> list[list[Transfer]]:
+    """What crosses ranks, cut into rounds in which no rank sends or receives more than `limit` bytes.
 
     Each transfer goes into the earliest round that its sender and its receiver both still have room in, so that
     pipeline stages send side by side, to different receivers; between two ranks the plan's order stays. Boxes larger
-    than a round are cut by rows; raises `PlanError` where one row is larger than `limit`.
+    than a round are cut by rows; raises `PlanError` where one row (of blocks, in FP8) is larger than `limit`.
+    itemsize: bytes of an element of the rollout's dtype.
     """
     rounds: list[list[Transfer]] = []
-    sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> elements
+    sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> bytes
     received: dict[tuple[int, int], int] = defaultdict(int)
     latest: dict[tuple[int, int], int] = defaultdict(int)  # source, target -> round of their last transfer
     for transfer in plan:
         if transfer.local:
             continue
-        for part in _cut(transfer, limit):
-            source, target, numel = part.source, part.target, part.numel
+        for part in _cut(transfer, limit, itemsize):
+            source, target, size = part.source, part.target, part.bytes(itemsize)
             number = latest[source, target]
-            while max(sent[source, number], received[target, number]) + numel > limit:
+            while max(sent[source, number], received[target, number]) + size > limit:
                 number += 1
             latest[source, target] = number
-            sent[source, number] += numel
-            received[target, number] += numel
+            sent[source, number] += size
+            received[target, number] += size
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number].append(part)
     return rounds
 
 
-def _cut(transfer: Transfer, limit: int) -> list[Transfer]:
-    if transfer.numel <= limit:
+def _cut(transfer: Transfer, limit: int, itemsize: int) -> list[Transfer]:
+    if transfer.bytes(itemsize) <= limit:
         return [transfer]
     height = transfer.shape[0]
-    count = limit // (transfer.numel // height)
+    unit = min(BLOCK if transfer.form == "blocks" else 1, height)
+    least = part_of(transfer, 0, unit).bytes(itemsize)
+    count = limit // least * unit
     if count == 0:
-        raise PlanError(f"{transfer.tensor}: one row of {transfer.numel // height} elements is more than {limit}")
-    return [_rows(transfer, first, min(count, height - first)) for first in range(0, height, count)]
+        raise PlanError(
+            f"{transfer.tensor}: {least} bytes of {transfer.target_local} cannot be sent in parts, and a quarter of "
+            f"rollout.push_staging_mb has room for {limit}"
+        )
+    return [part_of(transfer, first, min(count, height - first)) for first in range(0, height, count)]
 
 
-def _rows(transfer: Transfer, first: int, count: int) -> Transfer:
+def part_of(transfer: Transfer, first: int, count: int, dim: int = 0) -> Transfer:
+    """`count` rows of the box (columns with dim 1), from the row `first` of it on."""
+
+    def moved(start: tuple[int, ...]) -> tuple[int, ...]:
+        return (*start[:dim], start[dim] + first, *start[dim + 1 :])
+
     return replace(
         transfer,
-        shape=(count, *transfer.shape[1:]),
-        source_start=(transfer.source_start[0] + first, *transfer.source_start[1:]),
-        target_start=(transfer.target_start[0] + first, *transfer.target_start[1:]),
+        shape=(*transfer.shape[:dim], count, *transfer.shape[dim + 1 :]),
+        source_start=moved(transfer.source_start),
+        target_start=moved(transfer.target_start),
     )

@@ -1,14 +1,14 @@
 """Runs a plan: local copies straight into the engine's parameters, the rest point to point through a fixed buffer.
 
-Every round packs what a rank sends into one message per receiver, in the engine's dtype; while a round is on the
-wire, the one before it is unpacked. The staging buffer is allocated once and is all the memory a push needs: no
-tensor is ever put together anywhere but in its parameter, and parameters keep their addresses.
+Every round packs what a rank sends into one message per receiver, in the engine's dtype or as FP8 blocks and their
+scales; while a round is on the wire, the one before it is unpacked. The staging buffer is allocated once and is all the
+memory a push needs: no tensor is ever put together anywhere but in its parameter, and parameters keep their addresses.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treepo_mcore.weights.layout import Piece, box
+from treepo_mcore.weights.fp8 import FP8, Edges, block_plan, check_whole_columns, quantise_into, scale_shape
+from treepo_mcore.weights.layout import BLOCK, Piece, box
 from treepo_mcore.weights.plan import Transfer, make_plan, make_rounds
+from treepo_mcore.weights.vllm import SCALE, fp8_parameters
 
 STAGING_BYTES = 256 << 20
 HALVES = 2  # double buffering
+ALIGNMENT = 8  # bytes, of a message in the staging buffer
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> integers of that size
 
 
@@ -42,13 +45,28 @@ class PushReport:
 
 
 @dataclass
+class _Part:
+    """One transfer of a message: this rank's view of the box and the slot of it in the staging buffer."""
+
+    transfer: Transfer
+    view: Tensor
+    scale: Tensor | None = None  # of FP8 blocks: the view in the receiver's scales
+    edges: Edges | None = None  # of cut FP8 blocks: where the receiver puts them together
+    slot: Tensor = field(init=False)
+    scale_slot: Tensor | None = None
+
+
+@dataclass
 class _Message:
-    """What goes between this rank and one other in one round, in a slice of the staging buffer."""
+    """What goes between this rank and one other in one round: bytes [first, first + size) of a staging half.
+
+    Scales come first, then what is in the rollout's dtype, then FP8 values: each begins at a multiple of its size.
+    """
 
     peer: int
-    first: int = 0  # element of the staging half
-    numel: int = 0
-    parts: list[tuple[Transfer, Tensor]] = field(default_factory=list)  # with the view in the local tensor
+    first: int = 0
+    size: int = 0
+    parts: list[_Part] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,29 +101,33 @@ class Push:
     ) -> None:
         """Look up every view and allocate the staging buffer.
 
-        plan: of all ranks. sources, targets: local tensors by name; their storage must stay where it is. All targets
-        share one dtype, in which weights travel. padding: views of the targets that the plan leaves out; every push
-        writes zeros there. staging_bytes: the most that a rank's buffer may take, both directions and both halves
-        together; raises `PlanError` when a single row of a tensor does not fit.
+        plan: of all ranks. sources, targets: local tensors by name; their storage must stay where it is. Targets share
+        one dtype, in which weights travel, but for E4M3 ones with their scales, which get 128 x 128 blocks. padding:
+        views of the targets that the plan leaves out; every push writes zeros there. staging_bytes: the most that a
+        rank's buffer may take, both directions and both halves together; raises `PlanError` when a single row of a
+        tensor does not fit, `ConfigError` when vLLM could not run an FP8 parameter of this shape.
         """
         self.rank = dist.get_rank()
-        self.dtype = _common_dtype(targets)
+        quantised = fp8_parameters(targets)
+        check_whole_columns(quantised)
+        self.plan = block_plan(plan, quantised)
+        self.dtype = _common_dtype(targets, quantised)
+        self.device = next(iter(targets.values())).device
         self.padding = list(padding)
         size = self.dtype.itemsize
-        limit = staging_bytes // (2 * HALVES * size)
-        self.local = [
-            (_target_view(t, targets), _source_view(t, sources)) for t in plan if t.local and t.target == self.rank
-        ]
-        self.rounds = [_bind(part, self.rank, sources, targets) for part in make_rounds(plan, limit)]
-        device = next(iter(targets.values())).device
+        limit = staging_bytes // (2 * HALVES) - ALIGNMENT * dist.get_world_size()
+        bind = _Binder(self.rank, sources, targets, self.dtype)
+        self.local = [(t, bind.source(t), bind.target(t)) for t in self.plan if t.local and t.target == self.rank]
+        self.rounds = [bind.round(part) for part in make_rounds(self.plan, limit, size)]
         # NCCL connects all ranks at their first collective; the rounds may involve only some of them.
-        dist.all_reduce(torch.zeros(1, device=device))
-        self.out = self._staging(limit, [r.sends for r in self.rounds], device)
-        self.inbox = self._staging(limit, [r.receives for r in self.rounds], device)
-        self.sent_bytes = size * sum(m.numel for r in self.rounds for m in r.sends)
-        self.received_bytes = size * sum(m.numel for r in self.rounds for m in r.receives)
-        self.local_bytes = size * sum(view.numel() for view, _ in self.local)
-        self.staging_bytes = size * (self.out.numel() + self.inbox.numel())
+        dist.all_reduce(torch.zeros(1, device=self.device))
+        self.out = self._staging([r.sends for r in self.rounds])
+        self.inbox = self._staging([r.receives for r in self.rounds])
+        self.edges = list(bind.edges.values())
+        self.sent_bytes = sum(m.size for r in self.rounds for m in r.sends)
+        self.received_bytes = sum(m.size for r in self.rounds for m in r.receives)
+        self.local_bytes = sum(t.bytes(size) for t, _, _ in self.local)
+        self.staging_bytes = sum(half.nbytes for half in (*self.out, *self.inbox))
         assert self.staging_bytes <= staging_bytes
 
     @torch.no_grad()
@@ -115,7 +137,7 @@ class Push:
         verify: compare checksums of what was sent with what now stands in the targets; raises `TransferError`.
         """
         begin = time.perf_counter()
-        sums = _Checksums() if verify else None
+        sums = _Checksums(self.device) if verify else None
         for view in self.padding:
             view.zero_()
         works: list[list[dist.Work]] = []
@@ -129,9 +151,10 @@ class Push:
             self._finish(len(self.rounds) - 1, works[-1], sums)
         else:
             self._copy_local()
+        assert not any(edges.waiting for edges in self.edges), "an FP8 block is incomplete"
         if sums is not None:
             sums.compare(self.rank)
-        if self.inbox.is_cuda:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return PushReport(
             self.sent_bytes,
@@ -142,37 +165,128 @@ class Push:
             sums.seconds if sums is not None else 0.0,
         )
 
-    def _staging(self, limit: int, messages: list[list[_Message]], device: torch.device) -> Tensor:
-        """[HALVES, elements of this rank's largest round]."""
-        largest = max((sum(m.numel for m in part) for part in messages), default=0)
-        assert largest <= limit
-        return torch.empty(HALVES, largest, dtype=self.dtype, device=device)
+    def _staging(self, messages: list[list[_Message]]) -> list[Tensor]:
+        """Both halves, bytes, each as long as its largest round; with one round the second is empty."""
+        halves = []
+        for half in range(HALVES):
+            mine = [message for part in messages[half::HALVES] for message in part]
+            buffer = torch.empty(
+                max((m.first + m.size for m in mine), default=0), dtype=torch.uint8, device=self.device
+            )
+            for message in mine:
+                _lay_out(message, buffer, self.dtype)
+            halves.append(buffer)
+        return halves
 
     def _copy_local(self) -> None:
-        for target, source in self.local:
-            target.copy_(source)
+        for transfer, source, target in self.local:
+            if target.edges is not None:
+                target.edges.put(transfer.target_start, source.view)
+            elif target.scale is not None:
+                quantise_into(source.view, target.view, target.scale, self.dtype)
+            else:
+                target.view.copy_(source.view)
 
     def _start(self, number: int, current: _Round, sums: _Checksums | None) -> list[dist.Work]:
         out, inbox = self.out[number % HALVES], self.inbox[number % HALVES]
         operations = []
         for message in current.sends:
-            for (transfer, view), slot in zip(message.parts, _slots(out, message), strict=True):
-                slot.copy_(view)
-                if sums is not None:
-                    sums.sent(transfer, slot)
+            for part in message.parts:
+                if part.scale_slot is None:
+                    part.slot.copy_(part.view)
+                else:
+                    quantise_into(part.view, part.slot, part.scale_slot, self.dtype)
             operations.append(dist.P2POp(dist.isend, _span(out, message), message.peer))
-        operations += [dist.P2POp(dist.irecv, _span(inbox, m), m.peer) for m in current.receives]
+            if sums is not None:
+                operations.append(dist.P2POp(dist.isend, sums.of_packed(message), message.peer))
+        for message in current.receives:
+            operations.append(dist.P2POp(dist.irecv, _span(inbox, message), message.peer))
+            if sums is not None:
+                operations.append(dist.P2POp(dist.irecv, sums.to_come(message), message.peer))
         return dist.batch_isend_irecv(operations) if operations else []
 
     def _finish(self, number: int, works: list[dist.Work], sums: _Checksums | None) -> None:
         for work in works:
             work.wait()
-        inbox = self.inbox[number % HALVES]
         for message in self.rounds[number].receives:
-            for (transfer, view), slot in zip(message.parts, _slots(inbox, message), strict=True):
-                view.copy_(slot)
-                if sums is not None:
-                    sums.arrived(transfer, view)
+            for part in message.parts:
+                if part.edges is not None:
+                    part.edges.put(part.transfer.target_start, part.slot)
+                else:
+                    part.view.copy_(part.slot)
+                if part.scale is not None and part.scale_slot is not None:
+                    part.scale.copy_(part.scale_slot)
+            if sums is not None:
+                sums.arrived(message)
+
+
+class _Binder:
+    """Views of this rank's tensors for the transfers of a plan."""
+
+    def __init__(self, rank: int, sources: dict[str, Tensor], targets: dict[str, Tensor], dtype: torch.dtype) -> None:
+        self.rank, self.sources, self.targets, self.dtype = rank, sources, targets, dtype
+        self.edges: dict[str, Edges] = {}  # by parameter
+
+    def source(self, transfer: Transfer) -> _Part:
+        return _Part(transfer, box(self.sources[transfer.source_local], transfer.source_start, transfer.shape))
+
+    def target(self, transfer: Transfer) -> _Part:
+        name = transfer.target_local
+        if transfer.form == "edge":
+            if name not in self.edges:
+                self.edges[name] = Edges(self.targets[name], self.targets[name + SCALE], self.dtype)
+            return _Part(transfer, self.targets[name], edges=self.edges[name])
+        part = _Part(transfer, box(self.targets[name], transfer.target_start, transfer.shape))
+        if transfer.form == "blocks":
+            start = tuple(first // BLOCK for first in transfer.target_start)
+            part.scale = box(self.targets[name + SCALE], start, scale_shape(transfer.shape))
+        return part
+
+    def round(self, transfers: list[Transfer]) -> _Round:
+        sends: dict[int, _Message] = {}
+        receives: dict[int, _Message] = {}
+        for transfer in transfers:
+            if transfer.source == self.rank:
+                message = sends.setdefault(transfer.target, _Message(transfer.target))
+                message.parts.append(self.source(transfer))
+            elif transfer.target == self.rank:
+                message = receives.setdefault(transfer.source, _Message(transfer.source))
+                message.parts.append(self.target(transfer))
+        return _Round(self._placed(sends), self._placed(receives))
+
+    def _placed(self, messages: dict[int, _Message]) -> list[_Message]:
+        """Messages by peer, one behind the other in the staging half."""
+        first = 0
+        ordered = [messages[peer] for peer in sorted(messages)]
+        for message in ordered:
+            message.first = first
+            message.size = sum(part.transfer.bytes(self.dtype.itemsize) for part in message.parts)
+            first += -(-message.size // ALIGNMENT) * ALIGNMENT
+        return ordered
+
+
+def _lay_out(message: _Message, half: Tensor, dtype: torch.dtype) -> None:
+    """Give every part its slots."""
+    end = message.first
+
+    def slot(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        nonlocal end
+        begin, end = end, end + math.prod(shape) * kind.itemsize
+        return half[begin:end].view(kind).view(shape)
+
+    blocks = [part for part in message.parts if part.transfer.form == "blocks"]
+    for part in blocks:
+        part.scale_slot = slot(scale_shape(part.transfer.shape), torch.float32)
+    for part in message.parts:
+        if part.transfer.form != "blocks":
+            part.slot = slot(part.transfer.shape, dtype)
+    for part in blocks:
+        part.slot = slot(part.transfer.shape, FP8)
+    assert end == message.first + message.size
+
+
+def _span(half: Tensor, message: _Message) -> Tensor:
+    return half[message.first : message.first + message.size]
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -192,87 +306,58 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 class _Checksums:
-    """Per box and peer, in the plan's order; exchanged once, after the last round."""
+    """Per box of every message; the sender's travel behind the message, and nobody waits for them before the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds = 0.0
-        self.outgoing: dict[int, list[Tensor]] = defaultdict(list)
-        self.incoming: dict[int, list[tuple[Transfer, Tensor]]] = defaultdict(list)
+        self.outgoing: list[Tensor] = []  # alive while they are on the wire
+        self.claimed: list[Tensor] = []  # of the messages to this rank, in the order of their rounds
+        self.found: list[tuple[_Message, Tensor]] = []
 
-    def sent(self, transfer: Transfer, packed: Tensor) -> None:
+    def of_packed(self, message: _Message) -> Tensor:
+        """Of what stands in the staging buffer, int64 [parts]."""
         begin = time.perf_counter()
-        self.outgoing[transfer.target].append(checksum(packed))
+        self.outgoing.append(torch.stack([_sum(part.slot, part.scale_slot) for part in message.parts]))
         self.seconds += time.perf_counter() - begin
+        return self.outgoing[-1]
 
-    def arrived(self, transfer: Transfer, view: Tensor) -> None:
+    def to_come(self, message: _Message) -> Tensor:
+        """Where the sender's will stand."""
+        self.claimed.append(torch.empty(len(message.parts), dtype=torch.int64, device=self.device))
+        return self.claimed[-1]
+
+    def arrived(self, message: _Message) -> None:
+        """Of what stands in the parameters now; of the parts of cut FP8 blocks, which do not, in the staging buffer."""
         begin = time.perf_counter()
-        self.incoming[transfer.source].append((transfer, checksum(view)))
+        stands = [(p.view, p.scale) if p.edges is None else (p.slot, None) for p in message.parts]
+        self.found.append((message, torch.stack([_sum(*both) for both in stands])))
         self.seconds += time.perf_counter() - begin
 
     def compare(self, rank: int) -> None:
         begin = time.perf_counter()
-        found = {peer: torch.stack([value for _, value in items]) for peer, items in self.incoming.items()}
-        claimed = {peer: torch.empty_like(values) for peer, values in found.items()}
-        operations = [dist.P2POp(dist.isend, torch.stack(v), p) for p, v in sorted(self.outgoing.items())]
-        operations += [dist.P2POp(dist.irecv, values, peer) for peer, values in sorted(claimed.items())]
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        self.seconds += time.perf_counter() - begin
-        for peer, items in sorted(self.incoming.items()):
-            for index in (found[peer] != claimed[peer]).nonzero().flatten().tolist():
-                bad = items[index][0]
+        for (message, found), claimed in zip(self.found, self.claimed, strict=True):
+            for index in (found != claimed).nonzero().flatten().tolist():
+                bad = message.parts[index].transfer
                 raise TransferError(
-                    f"push: {bad.tensor} from rank {peer} arrived damaged in {bad.target_local} on rank {rank}"
+                    f"push: {bad.tensor} from rank {bad.source} arrived damaged in {bad.target_local} on rank {rank}"
                 )
+        self.seconds += time.perf_counter() - begin
 
 
-def _common_dtype(targets: dict[str, Tensor]) -> torch.dtype:
-    first, dtype = next((name, tensor.dtype) for name, tensor in targets.items())
-    for name, tensor in targets.items():
-        if tensor.dtype != dtype:
-            raise ValueError(f"push: {name} is {tensor.dtype} and {first} is {dtype}; one dtype was expected")
+def _sum(values: Tensor, scale: Tensor | None) -> Tensor:
+    return checksum(values) if scale is None else checksum(values) + checksum(scale)
+
+
+def _common_dtype(targets: dict[str, Tensor], quantised: Iterable[str]) -> torch.dtype:
+    """Of the targets that are neither FP8 nor scales; also looks at the scales."""
+    scales = {name + SCALE for name in quantised}
+    for name in scales:
+        if targets[name].dtype != torch.float32:
+            raise ValueError(f"push: {name} is {targets[name].dtype}, float32 scales were expected")
+    plain = {name: tensor.dtype for name, tensor in targets.items() if name not in scales and tensor.dtype != FP8}
+    first, dtype = next(iter(plain.items()))
+    for name, found in plain.items():
+        if found != dtype:
+            raise ValueError(f"push: {name} is {found} and {first} is {dtype}; one dtype was expected")
     return dtype
-
-
-def _source_view(transfer: Transfer, sources: dict[str, Tensor]) -> Tensor:
-    return box(sources[transfer.source_local], transfer.source_start, transfer.shape)
-
-
-def _target_view(transfer: Transfer, targets: dict[str, Tensor]) -> Tensor:
-    return box(targets[transfer.target_local], transfer.target_start, transfer.shape)
-
-
-def _bind(transfers: list[Transfer], rank: int, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> _Round:
-    sends: dict[int, _Message] = {}
-    receives: dict[int, _Message] = {}
-    for transfer in transfers:
-        if transfer.source == rank:
-            message = sends.setdefault(transfer.target, _Message(transfer.target))
-            message.parts.append((transfer, _source_view(transfer, sources)))
-        elif transfer.target == rank:
-            message = receives.setdefault(transfer.source, _Message(transfer.source))
-            message.parts.append((transfer, _target_view(transfer, targets)))
-    return _Round(_placed(sends), _placed(receives))
-
-
-def _placed(messages: dict[int, _Message]) -> list[_Message]:
-    """Messages by peer, one behind the other in the staging half."""
-    first = 0
-    ordered = [messages[peer] for peer in sorted(messages)]
-    for message in ordered:
-        message.first = first
-        message.numel = sum(transfer.numel for transfer, _ in message.parts)
-        first += message.numel
-    return ordered
-
-
-def _span(half: Tensor, message: _Message) -> Tensor:
-    return half[message.first : message.first + message.numel]
-
-
-def _slots(half: Tensor, message: _Message) -> Iterable[Tensor]:
-    """The boxes of a message in the staging half, each in its shape."""
-    first = message.first
-    for transfer, _ in message.parts:
-        yield half[first : first + transfer.numel].view(transfer.shape)
-        first += transfer.numel

@@ -3,19 +3,24 @@
 Llama, Mistral, Qwen2 and Qwen3 in vLLM 0.26 share one set of names. Facts of vLLM that this file owns: ``qkv_proj``
 holds this rank's query heads, then its key heads, then its value heads; with fewer key/value heads than ranks, runs
 of neighbouring ranks hold the same head; ``gate_up_proj`` holds gate rows above up rows; vocabulary rows are padded
-to a multiple of 64 and then split evenly.
+to a multiple of 64 and then split evenly; `fp8_per_block` adds a float32 ``_scale_inv`` to every linear weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from treepo_mcore.architecture import Architecture
+from treepo_mcore.config import ConfigError
+from treepo_mcore.weights.fp8 import scale_shape
 from treepo_mcore.weights.layout import Piece, rows
 
 VOCAB_UNIT = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
+LINEAR = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")  # what vLLM quantises
+SCALE = "_scale_inv"  # behind the name of a block-quantised weight
 
 
 def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_rank: int) -> list[Piece]:
@@ -25,6 +30,7 @@ def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_r
     the model lacks, or whose shape is another (an engine that repacks its weights shows empty ones).
     """
     expected = vllm_shapes(arch, tp)
+    expected |= {name + SCALE: scale_shape(expected[name]) for name in fp8_parameters(parameters) if name in expected}
     for name in parameters.keys() - expected.keys():
         raise ValueError(f"vLLM parameter {name}: not in the layout of the {arch.family} family")
     for name, shape in expected.items():
@@ -34,6 +40,16 @@ def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_r
         if found != shape:
             raise ValueError(f"vLLM parameter {name}: shape {list(found)}, the layout implies {list(shape)}")
     return list(vllm_pieces(arch, tp, tp_rank))
+
+
+def fp8_parameters(parameters: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that a real model holds in FP8."""
+    return {name: tuple(tensor.shape) for name, tensor in parameters.items() if tensor.dtype == torch.float8_e4m3fn}
+
+
+def fp8_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
+    """The same from the sizes alone: what `fp8_per_block` quantises on one rank of an engine."""
+    return {name: shape for name, shape in vllm_shapes(arch, tp).items() if name.endswith(LINEAR)}
 
 
 def vllm_padding(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_rank: int) -> list[Tensor]:
@@ -46,7 +62,7 @@ def vllm_padding(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_
 def vllm_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
     """Every parameter of one rank with its shape; all ranks of an engine are alike.
 
-    Raises `ValueError` for sizes that vLLM cannot split over `tp` ranks.
+    Raises `ConfigError` for sizes that vLLM cannot split over `tp` ranks.
     """
     _check_divisible(arch, tp)
     hidden, head = arch.hidden, arch.head_dim
@@ -145,6 +161,8 @@ def _check_divisible(arch: Architecture, tp: int) -> None:
     sizes = {"attention heads": arch.heads, "FFN width": arch.ffn, "padded vocabulary": _padded_vocab(arch)}
     for what, size in sizes.items():
         if size % tp:
-            raise ValueError(f"rollout.tp: {tp} does not divide the model's {what} of {size}")
+            raise ConfigError(f"rollout.tp: {tp} does not divide the model's {what} of {size}")
     if arch.kv_heads % tp and tp % arch.kv_heads:
-        raise ValueError(f"rollout.tp: {tp} and the model's {arch.kv_heads} key/value heads: neither divides the other")
+        raise ConfigError(
+            f"rollout.tp: {tp} and the model's {arch.kv_heads} key/value heads: neither divides the other"
+        )
