@@ -52,11 +52,17 @@ def test_scripts_pass_shellcheck(job, tmp_path):
     _shellcheck(render(JOBS[job]), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "script", ["tools/setup_venv.sh", "tools/install_slurm.sh", "tests/launch/cluster.sh", ".ci/run"]
-)
+OURS = [
+    *ROOT.glob("tools/*.sh"),
+    *ROOT.glob("tests/launch/*.sh"),
+    *ROOT.glob("examples/ngc/*.sh"),
+    ROOT / ".ci" / "run",
+]
+
+
+@pytest.mark.parametrize("script", OURS, ids=lambda path: path.name)
 def test_our_own_scripts_pass_shellcheck(script, tmp_path):
-    _shellcheck((ROOT / script).read_text(), tmp_path)
+    _shellcheck(script.read_text(), tmp_path)
 
 
 def _shellcheck(script: str, folder: Path) -> None:
