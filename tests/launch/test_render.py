@@ -52,12 +52,8 @@ def test_scripts_pass_shellcheck(job, tmp_path):
     _shellcheck(render(JOBS[job]), tmp_path)
 
 
-OURS = [
-    *ROOT.glob("tools/*.sh"),
-    *ROOT.glob("tests/launch/*.sh"),
-    *ROOT.glob("examples/ngc/*.sh"),
-    ROOT / ".ci" / "run",
-]
+OURS = [ROOT / ".ci" / "run"]
+OURS += [path for folder in ("tools", "tests/launch", "examples/ngc") for path in sorted((ROOT / folder).glob("*.sh"))]
 
 
 @pytest.mark.parametrize("script", OURS, ids=lambda path: path.name)
