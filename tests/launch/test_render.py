@@ -53,11 +53,13 @@ def test_scripts_pass_shellcheck(job, tmp_path):
     _shellcheck(render(JOBS[job]), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "script", ["tools/setup_venv.sh", "tools/install_slurm.sh", "tests/launch/cluster.sh", ".ci/run"]
-)
+OURS = [ROOT / ".ci" / "run"]
+OURS += [path for folder in ("tools", "tests/launch", "examples/ngc") for path in sorted((ROOT / folder).glob("*.sh"))]
+
+
+@pytest.mark.parametrize("script", OURS, ids=lambda path: path.name)
 def test_our_own_scripts_pass_shellcheck(script, tmp_path):
-    _shellcheck((ROOT / script).read_text(), tmp_path)
+    _shellcheck(script.read_text(), tmp_path)
 
 
 def _shellcheck(script: str, folder: Path) -> None:
@@ -157,3 +159,6 @@ def test_submit_hands_the_script_to_sbatch(tmp_path, monkeypatch):
     command = ["launch", "slurm", str(CONFIG), "--nodes", "2", "--submit"]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     assert (tmp_path / "submitted").read_text() == render(JOBS["slurm"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="no sbatch on this machine"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
