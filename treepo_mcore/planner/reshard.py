@@ -22,7 +22,7 @@ SENT, RECEIVED = range(2)
 WHO = {
     "owner": "their owners",
     "receiver": "their receivers",
-    "both": "owners, and where shards cut blocks by receivers",
+    "both": "owners, blocks that shards cut by receivers",
 }
 
 
