@@ -18,7 +18,7 @@ from treepo_mcore.weights.transfer import Push, plan_push
 from treepo_mcore.weights.vllm import vllm_layout
 
 
-def run(config: dict[str, Any], gpus_per_node: int) -> dict[str, Any]:
+def run(config: dict[str, Any], gpus_per_node: int, staging: int) -> dict[str, Any]:
     """Build both models and the push between them, as the trainer does."""
     init_process_group()
     os.environ["GROUP_RANK"] = str(dist.get_rank() // gpus_per_node)
@@ -29,7 +29,7 @@ def run(config: dict[str, Any], gpus_per_node: int) -> dict[str, Any]:
     engine = VllmEngine(settings, actor.arch, source, EOS_IDS)
     parameters = engine.parameters()
     plan = plan_push(actor.pieces, vllm_layout(parameters, actor.arch, settings.rollout.tp, actor.grid.engine_rank))
-    push = Push(plan, actor.tensors, parameters)
+    push = Push(plan, actor.tensors, parameters, staging_bytes=staging)
     return {
         "plan": [asdict(transfer) for transfer in push.plan],
         "groups": created,

@@ -106,15 +106,13 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
     held: dict[tuple[int, int], list[Piece]] = {}
     parameters: list[dict[str, Tensor]] = []
     for rank in range(world):
-        with fake_rank(rank, world) as created:
-            grid = build_grid(config.actor, tp, config.run.seed)
+        with fake_rank(rank, world) as created, _grid(config) as grid:
             place = grid.tp_rank, grid.pp_rank
             if place not in held:
                 held[place] = megatron_layout(build_meta_model(configs, arch), arch, grid.tp_rank)
             with engine.groups():
                 if rank < tp:
                     parameters.append(engine.parameters())
-            leave_grid()
         grids.append(grid)
         groups = groups or created
         _check_same_groups(rank, created, groups)
@@ -128,6 +126,14 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
         [_padding(parameters[r], arch, tp, r) for r in range(tp)],
         [rank // gpus_per_node for rank in range(world)],
     )
+
+
+@contextlib.contextmanager
+def _grid(config: Config) -> Iterator[Grid]:
+    try:
+        yield build_grid(config.actor, config.rollout.tp, config.run.seed)
+    finally:
+        leave_grid()
 
 
 def _check_same_groups(rank: int, created: list[Group], first: list[Group]) -> None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:  # Megatron and vLLM come with it
 KINDS = ("same GPU", "same node", "across nodes")
 GPU, NODE, NETWORK = range(3)
 SENT, RECEIVED = range(2)
+WHO = {
+    "owner": "their owners",
+    "receiver": "their receivers",
+    "both": "owners, blocks that shards cut by receivers",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def describe(report: dict[str, Any]) -> list[str]:
         + ("every byte arrives once" if report["covered_once"] else "NOT every byte arrives once"),
         f"{'GB':14}{'total':>10}{'a rank sends':>19}{'a rank receives':>19}{'GB/s':>8}",
         *rows,
-        *([f"FP8 weights by who quantises them: {quantised}"] if quantised else []),
+        *(f"FP8: {count} weights quantised by {WHO[who]}" for who, count in sorted(quantised.items())),
         f"a rank receives at most {report['bytes_received_max'] / 1e9:.2f} GB from others, "
         f"stages at most {report['staging_bytes_max'] / (1 << 20):.0f} MiB",
         f"busiest link: rank {busiest['rank']} {busiest['direction']} {busiest['bytes'] / 1e9:.2f} GB "
