@@ -3,11 +3,14 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TE := .te
 # CPU runs: one thread a process, no compilation (treepo_mcore/environment.py says why).
+ifeq ($(wildcard /dev/nvidiactl),)
 export OMP_NUM_THREADS ?= 1
 export TORCHDYNAMO_DISABLE ?= 1
+endif
 
-.PHONY: demo test test-long lint setup lock clean
+.PHONY: demo test test-long test-te test-gpu lint setup lock clean
 
 setup: $(STAMP)
 
@@ -29,6 +32,15 @@ test: setup  ## everything that fits into 25 minutes on 2 cores
 test-long: setup  ## kills, layouts, the demo: another 45 minutes
 	$(BIN)/python -m pytest tests -m long
 
+test-te: $(TE)/libte_cublas_shim.so  ## TransformerEngine's layers, built without a GPU; TE_WHEEL=..., see docs/gpu.md
+	PYTHONPATH=$(TE)/site LD_PRELOAD=$(abspath $<) $(BIN)/python -m pytest tests/te
+
+$(TE)/libte_cublas_shim.so: $(STAMP) requirements/te.lock tools/setup_te.sh tools/te_cublas_shim.c
+	tools/setup_te.sh $(BIN)/python $(TE) $(TE_WHEEL)
+
+test-gpu:  ## what needs a GPU, in the environment that is active (docs/gpu.md)
+	python -m pytest tests -m gpu
+
 UV_COMPILE := uv pip compile --python $(BIN)/python --generate-hashes --no-emit-index-url --no-emit-find-links \
   --no-annotate --no-header
 lock:  ## resolve requirements/*.in anew; needs uv
@@ -37,4 +49,4 @@ lock:  ## resolve requirements/*.in anew; needs uv
 	$(UV_COMPILE) --no-deps -o requirements/gpu-source.lock requirements/gpu-source.in
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(TE) .cache build dist *.egg-info

@@ -23,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cli_trees.app, name="trees")
 app.add_typer(cli_plan.app, name="plan")
 app.add_typer(cli_launch.app, name="launch")
+app.add_typer(cli_plan.app, name="plan")
 
 
 @app.callback()
@@ -62,6 +63,21 @@ def train(
         print(json.dumps(summary), flush=True)
     if "stopped" in summary:
         sys.exit(STOPPED)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one object instead of the table")] = False,
+) -> None:
+    """Say what this machine has for a run, what of it is used, and what the rest costs.
+
+    Exit status 0 when a run can start here, else 1.
+    """
+    from treepo_mcore.observe import doctor as examination
+
+    findings = examination.examine()
+    print(json.dumps(examination.as_json(findings), indent=1) if as_json else examination.table(findings))
+    raise typer.Exit(0 if examination.can_start(findings) else 1)
 
 
 def main() -> None:

@@ -223,10 +223,15 @@ class ActorConfig(Section):
     first_stage_layers: int | None = Field(None, ge=1)  # uneven pipelines
     last_stage_layers: int | None = Field(None, ge=1)
     sequence_parallel: bool = False
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of parameters and activations
+    # Linear layers in FP8, forward and backward, in the pass for log-probs too; needs TransformerEngine and a GPU that
+    # has it. current: one scale a tensor; blockwise: one for 128 elements or 128 x 128. Both leave the first and the
+    # last layer in bfloat16 (actor.megatron.first_last_layers_bf16, num_layers_at_start_in_bf16 and ..._at_end_...).
+    # Other recipes of Megatron: actor.megatron.fp8 and fp8_recipe.
+    fp8: Literal["none", "current", "blockwise"] = "none"
     packing: Literal["tree", "flat"] = "tree"  # flat: every leaf its own copy of the prefix, for comparison
     micro_batch_tokens: int = Field(8192, ge=1)  # unique tokens of one packed sequence
-    attention: Literal["auto", "dense", "chain"] = "auto"  # auto: chain on CPU
+    attention: Literal["auto", "dense", "chain", "flex"] = "auto"  # auto: chain on a CPU, flex on a GPU
     recompute: Literal["none", "selective", "full"] = "none"
     # What ratios are taken against. recompute: a pass of the actor before the first update; engine: the log-probs that
     # came with the tokens, which saves that pass.
@@ -255,6 +260,15 @@ class ActorConfig(Section):
                 "already carries the importance weight (none or token_mask)"
             )
         return self
+
+
+class MemoryConfig(Section):
+    """What leaves the GPU while the engine has it."""
+
+    # optimizer and parameters wait in pinned host memory, gradients are given up. Default: optimizer and gradients on a
+    # GPU, nothing on a CPU.
+    offload: list[Literal["parameters", "gradients", "optimizer"]] | None = None
+    host_gib: float | None = Field(None, gt=0)  # most for the ranks of a node; default: 90 % of what is free
 
 
 class RewardConfig(Section):
@@ -297,6 +311,7 @@ class Config(Section):
     filter: FilterConfig = FilterConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     actor: ActorConfig = ActorConfig()
+    memory: MemoryConfig = MemoryConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -332,7 +347,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping at the top, found {type(raw).__name__}")
     for override in overrides or []:
-        _apply(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, where=str(file))
 
 
@@ -362,7 +377,8 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Put one ``a.b.c=value`` into a nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected key=value")

@@ -28,15 +28,27 @@ ENVIRONMENT = {
 }
 
 
+# With one.
+GPU_ENVIRONMENT = {
+    # Kernels start in the order in which they were queued: Megatron's overlapped communication counts on it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
+
+def driver_is_there() -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    return os.path.exists("/dev/nvidiactl")
+
+
 def has_gpu() -> bool:
     """Whether an NVIDIA device is there and not hidden; torch need not be imported for it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return os.path.exists("/dev/nvidiactl") and not hidden
+    return driver_is_there() and not hidden
 
 
 def prepare_environment() -> None:
     """Set defaults; whatever the user has set stays."""
-    for key, value in (ENVIRONMENT if has_gpu() else ENVIRONMENT | CPU_ENVIRONMENT).items():
+    for key, value in (ENVIRONMENT | (GPU_ENVIRONMENT if has_gpu() else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(key, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from typing import Any
@@ -24,6 +25,7 @@ from treepo_mcore.observe.heartbeat import listen_to_nodes
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.signals import STOPPED, StopRequest
+from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
@@ -55,8 +57,10 @@ class Trainer:
         self.held_out = load_prompts(config.data.eval, config.data, tokenizer) if config.data.eval else []
         engine_arguments(config, self.arch, self.directory)
         megatron_configs(config.actor, self.arch)
+        check_allocator(os.environ)
         init_process_group()
         check_grid(config, dist.get_world_size())
+        check_host_memory(config, self.arch, dist.get_world_size(), local_ranks(), torch.cuda.is_available())
         check_engine(config, self.arch, self.directory)
         store = dist.distributed_c10d._get_default_store()
         self.heartbeat = listen_to_nodes(dist.get_rank(), dist.get_world_size(), store)
@@ -71,9 +75,11 @@ class Trainer:
             temperature=config.rollout.temperature,
             total_steps=config.trainer.steps,
         )
+        self.phases = Phases(config.memory, self.actor)
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
-        self.push = self._make_push()
-        self.engine.sleep()
+        self.phases.attach(self.engine, self.engine.weight_bytes(), self.engine.reserved_bytes())
+        with self.phases.train():  # the push looks at the actor's parameters, which must be there for it
+            self.push = self._make_push()
         self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
         self._say_who_quantises()
@@ -110,28 +116,28 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One rollout phase and its updates."""
+        self.phases.metrics()  # what an evaluation took is not this step's
         clock = Clock(lambda phase: self.progress.phase(self.step, phase))
-        with clock.phase("push"):
-            push = self._push()
-        with clock.phase("rollout"):
+        with self.phases.push(), clock.phase("push"):
+            push = self.push.run()
+        with self.phases.rollout(), clock.phase("rollout"):
             trees, counts = self.rollout.collect(self.prompts, self.step)
-        with clock.phase("sleep"):
-            self.engine.sleep()
-        values = rollout_metrics(trees, counts, clock.seconds["rollout"]) | push
+        values = rollout_metrics(trees, counts, clock.seconds["rollout"])
+        values |= {f"push/{name}": value for name, value in vars(push).items()}
         kept = [tree for tree in trees if informative(tree)] if self.config.filter.enabled else trees
-        with clock.phase("update"):
+        with self.phases.train(), clock.phase("update"):
             values |= learn(self.actor, kept, self.config, self.step)
-        values |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+        values |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | self.phases.metrics()
         values["filter/kept"] = len(kept) / max(len(trees), 1)
         self._save_trees(trees)
         return values
 
     def evaluate(self) -> float:
         """Share of held-out prompts answered correctly, greedy decoding with the actor's current weights."""
-        self._push()
-        accuracy = self.rollout.accuracy(self.held_out)
-        self.engine.sleep()
-        return accuracy
+        with self.phases.push():
+            self.push.run()
+        with self.phases.rollout():
+            return self.rollout.accuracy(self.held_out)
 
     def _make_push(self) -> Push:
         """From the actor's shards into the engine's parameters; the plan is made once."""
@@ -148,18 +154,12 @@ class Trainer:
             some = f", the first {cut[0]}" if cut else ""
             self.progress.say(f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}")
 
-    def _push(self) -> dict[str, float]:
-        """Wake the engine with the actor's weights; returns what it took on this rank."""
-        self.engine.wake_weights()
-        report = self.push.run()
-        self.engine.wake_cache()
-        return {f"push/{name}": value for name, value in vars(report).items()}
-
     def _resume(self) -> None:
         run = self.config.run
         found = checkpoint.newest(run.dir / "checkpoints") if run.resume else None
         if found is not None:
-            state = checkpoint.load(found, self.actor)
+            with self.phases.train():
+                state = checkpoint.load(found, self.actor)
             self.step = self.saved = state["step"]
             self.accuracy_before = state["accuracy_before"]
             self.prompts.load_state_dict(state["prompts"])
@@ -170,6 +170,8 @@ class Trainer:
             self.metrics = MetricsLog(run.dir, self.step)
         where = "resumed at" if found else "start at"
         self.progress.say(f"{where} step {self.step}  {self._layout()}  -> {run.dir}")
+        if torch.cuda.is_available():
+            self.progress.say(self.phases.describe())
         dist.barrier()
 
     def _finish(self, seconds: float) -> dict[str, Any]:
@@ -177,8 +179,9 @@ class Trainer:
         after = self._evaluate_and_say("after training") if trainer.eval_after and self.held_out else None
         self._save()
         if trainer.export:
-            named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
-            export_directory(self.directory, run.dir / "policy", named)
+            with self.phases.train():
+                named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
+                export_directory(self.directory, run.dir / "policy", named)
         summary = {
             "accuracy_before": self.accuracy_before,
             "accuracy_after": after,
@@ -215,7 +218,8 @@ class Trainer:
             "accuracy_before": self.accuracy_before,
             "prompts": self.prompts.state_dict(),
         }
-        checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)
+        with self.phases.train():
+            checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)
         self.saved = self.step
 
     def _evaluate_and_say(self, when: str) -> float:

@@ -59,19 +59,21 @@ def stopped(trainer: Trainer, answers: list[list[int]], tokens: int) -> dict[str
     """Answers once more, with two tokens that occur in them declared to end them."""
     before = trainer.engine.eos_ids
     ends = [answers[0][10], answers[1][20]]
-    trainer._push()
-    trainer.engine.eos_ids = before + ends
-    found = trainer.engine.greedy(prompts(trainer), tokens)
-    trainer.engine.eos_ids = before
-    trainer.engine.sleep()
+    with trainer.phases.push():
+        trainer.push.run()
+    with trainer.phases.rollout():
+        trainer.engine.eos_ids = before + ends
+        found = trainer.engine.greedy(prompts(trainer), tokens)
+        trainer.engine.eos_ids = before
     return {"ends": ends, "answers": found}
 
 
 def sampled(trainer: Trainer, out: Path) -> dict[str, Any]:
     """A rollout phase: how far the actor's log-probs are from the engine's, and the prefix cache's share."""
-    trainer._push()
-    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
-    trainer.engine.sleep()
+    with trainer.phases.push():
+        trainer.push.run()
+    with trainer.phases.rollout():
+        trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
     if dist.get_rank() == 0:
         write_trees(out / "trees.jsonl", trees)
     return {"gap": gap(trainer, trees), "counts": vars(counts)}

@@ -12,8 +12,11 @@ from treepo_mcore.tree.tree import write_trees
 
 
 def trainer_of(config: dict[str, Any]) -> Trainer:
+    """Awake, with the actor's weights."""
     trainer = Trainer(parse_config(config))
-    trainer._push()
+    with trainer.phases.push():
+        trainer.push.run()
+    trainer.engine.wake_cache()
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from treepo_mcore.actor.attention import Implementation
+from treepo_mcore.actor.attention import attention_multiple, choose_attention
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
 from treepo_mcore.actor.correction import token_factors
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
+from treepo_mcore.actor.memory import ActorMemory
 from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid
+from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ActorConfig
 from treepo_mcore.tree.packing import PackedSequence
@@ -64,14 +67,13 @@ class Actor:
         # The distributed optimizer moves parameters into one buffer: look them up again.
         self.tensors = megatron_tensors(self.chunks)
         self.optimizer = get_megatron_optimizer(configs.optimizer, self.chunks)
+        self.memory = ActorMemory(self.chunks, self.optimizer, self.tensors)
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
         _connect(configs, self.chunks, self.optimizer)
         # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.
         self.reference = {n: _on_host(t) for n, t in self.tensors.items()} if config.reference == "host" else None
         self.megatron = configs.transformer
-        self.implementation: Implementation = "chain" if config.attention == "chain" else "dense"
-        if config.attention == "auto" and not torch.cuda.is_available():
-            self.implementation = "chain"
+        self.implementation = choose_attention(config.attention, torch.cuda.is_available())
 
     @on_megatron_device
     @torch.no_grad()
@@ -181,7 +183,8 @@ class Actor:
         nothing: list[Tensor | None] = [None] * len(sequences)
         rows = list(zip(sequences, old_logp or nothing, reference_logp or nothing, strict=True))
         rows += [(empty_sequence(), torch.zeros(1), None)] * self._missing(len(rows))
-        multiple = self.grid.tp if self.config.sequence_parallel else 1
+        multiple = token_multiple(vars(self.megatron)) * (self.grid.tp if self.config.sequence_parallel else 1)
+        multiple = math.lcm(multiple, attention_multiple(self.implementation))
         if self.config.vpp:  # no shapes are exchanged (see `megatron_configs`): all become as long as the longest
             multiple *= -(-max(len(row[0].tokens) for row in rows) // multiple)
         settings: Any = {"multiple": multiple, "implementation": self.implementation, "device": self._device()}

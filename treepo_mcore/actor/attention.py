@@ -1,11 +1,12 @@
 """Tree attention: a token sees its ancestors and nothing else.
 
 A packed sequence lists trees depth first, so the whole mask is one number a token: key k is visible to query q
-when ``k <= q < subtree_end[k]``. Two ways of computing it, equal in value:
+when ``k <= q < subtree_end[k]``. Three ways of computing it, equal in value:
 
 - ``dense``: scaled dot-product attention with the [S, S] mask; the reference.
 - ``chain``: every maximal run of tokens that follow one another (one run a leaf) is one query block whose keys and
   values are gathered along its ancestors; nothing masked is computed. The fastest of those tried on a CPU.
+- ``flex``: FlexAttention with a block mask, for GPUs (`actor/flex.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-Implementation = Literal["dense", "chain"]
+from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
+from treepo_mcore.config import ConfigError
+
+Implementation = Literal["dense", "chain", "flex"]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -43,6 +47,23 @@ class TreeParams(PackedSeqParams):
     positions: Any = None  # int64 [S], depth of every token in its path
     allowed: Any = None  # bool [S, S], dense only
     chains: Any = None  # list[Chain], chain only
+    blocks: Any = None  # BlockMask, flex only
+
+
+def choose_attention(wanted: Literal["auto", "dense", "chain", "flex"], gpu: bool) -> Implementation:
+    """What `actor.attention` means here. Raises `ConfigError` for a kernel of the other kind of device."""
+    if wanted == "auto":
+        return "flex" if gpu else "chain"
+    if wanted == "chain" and gpu:
+        raise ConfigError("actor.attention: chain is a CPU kernel; on a GPU use auto, flex or dense")
+    if wanted == "flex" and not gpu:
+        raise ConfigError("actor.attention: flex has no backward pass on a CPU; use auto, chain or dense")
+    return wanted
+
+
+def attention_multiple(implementation: Implementation) -> int:
+    """Tokens of a packed sequence come in multiples of this."""
+    return BLOCK if implementation == "flex" else 1
 
 
 def tree_params(parent: Tensor, subtree_end: Tensor, positions: Tensor, implementation: Implementation) -> TreeParams:
@@ -54,6 +75,8 @@ def tree_params(parent: Tensor, subtree_end: Tensor, positions: Tensor, implemen
     params = TreeParams(qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions)
     if implementation == "dense":
         params.allowed = ancestor_mask(subtree_end)
+    elif implementation == "flex":
+        params.blocks = tree_block_mask(subtree_end)
     else:
         params.chains = find_chains(parent, subtree_end)
     return params
@@ -112,6 +135,8 @@ class TreeAttention(MegatronModule):
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
         if packed_seq_params.chains is not None:
             out = ChainAttention.apply(q, k, v, packed_seq_params.chains, self.scale)
+        elif packed_seq_params.blocks is not None:
+            out = flex(q, k, v, packed_seq_params.blocks, self.scale)
         else:
             out = dense_attention(q, k, v, packed_seq_params.allowed, self.scale)
         return out.reshape(query.shape[0], 1, -1)

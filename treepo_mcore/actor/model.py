@@ -1,4 +1,7 @@
-"""Architecture -> Megatron-Core GPT model (the layer spec of Megatron's own modules), and the pass-through settings."""
+"""Architecture -> Megatron-Core GPT model, and the pass-through settings.
+
+On a GPU the layers are TransformerEngine's where it is installed; elsewhere they are Megatron's own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.module import Float16Module
@@ -22,10 +28,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from treepo_mcore.actor.attention import TreeAttention
+from treepo_mcore.actor.attention import TreeAttention, choose_attention
 from treepo_mcore.actor.cpu import on_megatron_device
+from treepo_mcore.actor.precision import precision_fields
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ActorConfig, ConfigError
+from treepo_mcore.machine import Machine, this_machine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -73,17 +81,24 @@ OWNED = {
 
 @dataclasses.dataclass(frozen=True)
 class MegatronConfigs:
-    """Megatron's own three configuration objects."""
+    """Megatron's own three configuration objects, and whether its layers are TransformerEngine's."""
 
     transformer: TransformerConfig
     optimizer: OptimizerConfig
     ddp: DistributedDataParallelConfig
+    te_layers: bool = False
 
 
 @on_megatron_device
-def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
-    """Everything Megatron is told. Raises `ConfigError` for unknown or owned keys and for what Megatron refuses."""
+def megatron_configs(actor: ActorConfig, arch: Architecture, machine: Machine | None = None) -> MegatronConfigs:
+    """Everything Megatron is told. machine: to plan for; default: this one.
+
+    Raises `ConfigError` for unknown or owned keys, for what Megatron refuses and for what the machine cannot run.
+    """
+    machine = machine or this_machine()
+    choose_attention(actor.attention, machine.has_gpu)
     extra = _sort_pass_through(actor.megatron)
+    precision = _sort_pass_through(precision_fields(actor, arch, machine))
     dtype = DTYPES[actor.dtype]
     if arch.heads % actor.tp:
         raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's {arch.heads} attention heads")
@@ -95,18 +110,31 @@ def megatron_configs(actor: ActorConfig, arch: Architecture) -> MegatronConfigs:
         raise ConfigError("actor.vpp: virtual pipeline stages need actor.pp > 1")
     try:
         configs = MegatronConfigs(
-            TransformerConfig(**(_transformer_fields(actor, arch, dtype) | extra[TransformerConfig])),
-            OptimizerConfig(**(_optimizer_fields(actor, dtype) | extra[OptimizerConfig])),
+            TransformerConfig(
+                **(
+                    _transformer_fields(actor, arch, dtype)
+                    | _fusions(machine)
+                    | precision[TransformerConfig]
+                    | extra[TransformerConfig]
+                )
+            ),
+            OptimizerConfig(**(_optimizer_fields(actor, dtype) | precision[OptimizerConfig] | extra[OptimizerConfig])),
             DistributedDataParallelConfig(
                 **(
                     {"grad_reduce_in_fp32": True, "use_distributed_optimizer": actor.optimizer.distributed}
                     | extra[DistributedDataParallelConfig]
                 )
             ),
+            machine.te_layers,
         )
         _check_stages(configs.transformer)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"actor: Megatron-Core refuses this: {' '.join(str(error).split())}") from error
+    if configs.transformer.gradient_accumulation_fusion and not machine.fused_wgrad:
+        raise ConfigError(
+            "actor.megatron.gradient_accumulation_fusion: the output layer needs apex's extension "
+            "fused_weight_gradient_mlp_cuda, which is not installed (treepo-mcore doctor)"
+        )
     return configs
 
 
@@ -160,10 +188,17 @@ def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dty
         # Every weight is loaded from the checkpoint.
         "perform_initialization": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        # Megatron's fused kernels need CUDA or apex.
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
+    }
+
+
+def _fusions(machine: Machine) -> dict[str, bool]:
+    """Megatron's fused kernels, where they can run. Fused Adam and norms it takes from TransformerEngine by itself."""
+    return {
+        # TransformerEngine's layers could add gradients up by themselves, but Megatron ties the output layer to it.
+        "gradient_accumulation_fusion": machine.has_gpu and machine.fused_wgrad,
+        "bias_activation_fusion": machine.has_gpu,
+        "bias_dropout_fusion": machine.has_gpu,
+        # Of Megatron's own attention and apex's own norm, which are not in the model.
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
     }
@@ -253,7 +288,7 @@ def build_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]
     config = configs.transformer
     chunks: list[nn.Module] = []
     for stage in _virtual_stages(config):
-        model = _build_chunk(config, arch, stage)
+        model = _build_chunk(config, arch, stage, configs.te_layers)
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, model) if config.bf16 else model)
@@ -266,7 +301,7 @@ def build_meta_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Mo
     config = copy.copy(configs.transformer)
     config.use_cpu_initialization = True  # otherwise Megatron names the CUDA device itself
     with torch.device("meta"):
-        return [_build_chunk(config, arch, stage) for stage in _virtual_stages(config)]
+        return [_build_chunk(config, arch, stage, configs.te_layers) for stage in _virtual_stages(config)]
 
 
 def _virtual_stages(config: TransformerConfig) -> Iterable[int | None]:
@@ -281,9 +316,10 @@ def unwrap(chunk: nn.Module) -> TreeGPTModel:
     return chunk
 
 
-def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | None) -> TreeGPTModel:
+def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | None, te_layers: bool) -> TreeGPTModel:
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(arch)] * layers, layer_norm=RMSNorm)
+    layer, norm = _te_spec(arch) if te_layers else _local_spec(arch)
+    spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
     model = TreeGPTModel(
         config,
         spec,
@@ -303,19 +339,32 @@ def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | Non
     return model
 
 
-def _layer_spec(arch: Architecture) -> ModuleSpec:
+def _local_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
+    """A layer of Megatron's own modules, and the norm after the last one."""
     parts = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
-    attention = parts.self_attention
-    slots = dataclasses.replace(attention.submodules, core_attention=TreeAttention)
-    if arch.qk_norm:
-        slots = dataclasses.replace(slots, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if arch.qk_norm else {}
     parts = dataclasses.replace(
         parts,
-        self_attention=ModuleSpec(module=attention.module, params=attention.params, submodules=slots),
+        self_attention=_tree_attention(parts.self_attention, **norms),
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
     )
-    return ModuleSpec(module=TransformerLayer, submodules=parts)
+    return ModuleSpec(module=TransformerLayer, submodules=parts), RMSNorm
+
+
+def _te_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
+    """The same of TransformerEngine's: norms are fused into the linear layer behind them."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    parts = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=arch.qk_norm)
+    parts = dataclasses.replace(parts, self_attention=_tree_attention(parts.self_attention))
+    return ModuleSpec(module=TransformerLayer, submodules=parts), TENorm
+
+
+def _tree_attention(attention: ModuleSpec, **slots: Any) -> ModuleSpec:
+    """With our attention, and other modules in the slots."""
+    submodules = dataclasses.replace(attention.submodules, core_attention=TreeAttention, **slots)
+    return ModuleSpec(module=attention.module, params=attention.params, submodules=submodules)
 
 
 def _set_rotary(model: TreeGPTModel, arch: Architecture) -> None:

@@ -56,3 +56,9 @@ class Engine(Protocol):
 
     def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take memory back with new weights (full HF tensors); cached prefixes are dropped."""
+
+    def wake_weights(self) -> None:
+        """Take memory for the weights back, without values: a push writes all of them."""
+
+    def wake_cache(self) -> None:
+        """Take the rest back; cached prefixes are dropped."""

@@ -141,6 +141,17 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached prefixes of the old weights: requests were still running at the push")
 
+    def weight_bytes(self) -> int:
+        """Of this rank's parameters."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.parameters().values())
+
+    def reserved_bytes(self) -> int:
+        """Most GPU memory that the engine takes while it is awake: weights, KV cache, activations. 0 on a CPU."""
+        if not torch.cuda.is_available():
+            return 0
+        share = self.llm.llm_engine.vllm_config.cache_config.gpu_memory_utilization
+        return int(share * torch.cuda.mem_get_info()[1])
+
     def _add(self, name: str, context: list[int], params: SamplingParams) -> None:
         # The same time for all: first come, first served, on every rank of the engine.
         request = EngineCoreRequest(name, context, None, params, None, 0.0, None, None, None)

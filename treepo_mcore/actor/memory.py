@@ -1,0 +1,174 @@
+"""What the actor keeps on its device, and how each part leaves it and comes back.
+
+Tensors stay what they are: their storages are emptied and filled again, so every view of them (Megatron's buckets, the
+push's pieces) is valid whenever its holder is on the device. FP8 copies of weights are given up with the gradients. On
+a CPU the same is done with ordinary memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from treepo_mcore.actor.cpu import on_megatron_device
+from treepo_mcore.actor.precision import forget_fp8_copies
+
+Holder = Literal["parameters", "gradients", "optimizer"]
+ALIGNED = 512  # bytes; where copies into the host buffer begin
+
+
+class HostCopy:
+    """Storages that can be moved to one pinned host buffer and back."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None  # kept, because pinning takes long
+        self.moved: list[tuple[torch.UntypedStorage, int, int]] = []  # storage, its bytes, place in the buffer
+
+    @property
+    def host_bytes(self) -> int:
+        """Size of the buffer."""
+        return 0 if self.buffer is None else len(self.buffer)
+
+    def out(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the storages of these tensors to the host and free them on the device."""
+        assert not self.moved, "already on the host"
+        at = 0
+        for storage in storages(tensors):
+            self.moved.append((storage, storage.nbytes(), at))
+            at += -(-storage.nbytes() // ALIGNED) * ALIGNED
+        if at > self.host_bytes:
+            _unpin(self.buffer)
+            self.buffer = None  # the old one goes before the new one comes
+            self.buffer = _pinned(at)
+        for storage, size, place in self.moved:
+            assert self.buffer is not None
+            self.buffer[place : place + size].copy_(_bytes(storage), non_blocking=True)
+        _synchronize()
+        for storage, _, _ in self.moved:
+            storage.resize_(0)
+
+    def back(self) -> None:
+        """Undo `out`."""
+        for storage, size, place in self.moved:
+            assert self.buffer is not None
+            storage.resize_(size)
+            _bytes(storage).copy_(self.buffer[place : place + size], non_blocking=True)
+        _synchronize()
+        self.moved = []
+
+
+class ActorMemory:
+    """Moves the actor's parameters, gradients and optimizer state."""
+
+    def __init__(self, chunks: list[Any], optimizer: Any, tensors: dict[str, Tensor]) -> None:
+        """chunks: Megatron's data-parallel wrappers; tensors: the parameters."""
+        self.chunks, self.optimizer, self.tensors = chunks, optimizer, tensors
+        self.copies = {"parameters": HostCopy(), "optimizer": HostCopy()}
+        self.absent: set[Holder] = set()
+        self.bytes = self._predicted()
+
+    def host_bytes(self) -> int:
+        """Pinned host memory that is in use."""
+        return sum(copy.host_bytes for copy in self.copies.values())
+
+    @on_megatron_device
+    def keep(self, holders: set[Holder]) -> None:
+        """Have exactly these on the device. Gradients come back as zeros."""
+        everything: tuple[Holder, ...] = ("gradients", "optimizer", "parameters")
+        for holder in everything:
+            if holder not in holders and holder not in self.absent:
+                self._out(holder)
+                self.absent.add(holder)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the engine's allocator is another one
+        for holder in reversed(everything):
+            if holder in holders and holder in self.absent:
+                self._back(holder)
+                self.absent.discard(holder)
+
+    def _out(self, holder: Holder) -> None:
+        if holder == "gradients":
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+                forget_fp8_copies(chunk)
+        else:
+            tensors = self._optimizer_tensors() if holder == "optimizer" else self.tensors.values()
+            self.copies[holder].out(tensors)
+
+    def _back(self, holder: Holder) -> None:
+        if holder == "gradients":
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+        else:
+            self.copies[holder].back()
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        """Adam's moments and float32 weights. In float32 the latter are the parameters themselves, which stay."""
+        shared = {storage._cdata for storage in storages(self.tensors.values())}
+        device = next(iter(self.tensors.values())).device
+        for tensor in self._optimizer_state():
+            # Some optimizers keep counters on the host; TransformerEngine's can keep moments in tensors of its own.
+            plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device
+            if plain and tensor.untyped_storage()._cdata not in shared:
+                yield tensor
+
+    def _optimizer_state(self) -> Iterator[Tensor]:
+        for adam in self._adams():
+            for group in adam.param_groups:
+                yield from group["params"]
+            for state in adam.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _adams(self) -> list[Any]:
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part.optimizer for part in parts if part.optimizer is not None]
+
+    def _predicted(self) -> dict[Holder, int]:
+        """Bytes of each holder; Adam's moments come into being with the first step, float32 each."""
+        parameters = {storage._cdata: storage.nbytes() for storage in storages(self.tensors.values())}
+        buffers = [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+        optimizer = 0
+        for adam in self._adams():
+            for tensor in (p for group in adam.param_groups for p in group["params"]):
+                own = tensor.untyped_storage()._cdata not in parameters
+                optimizer += tensor.numel() * (8 + (tensor.element_size() if own else 0))
+        return {
+            "parameters": sum(parameters.values()),
+            "gradients": sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers),
+            "optimizer": optimizer,
+        }
+
+
+def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """Each once, in the order in which they are met; empty ones left out."""
+    found = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return [storage for storage in found.values() if storage.nbytes()]
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _pinned(size: int) -> Tensor:
+    """Torch's own pinned allocator would round up to a power of two: up to twice as much."""
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if torch.cuda.is_available():
+        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+        if code:
+            raise RuntimeError(
+                f"could not pin {size / 2**30:.1f} GiB of host memory (CUDA error {code}); see ulimit -l"
+            )
+    return buffer
+
+
+def _unpin(buffer: Tensor | None) -> None:
+    if buffer is not None and torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

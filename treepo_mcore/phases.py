@@ -1,0 +1,262 @@
+"""Whose turn it is on the device: one state machine for actor and engine, which share its memory.
+
+    idle -> push -> rollout -> idle -> train -> idle -> ...
+
+|                    | idle, rollout | push | train |
+|--------------------|---------------|------|-------|
+| actor: parameters  | unless `memory.offload` names them | yes | yes |
+| actor: gradients   | unless named  | unless named | yes |
+| actor: optimizer   | unless named  | unless named | yes |
+| engine: weights    | in rollout    | yes  | no    |
+| engine: KV cache   | in rollout    | no   | no    |
+
+The engine sleeps at level 2: its weights are given up, because the next push brings new ones. The reference policy
+waits in host memory and changes places with the parameters for its pass. A call out of order is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.memory import Holder
+from treepo_mcore.architecture import Architecture
+from treepo_mcore.config import Config, ConfigError, MemoryConfig
+from treepo_mcore.rollout.engine import Engine
+from treepo_mcore.weights.layout import hf_shapes
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+HOST_SHARE = 0.9  # of the node's free memory, when no limit is configured
+
+
+class Phase(StrEnum):
+    """What the device is used for."""
+
+    IDLE = "idle"
+    PUSH = "push"
+    ROLLOUT = "rollout"
+    TRAIN = "train"
+
+
+NEXT = {
+    Phase.IDLE: (Phase.PUSH, Phase.TRAIN),
+    Phase.PUSH: (Phase.ROLLOUT,),
+    Phase.ROLLOUT: (Phase.IDLE,),
+    Phase.TRAIN: (Phase.IDLE,),
+}
+NEEDED: dict[Phase, set[Holder]] = {
+    Phase.IDLE: set(),
+    Phase.PUSH: {"parameters"},
+    Phase.ROLLOUT: set(),
+    Phase.TRAIN: {"parameters", "gradients", "optimizer"},
+}
+ENGINE = {Phase.PUSH: ("engine weights",), Phase.ROLLOUT: ("engine",)}  # weights, KV cache and graphs together
+
+
+class DeviceMemoryError(RuntimeError):
+    """Out of device memory; the message names the phase and what holds most."""
+
+
+def offloaded(config: MemoryConfig, gpu: bool) -> set[Holder]:
+    """What leaves the device: as configured, by default optimizer and gradients where there is a GPU."""
+    if config.offload is not None:
+        return set(config.offload)
+    return {"optimizer", "gradients"} if gpu else set()
+
+
+def kept(phase: Phase, offload: set[Holder]) -> set[Holder]:
+    """Parts of the actor that are on the device in a phase."""
+    return NEEDED[phase] | (NEEDED[Phase.TRAIN] - offload)
+
+
+class Phases:
+    """Moves actor and engine in and out. Make it between building the two: the actor then makes room."""
+
+    def __init__(self, config: MemoryConfig, actor: Actor) -> None:
+        self.actor = actor
+        self.engine: Engine | None = None
+        self.offload = offloaded(config, torch.cuda.is_available())
+        self.phase = Phase.IDLE
+        self.engine_bytes = {"engine weights": 0, "engine": 0}
+        self.values: dict[str, float] = {}
+        self.seen: set[Phase] = set()
+        self.actor.memory.keep(kept(Phase.IDLE, self.offload))
+
+    def attach(self, engine: Engine, weights: int, reserved: int) -> None:
+        """The engine goes to sleep. weights, reserved: bytes of its parameters and of all it may take."""
+        self.engine = engine
+        self.engine_bytes = {"engine weights": weights, "engine": reserved}
+        self._timed("sleep", engine.sleep)
+
+    @contextmanager
+    def push(self) -> Iterator[None]:
+        """The engine has memory for its weights, still without values; write all of them inside."""
+        self._enter(Phase.PUSH)
+        self._timed("wake", self._awake().wake_weights)
+        with self._watched():
+            yield
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """The engine can generate; afterwards it sleeps."""
+        self._enter(Phase.ROLLOUT)
+        engine = self._awake()
+        self._timed("wake", engine.wake_cache)
+        with self._watched():
+            yield
+        self._timed("sleep", engine.sleep)
+        self._enter(Phase.IDLE)
+
+    @contextmanager
+    def train(self) -> Iterator[None]:
+        """The actor is whole: for updates, and for saving and loading."""
+        self._enter(Phase.TRAIN)
+        with self._watched():
+            yield
+        self._enter(Phase.IDLE)
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of the moves and GiB on the device at the end of each phase, since the last call."""
+        values, self.values = self.values, {}
+        return values
+
+    def predicted(self, phase: Phase) -> dict[str, int]:
+        """Bytes by holder in a phase, largest first; activations are not among them."""
+        held: dict[str, int] = {name: self.actor.memory.bytes[name] for name in kept(phase, self.offload)}
+        held |= {name: self.engine_bytes[name] for name in ENGINE.get(phase, ())}
+        return dict(sorted(held.items(), key=lambda item: -item[1]))
+
+    def describe(self) -> str:
+        """The prediction, on one line."""
+        parts = []
+        for phase in (Phase.PUSH, Phase.ROLLOUT, Phase.TRAIN):
+            held = self.predicted(phase)
+            parts.append(f"{phase} {sum(held.values()) / GIB:.2f} ({_list(held)})")
+        return f"predicted on the device, GiB a rank, without activations: {'; '.join(parts)}"
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in NEXT[self.phase]:
+            raise RuntimeError(f"phase {phase} after {self.phase}: expected {' or '.join(NEXT[self.phase])}")
+        # The engine is asleep here, or about to be woken: the actor's moves never meet it awake.
+        self._timed("offload", lambda: self.actor.memory.keep(kept(phase, self.offload)))
+        self.phase = phase
+
+    def _awake(self) -> Engine:
+        assert self.engine is not None, "no engine is attached"
+        return self.engine
+
+    def _timed(self, name: str, call: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        call()
+        key = f"time/{name}"
+        self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - begin
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(self._out_of_memory()) from error
+        if torch.cuda.is_available():
+            self._look()
+
+    def _look(self) -> None:
+        """Caches are emptied between phases, so what is taken at the end of one is about its peak."""
+        free, total = torch.cuda.mem_get_info()
+        used = (total - free) / GIB
+        self.values[f"memory/{self.phase}_gib"] = used
+        if self.phase not in self.seen and torch.distributed.get_rank() == 0:
+            expected = sum(self.predicted(self.phase).values()) / GIB
+            log.info("%s: %.2f GiB on the device, %.2f predicted without activations", self.phase, used, expected)
+        self.seen.add(self.phase)
+
+    def _out_of_memory(self) -> str:
+        used = ""
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            used = f"; {(total - free) / GIB:.2f} of {total / GIB:.2f} GiB are taken"
+        return f"out of device memory in phase {self.phase}: {_list(self.predicted(self.phase))} GiB{used}"
+
+
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for allocator settings that Megatron and vLLM's sleep mode do not both take.
+
+    vLLM turns `expandable_segments` off inside its own pool, but only when PYTORCH_CUDA_ALLOC_CONF has them.
+    """
+    new, old = environment.get("PYTORCH_ALLOC_CONF", ""), environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments:True" in new:
+        raise ConfigError(
+            "PYTORCH_ALLOC_CONF: expandable_segments:True is not seen by vLLM's sleep mode, which must turn it off in "
+            "its pool; set it in PYTORCH_CUDA_ALLOC_CONF"
+        )
+    if "backend:cudaMallocAsync" in new + old:
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF: backend:cudaMallocAsync has no memory pools; vLLM's sleep mode needs them"
+        )
+
+
+def check_host_memory(config: Config, arch: Architecture, world: int, ranks: int, gpu: bool) -> None:
+    """Raise `ConfigError` when the ranks of this node would keep more in host memory than there is.
+
+    ranks: on this node. The estimate spreads the model evenly over tensor- and pipeline-parallel ranks.
+    """
+    needed = ranks * host_bytes(config, arch, world, gpu)
+    limit = config.memory.host_gib
+    allowed = limit * GIB if limit else HOST_SHARE * _available_host_bytes()
+    if needed > allowed:
+        where = "memory.host_gib" if limit else "memory.offload"
+        raise ConfigError(
+            f"{where}: {ranks} ranks of this node would keep {needed / GIB:.1f} GiB in host memory (offloaded state, "
+            f"reference policy), allowed are {allowed / GIB:.1f}"
+        )
+
+
+def host_bytes(config: Config, arch: Architecture, world: int, gpu: bool) -> int:
+    """What a rank keeps in host memory, predicted from the model's size."""
+    actor = config.actor
+    offload = offloaded(config.memory, gpu)
+    total = sum(_product(shape) for shape in hf_shapes(arch).values())
+    mine = total / (actor.tp * actor.pp)
+    size = 2 if actor.dtype == "bfloat16" else 4
+    result = 0.0
+    if "optimizer" in offload:  # two moments, and float32 weights where the parameters are not that themselves
+        replicas = world // (actor.tp * actor.pp) if actor.optimizer.distributed else 1
+        result += mine * (12 if size == 2 else 8) / replicas
+    if "parameters" in offload:
+        result += mine * size
+    if actor.reference == "host":  # kept, and exchanged
+        result += 2 * mine * size
+    return int(result)
+
+
+def local_ranks() -> int:
+    """Processes of this job on this node, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _available_host_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo: no MemAvailable")
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _list(held: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items())
