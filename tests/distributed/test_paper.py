@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import launch
+from models import write_prompts
 
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError, parse_config
+from treepo_mcore.planner.dry_run import dry_run
 from treepo_mcore.planner.paper import fake_rank, put_on_paper
 from treepo_mcore.planner.reshard import Bandwidths, reshard_report
 
@@ -123,3 +125,17 @@ def test_what_does_not_fit_is_refused_in_one_line(model_directory, actor, rollou
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
+
+
+def test_a_dry_run_looks_at_the_files_that_are_there(model_directory, tmp_path):
+    raw = settings(model_directory, {"family": "qwen2"}, {"tp": 2, "pp": 2}, 2)
+    raw["data"]["train"] = str(write_prompts(tmp_path / "train.jsonl", 4))
+    config = parse_config(raw)
+    lines = dry_run(config, 1, 4)
+    assert lines[0].endswith(f"checked: weights, tokenizer, {tmp_path}/train.jsonl")
+    assert any("every byte arrives once" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"^reward.function: "):
+        dry_run(parse_config(raw | {"reward": {"function": "nonsense"}}), 1, 4)
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"train.jsonl.* line 1: no 'prompt'"):
+        dry_run(config, 1, 4)

@@ -55,7 +55,9 @@ def small(tmp_path):
 
 
 def test_plan_reshard_prints_one_json_object(small):
-    result = command("plan", "reshard", small, "actor.tp=4", "actor.pp=4", "rollout.tp=8", "--nodes", 2, "--json")
+    layout = ["actor.tp=4", "actor.pp=4", "rollout.tp=8", "--nodes", 2]
+    rates = ["--memory-bandwidth", 2000, "--node-bandwidth", 225, "--network-bandwidth", 25]
+    result = command("plan", "reshard", small, *layout, *rates, "--json")
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout)
     assert report["covered_once"] is True
@@ -63,11 +65,7 @@ def test_plan_reshard_prints_one_json_object(small):
         map(sum, zip(*(report["by_rank"][kind]["received"] for kind in ("same node", "across nodes")), strict=True))
     )
     assert report["seconds_predicted"] >= report["seconds_at_least"] > 0
-    halved = command(
-        *("plan", "reshard", small, "actor.tp=4", "actor.pp=4", "rollout.tp=8", "--nodes", 2, "--json"),
-        *("--network-bandwidth", 25, "--node-bandwidth", 225),
-    )
-    assert json.loads(halved.stdout)["seconds_predicted"] == pytest.approx(2 * report["seconds_predicted"])
+    assert report["bytes_per_second"] == {"same GPU": 1000e9, "same node": 225e9, "across nodes": 25e9}
 
 
 def test_dry_run_says_what_it_looked_at(small):
@@ -76,7 +74,8 @@ def test_dry_run_says_what_it_looked_at(small):
     lines = result.stdout.splitlines()
     assert lines[0] == "model: small, 5.52 billion parameters; not here: weights, tokenizer"
     assert lines[1] == "layout: 4 ranks on 1 nodes; actor tp2 pp2 dp1 -> 2 x engine tp2"
-    assert lines[2].endswith("created in the same order by every rank; rank 0 talks in 9")
+    assert lines[2].startswith("process groups: ")
+    assert "created in the same order by every rank" in lines[2]
     assert lines[3].endswith("every byte arrives once")
     assert lines[-1].startswith("dry run passed in ")
 
@@ -88,7 +87,6 @@ def test_dry_run_says_what_it_looked_at(small):
             ["--dry-run", "--nodes", 1, "actor.tp=8", "actor.pp=2"],
             "error: actor.tp x actor.pp = 8 x 2: 8 processes are ",
         ),
-        (["--dry-run", "reward.function=nonsense"], "error: reward.function: expected "),
         (["--nodes", 2], "error: --nodes, --gpus-per-node: only with --dry-run; "),
     ],
 )
