@@ -139,3 +139,13 @@ def test_a_dry_run_looks_at_the_files_that_are_there(model_directory, tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(ConfigError, match=r"train.jsonl.* line 1: no 'prompt'"):
         dry_run(config, 1, 4)
+
+
+def test_an_actor_in_fp8_is_planned_where_there_is_no_gpu(model_directory):
+    """Its parameters are those of the same actor in bfloat16."""
+    layout = {"tp": 2, "pp": 2, "dtype": "bfloat16"}
+    plans = [
+        on_paper(settings(model_directory, {"family": "qwen2"}, layout | more, 2), 1, 4).plan()
+        for more in ({}, {"fp8": "blockwise"})
+    ]
+    assert plans[0] == plans[1]

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MODELS = EXAMPLES / "models"
+RECIPES = {  # -> nodes of 8
+    "qwen2.5-7b-8gpu/config.yaml": 1,
+    "llama-3.1-70b-64gpu/config.yaml": 8,
+    "llama-3.1-70b-64gpu/config_fp8.yaml": 8,
+    "qwen2.5-72b-64gpu/config.yaml": 8,
+    "llama-3.1-405b-256gpu/config.yaml": 32,
+    "llama-3.1-405b-256gpu/config_fp8.yaml": 32,
+}
 GB = 1e9
 PP16 = ["actor.pp=16", "actor.first_stage_layers=7", "actor.last_stage_layers=7"]  # of 126 layers
 CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vocabulary padding left out
@@ -31,6 +40,7 @@ CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vo
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "treepo_mcore", *map(str, arguments)],
+        cwd=EXAMPLES.parent,  # paths in the recipes
         capture_output=True,
         text=True,
         timeout=900,
@@ -114,6 +124,11 @@ def test_clusters_on_paper(tmp_path, cluster):
     assert report["bytes_received_max"] == pytest.approx(shard * GB * (1 - 1 / stages), rel=0.03)
     assert report["staging_bytes_max"] <= 256 << 20
     assert report["seconds_at_least"] <= report["seconds_predicted"] < 2 * report["seconds_at_least"]
-    dry = command("train", config, *layout, "--nodes", nodes, "--dry-run")
-    assert dry.returncode == 0, dry.stderr[-3000:]
-    assert "every byte arrives once" in dry.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_pass_a_dry_run(recipe):
+    result = command("train", EXAMPLES / recipe, "--dry-run", "--nodes", RECIPES[recipe])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "every byte arrives once" in result.stdout
