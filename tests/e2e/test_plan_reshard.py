@@ -119,9 +119,11 @@ def test_clusters_on_paper(tmp_path, cluster):
     assert report["covered_once"] is True
     arrives = [sum(kind["received"][rank] for kind in report["by_rank"].values()) for rank in range(8 * nodes)]
     assert max(arrives) == pytest.approx(shard * GB, rel=0.01)
-    # Each rank holds 1/pp of the model or less, and receives the rest of its engine shard from others.
+    # Other stages are on other nodes; of its own stage a rank holds its shard, or a neighbour does, or part of both.
     stages = report["actor"]["pp"]
-    assert report["bytes_received_max"] == pytest.approx(shard * GB * (1 - 1 / stages), rel=0.03)
+    across = max(report["by_rank"]["across nodes"]["received"])
+    assert across == pytest.approx(shard * GB * (1 - 1 / stages), rel=0.03)
+    assert across <= report["bytes_received_max"] <= max(arrives)
     assert report["staging_bytes_max"] <= 256 << 20
     assert report["seconds_at_least"] <= report["seconds_predicted"] < 2 * report["seconds_at_least"]
 
