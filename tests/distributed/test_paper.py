@@ -31,7 +31,8 @@ CASES = {  # model, actor, rollout_tp, processes per node
         4,
         2,
     ),
-    "interleaved pp2 dp2 to four engines on two nodes": ({"family": "llama"}, {"pp": 2, "vpp": 2}, 1, 2),
+    "interleaved pp2 dp2 to four engines": ({"family": "llama"}, {"pp": 2, "vpp": 2}, 1, 4),
+    "a replica a node to tp4": ({"family": "mistral", "sliding_window": None}, {"tp": 2}, 4, 2),
     "tp2 pp2 to tp2, fp8": ({"family": "llama"} | BLOCKS, {"tp": 2, "pp": 2}, 2, 4),
 }
 FP8 = {"dtype": "bfloat16", "engine": {"quantization": "fp8_per_block"}}
