@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import launch
+from models import write_prompts
 
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError, parse_config
+from treepo_mcore.planner.dry_run import dry_run
 from treepo_mcore.planner.paper import fake_rank, put_on_paper
 from treepo_mcore.planner.reshard import Bandwidths, reshard_report
 
@@ -29,7 +31,8 @@ CASES = {  # model, actor, rollout_tp, processes per node
         4,
         2,
     ),
-    "interleaved pp2 dp2 to four engines on two nodes": ({"family": "llama"}, {"pp": 2, "vpp": 2}, 1, 2),
+    "interleaved pp2 dp2 to four engines": ({"family": "llama"}, {"pp": 2, "vpp": 2}, 1, 4),
+    "a replica a node to tp4": ({"family": "mistral", "sliding_window": None}, {"tp": 2}, 4, 2),
     "tp2 pp2 to tp2, fp8": ({"family": "llama"} | BLOCKS, {"tp": 2, "pp": 2}, 2, 4),
 }
 FP8 = {"dtype": "bfloat16", "engine": {"quantization": "fp8_per_block"}}
@@ -123,3 +126,27 @@ def test_what_does_not_fit_is_refused_in_one_line(model_directory, actor, rollou
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
+
+
+def test_a_dry_run_looks_at_the_files_that_are_there(model_directory, tmp_path):
+    raw = settings(model_directory, {"family": "qwen2"}, {"tp": 2, "pp": 2}, 2)
+    raw["data"]["train"] = str(write_prompts(tmp_path / "train.jsonl", 4))
+    config = parse_config(raw)
+    lines = dry_run(config, 1, 4)
+    assert lines[0].endswith(f"checked: weights, tokenizer, {tmp_path}/train.jsonl")
+    assert any("every byte arrives once" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"^reward.function: "):
+        dry_run(parse_config(raw | {"reward": {"function": "nonsense"}}), 1, 4)
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"train.jsonl.* line 1: no 'prompt'"):
+        dry_run(config, 1, 4)
+
+
+def test_an_actor_in_fp8_is_planned_where_there_is_no_gpu(model_directory):
+    """Its parameters are those of the same actor in bfloat16."""
+    layout = {"tp": 2, "pp": 2, "dtype": "bfloat16"}
+    plans = [
+        on_paper(settings(model_directory, {"family": "qwen2"}, layout | more, 2), 1, 4).plan()
+        for more in ({}, {"fp8": "blockwise"})
+    ]
+    assert plans[0] == plans[1]

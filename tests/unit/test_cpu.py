@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from treepo_mcore.actor import cpu
 from treepo_mcore.actor.cpu import megatron_device, on_megatron_device
@@ -95,3 +96,12 @@ def test_decorated_function_runs_inside_and_keeps_its_name():
     assert where("on ") == "on cpu"
     assert where.__name__ == "where"
     assert unchanged(before) == []
+
+
+def test_device_contexts_work_inside_and_afterwards():
+    """torch looks up what they act on once; that must not be our replacements."""
+    _device_constructors.cache_clear()
+    with megatron_device(), torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"

@@ -297,11 +297,17 @@ def build_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]
 
 @on_megatron_device
 def build_meta_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]:
-    """The chunks of `build_model` on the meta device, unwrapped: names, shapes and dtypes that take no memory."""
+    """The chunks of `build_model` on the meta device, unwrapped: names, shapes and dtypes that take no memory.
+
+    Planned for a machine with TransformerEngine on one without it, the layers are Megatron's own: the same parameters,
+    some under other names. FP8 is how layers compute; their parameters stay in `actor.dtype`.
+    """
     config = copy.copy(configs.transformer)
     config.use_cpu_initialization = True  # otherwise Megatron names the CUDA device itself
+    config.fp8 = None
+    te_layers = configs.te_layers and this_machine().te_layers
     with torch.device("meta"):
-        return [_build_chunk(config, arch, stage, configs.te_layers) for stage in _virtual_stages(config)]
+        return [_build_chunk(config, arch, stage, te_layers) for stage in _virtual_stages(config)]
 
 
 def _virtual_stages(config: TransformerConfig) -> Iterable[int | None]:

@@ -21,6 +21,7 @@ from treepo_mcore.actor.model import build_meta_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid, build_grid, leave_grid
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, check_grid
+from treepo_mcore.machine import Machine, this_machine
 from treepo_mcore.rollout.vllm_engine import engine_arguments
 from treepo_mcore.weights.fp8 import block_plan
 from treepo_mcore.weights.layout import Piece
@@ -29,6 +30,8 @@ from treepo_mcore.weights.plan import Layouts, PlanError, Transfer, make_plan
 from treepo_mcore.weights.vllm import SCALE, MetaEngine, fp8_parameters, vllm_layout, vllm_padding, vllm_shapes
 
 Group = tuple[int, ...]  # ranks
+# The cluster's GPUs, where this machine has none to go by: an H100 with what requirements/gpu.lock installs.
+PLANNED = Machine(capability=(9, 0), cuda=(13, 0), te=(2, 16, 1))
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
     process groups (a live job would hang).
     """
     world, tp = nodes * gpus_per_node, config.rollout.tp
-    configs = megatron_configs(config.actor, arch)
+    configs = megatron_configs(config.actor, arch, this_machine() if this_machine().has_gpu else PLANNED)
     arguments = engine_arguments(config, arch, directory)
     check_grid(config, world)
     vllm_shapes(arch, tp)  # refuses what cannot be split
