@@ -11,11 +11,12 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from treepo_mcore.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = {
     # architecture -> (family, biases on q/k/v by default, RMSNorm on the heads of q and k)
@@ -28,8 +29,11 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depe
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A dense decoder as its checkpoint describes it. Sizes are those of the whole model, not of a shard."""
+class Sizes:
+    """A dense decoder as its checkpoint describes it, of the whole model, not of a shard.
+
+    All that planning on paper needs; reading it takes no torch.
+    """
 
     family: str
     hidden: int
@@ -45,8 +49,6 @@ class Architecture:
     tied: bool
     max_positions: int
     initializer_range: float
-    rope_inv_freq: tuple[float, ...]  # [head_dim / 2]
-    rope_scale: float  # factor on cosine and sine (YaRN's attention factor)
 
     @property
     def queries_per_group(self) -> int:
@@ -54,10 +56,19 @@ class Architecture:
         return self.heads // self.kv_heads
 
 
-def resolve_model(config: ModelConfig) -> Path:
+@dataclass(frozen=True)
+class Architecture(Sizes):
+    """With the rotary embedding: all that the model needs."""
+
+    rope_inv_freq: tuple[float, ...]  # [head_dim / 2]
+    rope_scale: float  # factor on cosine and sine (YaRN's attention factor)
+
+
+def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
     """The local directory of a model: the path itself, or a hub name's snapshot through huggingface_hub.
 
-    Honours HF_HUB_OFFLINE and the hub's cache. Raises `ConfigError` when neither is there.
+    weights: have the hub's weights too, not only what describes them. Honours HF_HUB_OFFLINE and the hub's cache.
+    Raises `ConfigError` when neither is there.
     """
     directory = Path(config.path)
     if directory.is_dir():
@@ -66,7 +77,7 @@ def resolve_model(config: ModelConfig) -> Path:
         raise ConfigError(f"model.path: {config.path}: no such directory (and not a hub name like org/model)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
     except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
@@ -80,22 +91,31 @@ def resolve_model(config: ModelConfig) -> Path:
 def read_architecture(directory: Path) -> Architecture:
     """Read ``config.json``. Raises `ConfigError` for what the Megatron model could not honour."""
     raw = _read_json(directory / "config.json")
+    sizes = _sizes(directory, raw)
+    inv_freq, scale = _rope(directory, raw, sizes.head_dim)
+    return Architecture(**vars(sizes), rope_inv_freq=tuple(inv_freq.tolist()), rope_scale=scale)
+
+
+def read_sizes(directory: Path) -> Sizes:
+    """The same without the rotary embedding, and as strict."""
+    return _sizes(directory, _read_json(directory / "config.json"))
+
+
+def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
     names = raw.get("architectures") or ["none"]
     if names[0] not in FAMILIES:
         raise ConfigError(f"{directory}/config.json: architecture {names[0]}; supported: {', '.join(FAMILIES)}")
     family, bias_default, qk_norm = FAMILIES[names[0]]
     _refuse_unsupported(directory, raw, family)
     heads = raw["num_attention_heads"]
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    inv_freq, scale = _rope(directory, raw, head_dim)
-    return Architecture(
+    return Sizes(
         family=family,
         hidden=raw["hidden_size"],
         ffn=raw["intermediate_size"],
         layers=raw["num_hidden_layers"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         vocab=raw["vocab_size"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         qkv_bias=bias_default,
@@ -103,8 +123,6 @@ def read_architecture(directory: Path) -> Architecture:
         tied=raw.get("tie_word_embeddings", family == "qwen3"),
         max_positions=raw.get("max_position_embeddings", 32768),
         initializer_range=raw.get("initializer_range", 0.02),
-        rope_inv_freq=tuple(inv_freq.tolist()),
-        rope_scale=scale,
     )
 
 
@@ -182,6 +200,8 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: str) -> No
 
 def _rope(directory: Path, raw: dict[str, Any], head_dim: int) -> tuple[torch.Tensor, float]:
     """Inverse frequencies and the factor on cosine and sine, as `transformers` computes them."""
+    import torch
+
     new = raw.get("rope_parameters") or {}
     old = raw.get("rope_scaling") or {}
     kind = new.get("rope_type") or new.get("type") or old.get("rope_type") or old.get("type") or "default"

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from treepo_mcore import cli_launch, cli_trees
+from treepo_mcore import cli_launch, cli_plan, cli_trees
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 from treepo_mcore.observe.logs import set_up_logging
@@ -21,7 +21,9 @@ OTHERS_WAIT_SECONDS = 10
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_trees.app, name="trees")
+app.add_typer(cli_plan.app, name="plan")
 app.add_typer(cli_launch.app, name="launch")
+app.add_typer(cli_plan.app, name="plan")
 
 
 @app.callback()
@@ -33,6 +35,11 @@ def _root() -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check all that can be checked without the cluster, in this process alone")
+    ] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="with --dry-run: of the cluster; 1 unless told")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="with --dry-run; 8 unless told")] = None,
 ) -> None:
     """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]...
 
@@ -40,6 +47,13 @@ def train(
     """
     settings = load_config(config, overrides)
     set_up_logging(settings.run.log_level)
+    if dry_run:
+        from treepo_mcore.planner import dry_run as planner
+
+        print("\n".join(planner.dry_run(settings, nodes or 1, gpus_per_node or 8)), flush=True)
+        return
+    if nodes or gpus_per_node:
+        raise ConfigError("--nodes, --gpus-per-node: only with --dry-run; torchrun says how many processes train")
     stop = StopRequest()
     stop.listen()
     from treepo_mcore.trainer import Trainer

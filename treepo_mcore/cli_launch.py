@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from treepo_mcore.config import ConfigError
 from treepo_mcore.launch.preflight import main
 from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render
 
@@ -81,6 +83,8 @@ def slurm(
         )
     )
     if submit:
+        if shutil.which("sbatch") is None:
+            raise ConfigError("--submit: no sbatch on this machine; print the script and submit it where there is one")
         raise typer.Exit(subprocess.run(["sbatch"], input=script, text=True).returncode)
     print(script, end="")
 

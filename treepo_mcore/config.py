@@ -347,7 +347,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping at the top, found {type(raw).__name__}")
     for override in overrides or []:
-        _apply(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, where=str(file))
 
 
@@ -377,7 +377,8 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Put one ``a.b.c=value`` into a nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected key=value")

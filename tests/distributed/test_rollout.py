@@ -63,6 +63,19 @@ def test_a_quarter_of_the_cache(model_directory, tmp_path):
     assert tiny["counts"]["preemptions"] > 0
 
 
+def test_a_context_taken_in_by_parts_changes_no_draw(model_directory, tmp_path):
+    """On a CPU vLLM would end the run: it cannot turn back the generator of a request whose context is not all in."""
+    _, whole_contexts = collect(model_directory, tmp_path, run={"deterministic": True})
+    parts = {"max_num_batched_tokens": 100, "max_num_seqs": 100}
+    (counted,), trees = collect(model_directory, tmp_path, run={"deterministic": True}, engine=parts)
+    whole(trees)
+    assert counted["counts"]["context_tokens"] > 12 * 40
+    responses = [[tree.response(leaf) for leaf in range(WIDTH)] for tree in trees]
+    expected = [[tree.response(leaf) for leaf in range(WIDTH)] for tree in whole_contexts]
+    # Other batches round otherwise, and a number that falls on the edge of a token may fall on its neighbour's side.
+    assert sum(mine == theirs for mine, theirs in zip(responses, expected, strict=True)) >= 10
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_two_engines_take_prompts_from_one_queue(model_directory, tmp_path, deterministic):
     ranks, trees = collect(model_directory, tmp_path, 2, run={"deterministic": deterministic})

@@ -20,6 +20,7 @@ from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"
 EXAMPLES = sorted([*(ROOT / "examples" / "slurm").glob("*.sh"), *(ROOT / "examples" / "torchrun").glob("*.sh")])
+RECIPES = sorted((ROOT / "examples").glob("*gpu/*.sh"))
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 JOBS = {
@@ -52,11 +53,13 @@ def test_scripts_pass_shellcheck(job, tmp_path):
     _shellcheck(render(JOBS[job]), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "script", ["tools/setup_venv.sh", "tools/install_slurm.sh", "tests/launch/cluster.sh", ".ci/run"]
-)
+OURS = [ROOT / ".ci" / "run"]
+OURS += [path for folder in ("tools", "tests/launch", "examples/ngc") for path in sorted((ROOT / folder).glob("*.sh"))]
+
+
+@pytest.mark.parametrize("script", OURS, ids=lambda path: path.name)
 def test_our_own_scripts_pass_shellcheck(script, tmp_path):
-    _shellcheck((ROOT / script).read_text(), tmp_path)
+    _shellcheck(script.read_text(), tmp_path)
 
 
 def _shellcheck(script: str, folder: Path) -> None:
@@ -68,7 +71,7 @@ def _shellcheck(script: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("example", EXAMPLES + RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_examples_are_what_the_command_prints(example, monkeypatch):
     """To make one anew, run the command of its second line."""
     monkeypatch.chdir(ROOT)
@@ -156,3 +159,6 @@ def test_submit_hands_the_script_to_sbatch(tmp_path, monkeypatch):
     command = ["launch", "slurm", str(CONFIG), "--nodes", "2", "--submit"]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     assert (tmp_path / "submitted").read_text() == render(JOBS["slurm"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="no sbatch on this machine"):
+        CliRunner().invoke(app, command, catch_exceptions=False)

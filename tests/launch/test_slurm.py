@@ -114,19 +114,32 @@ def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_ranks_that_die_after_a_checkpoint_are_requeued_and_without_one_not(task, cluster, tmp_path):
-    running = job(task, tmp_path, "trainer.save_every=10", "trainer.steps=40")
-    tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    running.until(tracker.is_file, 600)
-    kill = ["scancel", "--signal=KILL", f"{running.id}.1"]  # step 0 is the preflight
-    subprocess.run(kill, check=True)
-    running.until(lambda: running.facts().get("Restarts") == "1", 200)
-    log = tmp_path / "run" / "logs" / running.id
-    running.until(lambda: any("resumed at step 10" in file.read_text() for file in log.glob("0-*")), 600)
-    subprocess.run(kill, check=True)
-    facts = running.wait(100)
-    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), running.output()
-    assert "no new checkpoint in this attempt: not requeued" in running.log.read_text()
+@pytest.mark.parametrize(
+    ("environment", "signalled", "state", "restarts", "words"),
+    [
+        ({}, ["scancel", "--batch", "--signal=USR1"], "COMPLETED", "1", "the ranks ended with status 0"),
+        ({"DIE": "3"}, None, "FAILED", "0", "no new checkpoint in this attempt: not requeued"),
+        ({"DIE": "7", "SAVE": "5"}, None, "FAILED", "1", "no new checkpoint in this attempt: not requeued"),
+        ({}, ["scancel"], "CANCELLED", "0", "SIGTERM: waiting for the ranks to save"),
+    ],
+    ids=["asked to stop", "dies", "dies after a checkpoint", "cancelled"],
+)
+def test_what_the_script_makes_of_an_end(
+    environment, signalled, state, restarts, words, cluster, tmp_path, monkeypatch
+):
+    """With a stand-in for the trainer, so that the end is certain: when it is requeued and when not."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    running = job([], tmp_path, python=str(HERE / "stand_in.sh"), processes_per_node=2)
+    if signalled:
+        running.until(lambda: running.facts()["JobState"] == "RUNNING", 60)
+        time.sleep(4)
+        subprocess.run([*signalled, running.id], check=True)
+    facts = running.wait(120)
+    running.until(lambda: words in running.log.read_text(), 30)
+    output = running.log.read_text()
+    assert (facts["JobState"], facts["Restarts"]) == (state, restarts), output
+    assert ("requeued\n" in output.replace("not requeued\n", "")) == (restarts == "1"), output
 
 
 def test_cancelling_saves(task, cluster, tmp_path):

@@ -8,7 +8,7 @@ LOGITS = torch.tensor([2.0, 0.5, float("-inf"), -1.0, 0.0, -4.0, float("-inf")])
 
 
 def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return {row: torch.Generator().manual_seed(seed) for row, seed in enumerate(seeds)}
 
 
 def test_frequencies_are_the_probabilities():
@@ -31,5 +31,13 @@ def test_a_row_depends_on_its_own_seed_and_on_its_place_in_the_answer():
     first, second = draw(logprobs, together), draw(logprobs, together)
     assert [int(draw(logprobs[1:2], alone)) for _ in range(2)] == [int(first[1]), int(second[1])]
     assert first.dtype == torch.int64
-    many = {int(draw(logprobs[:1], together[:1])) for _ in range(50)}
+    many = {int(draw(logprobs[:1], {0: together[0]})) for _ in range(50)}
     assert len(many) > 10
+
+
+def test_rows_without_a_seed_leave_the_others_theirs():
+    logprobs = torch.randn(2, 100).log_softmax(-1)
+    alone = [int(draw(logprobs[1:], generators(9))) for _ in range(5)]
+    seeded = {1: torch.Generator().manual_seed(9)}
+    torch.manual_seed(0)
+    assert int(draw(logprobs, seeded)[1]) == alone[0]

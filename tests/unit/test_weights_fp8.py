@@ -212,6 +212,10 @@ def test_owners_quantise_whole_blocks():
     assert sum(t.bytes(2) for t in moved) == sum(t.numel + 4 * t.numel // BLOCK**2 for t in moved)
 
 
+def test_a_short_block_at_the_end_of_a_parameter_is_whole():
+    assert set(quantisers(plan_between(whole_blocks(hidden=192), 1, 1)).values()) == {"owner"}
+
+
 def test_receivers_quantise_what_shards_cut():
     """Heads of 64 over two ranks of the engine: a rank's keys and values share a block, queries do not."""
     where = quantisers(plan_between(whole_blocks(head_dim=64), 1, 2))

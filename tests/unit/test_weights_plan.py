@@ -229,6 +229,28 @@ def test_replicas_share_the_sending():
     assert [sum(t.numel for t in plan if t.source == rank) for rank in range(3)] == [50, 50, 0]
 
 
+def test_replicas_in_the_own_node_come_first():
+    whole = [Piece("a", (0,), (100,), "a", (0,))]
+    empty = [[], [], [], []]
+    wanted = [[], [], whole, whole]
+    sources = [whole, [], whole, []]
+    assert [(t.source, t.target) for t in make_plan(sources, wanted, [0, 0, 1, 1])] == [(2, 2), (2, 3)]
+    assert [(t.source, t.target) for t in make_plan(sources, wanted, [0, 1, 1, 0])] == [(2, 2), (0, 3)]
+    # Load is counted apart: what rank 0 sends to its neighbour is not held against it across nodes.
+    both = [whole, [], [], whole, []]
+    plan = make_plan(both, [[], whole, whole, [], []], [0, 0, 1, 2, 2])
+    assert [(t.source, t.target) for t in plan] == [(0, 1), (0, 2)]
+    assert make_plan(sources, empty, [0, 0, 1, 1]) == []
+
+
+def test_rounds_are_full():
+    """Eight ranks want what each other has; in the order of the tensors half the rounds would be half empty."""
+    parts = [[rows(f"t{rank}", 0, 1, 100, "a", 0)] for rank in range(8)]
+    wanted = [[rows(f"t{number}", 0, 1, 100, f"b{number}", 0) for number in range(8)] for _ in range(8)]
+    rounds = make_rounds(make_plan(parts, wanted), 100)
+    assert [len(part) for part in rounds] == [8] * 7
+
+
 def test_a_hole_is_refused():
     source = [rows("a", 0, 5, 3, "a", 0)]
     with pytest.raises(PlanError, match="a: 3 of the 18 elements that x on rank 1 needs have no source"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.cuda.random
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like")
@@ -94,6 +95,8 @@ def megatron_device() -> Iterator[None]:
     if torch.cuda.is_available() or _depth:
         yield
         return
+    # What `with torch.device(...)` acts on is looked up once and kept: not here, where it would find replacements.
+    _device_constructors()
     saved = {place: getattr(*place) for place in _TABLE}
     _depth += 1
     try:

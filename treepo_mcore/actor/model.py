@@ -5,8 +5,10 @@ On a GPU the layers are TransformerEngine's where it is installed; elsewhere the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -284,14 +286,27 @@ def padded_vocab(vocab: int, tp: int) -> int:
 def build_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]:
     """This rank's model chunks (one, or `actor.vpp`), weights not yet loaded."""
     config = configs.transformer
-    stages = config.virtual_pipeline_model_parallel_size
     chunks: list[nn.Module] = []
-    for stage in range(stages) if stages else [None]:
+    for stage in _virtual_stages(config):
         model = _build_chunk(config, arch, stage, configs.te_layers)
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
+
+
+@on_megatron_device
+def build_meta_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]:
+    """The chunks of `build_model` on the meta device, unwrapped: names, shapes and dtypes that take no memory."""
+    config = copy.copy(configs.transformer)
+    config.use_cpu_initialization = True  # otherwise Megatron names the CUDA device itself
+    with torch.device("meta"):
+        return [_build_chunk(config, arch, stage, configs.te_layers) for stage in _virtual_stages(config)]
+
+
+def _virtual_stages(config: TransformerConfig) -> Iterable[int | None]:
+    stages = config.virtual_pipeline_model_parallel_size
+    return range(stages) if stages else [None]
 
 
 def unwrap(chunk: nn.Module) -> TreeGPTModel:

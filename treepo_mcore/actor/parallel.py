@@ -86,3 +86,8 @@ def build_grid(actor: ActorConfig, rollout_tp: int, seed: int) -> Grid:
         engine=rank // rollout_tp,
         engine_rank=rank % rollout_tp,
     )
+
+
+def leave_grid() -> None:
+    """Forget Megatron's process groups; `build_grid` may then be called again."""
+    parallel_state.destroy_model_parallel()

@@ -131,6 +131,14 @@ class _Worker:
         self.ready = True
 
 
+def check_function(config: RewardConfig) -> None:
+    """Raise `ConfigError` for a function that cannot be found."""
+    try:
+        resolve(config.function)
+    except ValueError as error:
+        raise ConfigError(f"reward.function: {error}") from error
+
+
 class RewardPool:
     """Scores responses in `config.workers` processes. Not thread-safe: one thread submits and polls.
 
@@ -141,11 +149,8 @@ class RewardPool:
     """
 
     def __init__(self, config: RewardConfig) -> None:
+        check_function(config)
         self._function, self._limit = config.function, config.timeout
-        try:
-            resolve(config.function)
-        except ValueError as error:
-            raise ConfigError(f"reward.function: {error}") from error
         self._workers = [self._start() for _ in range(config.workers)]
         self._pending: deque[_Item] = deque()
         self._decided: list[Result] = []

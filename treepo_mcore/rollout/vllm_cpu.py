@@ -60,32 +60,49 @@ def _leave_fp8_unpacked() -> None:
 def _sample_by_one_number() -> None:
     """Draw a seeded token from one uniform number instead of one exponential a word of the vocabulary.
 
-    vLLM draws these for all requests at once and then, for requests with a seed, again one request at a time. Both
-    ways give the same distribution; what they cost is in docs/sampling.md.
+    vLLM draws these for all requests at once and then, for requests with a seed, again one request at a time, and it
+    forgets all seeds when one request of the batch has none. The distribution is the same; what it costs is in
+    docs/sampling.md.
     """
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    original = TopKTopPSampler.forward_cpu
+    original, sample_tokens = TopKTopPSampler.forward_cpu, GPUModelRunner.sample_tokens
     if getattr(original, "treepo", False):
         return
 
     def forward_cpu(
         sampler: Any, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        seeded = len(generators) == len(logits) and k is None and p is None
-        if not seeded or sampler.logprobs_mode != "processed_logprobs":
+        if not generators or k is not None or p is not None or sampler.logprobs_mode != "processed_logprobs":
             return original(sampler, logits, generators, k, p)
         logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
-        return draw(logprobs, [generators[row] for row in range(len(logits))]), logprobs
+        return draw(logprobs, generators), logprobs
+
+    def sample_whole_prompts(runner: Any, *arguments: Any, **keywords: Any) -> Any:
+        # What a request samples before its whole prompt is in is thrown away. vLLM then turns its generator back,
+        # which a CPU's cannot do: such a request gets none for this step.
+        generators = runner.input_batch.generators
+        partial = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+        kept = {row: generators.pop(row) for row in partial if row in generators}
+        try:
+            return sample_tokens(runner, *arguments, **keywords)
+        finally:
+            generators.update(kept)
 
     forward_cpu.treepo = True  # type: ignore[attr-defined]
     TopKTopPSampler.forward_cpu = forward_cpu
+    GPUModelRunner.sample_tokens = sample_whole_prompts
 
 
-def draw(logprobs: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token a row, int64 [R], by inverting the cumulative distribution of float32 [R, V] log-probs."""
+def draw(logprobs: Tensor, generators: dict[int, torch.Generator]) -> Tensor:
+    """One token a row, int64 [R], by inverting the cumulative distribution of float32 [R, V] log-probs.
+
+    generators: row -> the generator of its seed; other rows share torch's own.
+    """
     cumulative = logprobs.double().exp_().cumsum_(-1)  # in float32 rare tokens would vanish behind frequent ones
-    numbers = [torch.rand((1, 1), dtype=torch.float64, generator=generator) for generator in generators]
+    rows = range(len(logprobs))
+    numbers = [torch.rand((1, 1), dtype=torch.float64, generator=generators.get(row)) for row in rows]
     found = torch.searchsorted(cumulative, torch.cat(numbers) * cumulative[:, -1:], right=True)[:, 0]
     return found.clamp_max(logprobs.shape[1] - 1)  # a product may round up to the total
 

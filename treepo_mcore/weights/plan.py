@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -54,11 +55,12 @@ class Transfer:
         return self.source == self.target
 
 
-def make_plan(sources: Layouts, targets: Layouts) -> list[Transfer]:
+def make_plan(sources: Layouts, targets: Layouts, nodes: list[int] | None = None) -> list[Transfer]:
     """Transfers that fill every target piece exactly once, in the order of the targets' tensors.
 
-    A rank takes what it has from itself; otherwise, among replicas, from the rank that has the fewest elements to
-    send so far. Raises `PlanError` when part of a target has no source, or when source boxes overlap without being
+    A rank takes what it has from itself; otherwise from a replica in its own node where there is one; among several
+    from the one that has the fewest elements to send so far over that kind of link. nodes: of every rank, by default
+    one for all. Raises `PlanError` when part of a target has no source, or when source boxes overlap without being
     equal (then two ranks would both claim to own the same elements).
     """
     owners = _owners(sources)
@@ -66,14 +68,32 @@ def make_plan(sources: Layouts, targets: Layouts) -> list[Transfer]:
     for rank, pieces in enumerate(targets):
         for piece in pieces:
             wanted[piece.tensor].append((rank, piece))
-    load = [0] * len(sources)
+    senders = _Senders(nodes or [0] * len(sources))
     plan: list[Transfer] = []
     for tensor, requests in wanted.items():
         held = owners.get(tensor, {})
         _check_disjoint(tensor, list(held))
         for rank, piece in requests:
-            plan += _fill(rank, piece, held, load)
+            plan += _fill(rank, piece, held, senders)
     return plan
+
+
+class _Senders:
+    """Who has how much to send, apart for links within a node and across nodes."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        self.nodes = nodes
+        self.load: dict[tuple[int, bool], int] = defaultdict(int)  # (rank, leaves its node) -> elements
+
+    def choose(self, target: int, replicas: Iterable[int]) -> int:
+        def cost(source: int) -> tuple[bool, int, int]:
+            leaves = self.nodes[source] != self.nodes[target]
+            return leaves, self.load[source, leaves], source
+
+        return min(replicas, key=cost)
+
+    def add(self, transfer: Transfer) -> None:
+        self.load[transfer.source, self.nodes[transfer.source] != self.nodes[transfer.target]] += transfer.numel
 
 
 def _owners(sources: Layouts) -> dict[str, dict[Box, dict[int, Piece]]]:
@@ -92,18 +112,18 @@ def _check_disjoint(tensor: str, boxes: list[Box]) -> None:
                 raise PlanError(f"{tensor}: sources disagree, boxes {_show(one)} and {_show(other)} overlap")
 
 
-def _fill(rank: int, piece: Piece, held: dict[Box, dict[int, Piece]], load: list[int]) -> list[Transfer]:
+def _fill(rank: int, piece: Piece, held: dict[Box, dict[int, Piece]], senders: _Senders) -> list[Transfer]:
     transfers = []
     missing = piece.numel
     for box, replicas in held.items():
         shared = _intersect(box, (piece.start, piece.shape))
         if shared is None:
             continue
-        source = rank if rank in replicas else min(replicas, key=lambda r: (load[r], r))
+        source = rank if rank in replicas else senders.choose(rank, replicas)
         transfer = _transfer(shared, source, replicas[source], rank, piece)
         missing -= transfer.numel
         if not transfer.local:
-            load[source] += transfer.numel
+            senders.add(transfer)
         transfers.append(transfer)
     if missing:
         raise PlanError(
@@ -147,18 +167,19 @@ def _show(box: Box) -> str:
 def make_rounds(plan: list[Transfer], limit: int, itemsize: int = 1) -> list[list[Transfer]]:
     """What crosses ranks, cut into rounds in which no rank sends or receives more than `limit` bytes.
 
-    Each transfer goes into the earliest round that its sender and its receiver both still have room in, so that
-    pipeline stages send side by side, to different receivers; between two ranks the plan's order stays. Boxes larger
-    than a round are cut by rows; raises `PlanError` where one row (of blocks, in FP8) is larger than `limit`.
-    itemsize: bytes of an element of the rollout's dtype.
+    Each transfer goes into the earliest round that its sender and its receiver both still have room in. Those between
+    ranks equally far apart come first together: each rank is in few of them, so that all send side by side, where in
+    the order of the layers many receivers would wait for the same stage. Between two ranks the plan's order stays.
+    Boxes larger than a round are cut by rows; raises `PlanError` where one row (of blocks, in FP8) is larger than
+    `limit`. itemsize: bytes of an element of the rollout's dtype.
     """
+    world = 1 + max((max(transfer.source, transfer.target) for transfer in plan), default=0)
+    crossing = (transfer for transfer in plan if not transfer.local)
     rounds: list[list[Transfer]] = []
     sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> bytes
     received: dict[tuple[int, int], int] = defaultdict(int)
     latest: dict[tuple[int, int], int] = defaultdict(int)  # source, target -> round of their last transfer
-    for transfer in plan:
-        if transfer.local:
-            continue
+    for transfer in sorted(crossing, key=lambda t: (t.source - t.target) % world):
         for part in _cut(transfer, limit, itemsize):
             source, target, size = part.source, part.target, part.bytes(itemsize)
             number = latest[source, target]

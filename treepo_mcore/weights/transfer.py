@@ -8,6 +8,7 @@ memory a push needs: no tensor is ever put together anywhere but in its paramete
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -84,7 +85,14 @@ def gather_layouts(pieces: list[Piece]) -> list[list[Piece]]:
 
 def plan_push(sources: list[Piece], targets: list[Piece]) -> list[Transfer]:
     """The plan of all ranks, the same on every one of them. Collective."""
-    return make_plan(gather_layouts(sources), gather_layouts(targets))
+    nodes = [0] * dist.get_world_size()
+    dist.all_gather_object(nodes, int(os.environ.get("GROUP_RANK", "0")))  # torchrun's number of this node
+    return make_plan(gather_layouts(sources), gather_layouts(targets), nodes)
+
+
+def round_limit(staging_bytes: int, world: int) -> int:
+    """Bytes that a rank may send or receive in one round, so that all halves with their alignment fit the buffer."""
+    return staging_bytes // (2 * HALVES) - ALIGNMENT * world
 
 
 class Push:
@@ -115,7 +123,7 @@ class Push:
         self.device = next(iter(targets.values())).device
         self.padding = list(padding)
         size = self.dtype.itemsize
-        limit = staging_bytes // (2 * HALVES) - ALIGNMENT * dist.get_world_size()
+        limit = round_limit(staging_bytes, dist.get_world_size())
         bind = _Binder(self.rank, sources, targets, self.dtype)
         self.local = [(t, bind.source(t), bind.target(t)) for t in self.plan if t.local and t.target == self.rank]
         self.rounds = [bind.round(part) for part in make_rounds(self.plan, limit, size)]

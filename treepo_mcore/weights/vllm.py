@@ -8,19 +8,80 @@ to a multiple of 64 and then split evenly; `fp8_per_block` adds a float32 ``_sca
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ConfigError
-from treepo_mcore.weights.fp8 import scale_shape
+from treepo_mcore.weights.fp8 import FP8, scale_shape
 from treepo_mcore.weights.layout import Piece, rows
 
 VOCAB_UNIT = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
 LINEAR = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")  # what vLLM quantises
 SCALE = "_scale_inv"  # behind the name of a block-quantised weight
+
+
+class MetaEngine:
+    """vLLM's own process groups and model class, without an engine: what one rank would hold, on the meta device.
+
+    For a rank of a job that exists on paper (`planner.paper.fake_rank`). vLLM is imported here, not above: the layouts
+    do not need it.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """arguments: those of `vllm.LLM`. Raises `ConfigError` for what vLLM refuses."""
+        from vllm.engine.arg_utils import EngineArgs
+
+        try:
+            self.config = EngineArgs(**arguments).create_engine_config()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
+
+    @contextlib.contextmanager
+    def groups(self) -> Iterator[None]:
+        """Scope with vLLM's groups of this rank. They cannot communicate: vLLM's communicators need the other ranks."""
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import parallel_state
+
+        make_group = parallel_state.init_model_parallel_group
+
+        def silent(group_ranks: Any, local_rank: int, backend: str, group_name: str, **unused: Any) -> Any:
+            return make_group(group_ranks, local_rank, backend, group_name=group_name, use_device_communicator=False)
+
+        everyone = list(range(dist.get_world_size()))
+        parallel_state._WORLD = parallel_state.init_world_group(everyone, 0, dist.get_backend())
+        parallel_state.init_model_parallel_group = silent
+        try:
+            with set_current_vllm_config(self.config):
+                parallel_state.initialize_model_parallel(self.config.parallel_config.tensor_parallel_size)
+                yield
+        finally:
+            parallel_state.init_model_parallel_group = make_group
+            parallel_state.destroy_model_parallel()
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters of the model that vLLM builds on this rank, by name. Within `groups`."""
+        from vllm.model_executor.model_loader.utils import initialize_model
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        self.config.compilation_config.static_forward_context.clear()  # of the model built before
+        with set_default_torch_dtype(self.config.model_config.dtype), torch.device("meta"):
+            model = initialize_model(self.config)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        if self.config.model_config.quantization is not None:
+            # vLLM quantises after loading, from weights that are nowhere here: this is what it leaves.
+            for name in [name for name in parameters if name.endswith(LINEAR)]:
+                scales = scale_shape(tuple(parameters[name].shape))
+                parameters[name] = parameters[name].to(FP8)
+                parameters[name + SCALE] = torch.empty(scales, dtype=torch.float32, device="meta")
+        return parameters
 
 
 def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_rank: int) -> list[Piece]:
