@@ -47,7 +47,6 @@ def train(processes: int, overrides: list[str]) -> str:
 def test_train_then_the_same_command_continues(task: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = [*task, f"run.dir={run}", "trainer.save_trees_every=1"]
-    overrides += ["memory.offload=[parameters,gradients,optimizer]"]  # what a GPU needs; a CPU can do it, too
     first = train(2, [*overrides, "trainer.steps=2"])
     assert json.loads(first.strip().splitlines()[-1]) == json.loads((run / "summary.json").read_text())
     assert "start at step 0" in first
@@ -70,6 +69,17 @@ def _check_policy(directory: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory).vocab_size == model.config.vocab_size
+
+
+@pytest.mark.long
+def test_everything_offloaded_between_phases(task: list[str], tmp_path: Path) -> None:
+    """What a GPU needs, done with ordinary memory: two steps, evaluation, a checkpoint that continues, an export."""
+    overrides = [*task, f"run.dir={tmp_path}", "memory.offload=[parameters,gradients,optimizer]"]
+    train(2, [*overrides, "trainer.steps=1"])
+    assert "resumed at step 1" in train(2, [*overrides, "trainer.steps=2"])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in rows) < 1e-4
+    _check_policy(tmp_path / "policy")
 
 
 @pytest.mark.long
