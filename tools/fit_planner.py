@@ -57,7 +57,7 @@ def _solve(name: str, low: float, high: float, target: float, value: Callable[[]
         return value() - target
 
     rising = at(high) > at(low)
-    for _ in range(40):
+    for _ in range(24):  # to a millionth
         middle = math.sqrt(low * high)
         if (at(middle) > 0) == rising:
             high = middle

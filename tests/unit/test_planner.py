@@ -162,6 +162,14 @@ def test_pushed_bytes_are_those_of_the_real_plan(tp, pp, dp, rollout_tp):
     assert push_time(settings, arch, cluster, engine).received == pytest.approx(received, rel=0.07, abs=2000)
 
 
+def test_other_stages_are_on_other_nodes():
+    """As `plan reshard` counts it from the real layouts: 8.82 GB into a rank, all of it across nodes."""
+    settings = config(actor={"tp": 8, "pp": 2}, rollout={"tp": 8})
+    model, cluster = sizes("Llama-3.1-70B"), make_cluster("h100", "ib400", 8, 8)
+    push = push_time(settings, model, cluster, plan_engine(settings, model, cluster))
+    assert push.received == push.received_remote == pytest.approx(8.82e9, rel=1e-3)
+
+
 def test_what_is_offloaded_is_not_there_in_the_rollout():
     model, cluster = sizes("Qwen2.5-7B"), make_cluster("h100", "ib400", 1, 8)
     stay = plan_memory(config(memory={"offload": []}), model, cluster, 8192)

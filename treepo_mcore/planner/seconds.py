@@ -187,7 +187,7 @@ def push_time(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
     actor, tp = config.actor, config.rollout.tp
     kept = _own_share(actor.tp, tp) / actor.pp
     received = engine.weights * (1 - kept)
-    remote = received * (1 - _stages_in_node(actor, cluster) / actor.pp)
+    remote = min(received, engine.weights * (1 - _stages_in_node(actor, cluster) / actor.pp))
     seconds = (
         remote / (cluster.network.bandwidth * LINK_EFFICIENCY)
         + (received - remote) / (cluster.gpu.nvlink * LINK_EFFICIENCY)
