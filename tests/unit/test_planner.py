@@ -228,6 +228,9 @@ def test_layouts_without_meaning_are_refused():
             make_plan(config(**sections), sizes("Qwen2.5-7B"), cluster, MEANS)
     with pytest.raises(ConfigError, match=r"--gpu: v100; known: a100"):
         make_cluster("v100", "ib400", 1, 8)
+    with pytest.raises(ConfigError, match=r"--network: token-ring; known: ib200.*or GB/s"):
+        make_cluster("h100", "token-ring", 1, 8)
+    assert make_cluster("h100", "12.5", 1, 8).network.bandwidth == 12.5e9
 
 
 def test_planning_takes_no_torch():
