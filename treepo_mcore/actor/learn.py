@@ -65,7 +65,7 @@ def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -
 
 def _pack(trees: Sequence[Tree], worth: Sequence[Advantage], config: Config) -> list[PackedSequence]:
     pack = pack_trees if config.actor.packing == "tree" else pack_flat
-    return pack(trees, worth, config.actor.micro_batch_tokens)
+    return pack(trees, worth, config.actor.micro_batch_tokens, config.actor.least_micro_batches)
 
 
 def _normaliser(worth: Sequence[Advantage], config: Config) -> float | None:
