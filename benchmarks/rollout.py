@@ -254,7 +254,7 @@ def launch(cell: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where the seconds come from; a load above 1 before the start means they are worth little."""
-    from treepo_mcore.observe.environment import versions
+    from treepo_mcore.observe.versions import versions
 
     return {
         "processor": platform.processor() or platform.machine(),

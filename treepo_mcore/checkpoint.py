@@ -71,6 +71,9 @@ def load(checkpoint: Path, actor: Actor) -> dict[str, Any]:
 def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered in host memory on the first data-parallel rank. Otherwise Megatron brings the whole optimizer state
+        # of a stage onto every GPU, which has no room for it.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     # The data-parallel wrapper would put its own "module." before every name.
