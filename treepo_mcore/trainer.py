@@ -20,12 +20,13 @@ from treepo_mcore.architecture import read_architecture, resolve_model
 from treepo_mcore.config import Config, check_grid, dump_config
 from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.machine import this_machine
 from treepo_mcore.observe.environment import versions
 from treepo_mcore.observe.heartbeat import listen_to_nodes
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.signals import STOPPED, StopRequest
-from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks
+from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
@@ -75,7 +76,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             total_steps=config.trainer.steps,
         )
-        self.phases = Phases(config.memory, self.actor)
+        self.phases = Phases(config.memory, self.actor, working_bytes(config, self.actor, this_machine().capability))
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
         self.phases.attach(self.engine, self.engine.weight_bytes(), self.engine.reserved_bytes())
         with self.phases.train():  # the push looks at the actor's parameters, which must be there for it

@@ -24,7 +24,7 @@ from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
 from treepo_mcore.actor.memory import ActorMemory
-from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
+from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs, unwrap
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.architecture import Architecture
@@ -148,6 +148,11 @@ class Actor:
         """Learning rate of rollout step `step`, counted from 0; warm-up begins above zero."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step + 1)
+
+    @property
+    def layers(self) -> int:
+        """On this rank."""
+        return sum(len(unwrap(chunk).decoder.layers) for chunk in self.chunks)
 
     @property
     def learning_rate(self) -> float:

@@ -100,11 +100,8 @@ def _stage_phases(
     """Phase -> item -> bytes of one GPU of a stage."""
     actor, offload = config.actor, offloaded(config)
     state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
-    mask = {"tree attention": attention_mask(actor, tokens)}
-    if in_fp8(actor):  # each weight twice, as it is and transposed
-        mask["FP8 weights"] = 2 * stage.layers * matrix_parameters(sizes) // actor.tp
-    kept = {"activations": round(in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens))}
-    work = kept | working(actor, sizes, stage, tokens) | mask
+    work = update_working(actor, sizes, stage, index, tokens, cluster.gpu.capability)
+    mask = {name: work[name] for name in ("tree attention", "FP8 weights")}
     layer = layer_activations(actor, sizes, tokens, whole=True)
     forward = {"activations": layer, "logits": logits(actor, sizes, tokens) if stage.head else 0} | mask
     resident = {name: size for name, size in state.items() if name not in offload}
@@ -120,6 +117,46 @@ def _stage_phases(
         "rollout": resident | engine_on | generating | {"staging": config.rollout.push_staging_mb << 20} | context,
     }
     return {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
+
+
+def update_working(
+    actor: ActorConfig,
+    sizes: Sizes,
+    stage: Stage,
+    index: int,
+    tokens: int,
+    capability: tuple[int, int],
+) -> dict[str, int]:
+    """Item by item what an update takes on one GPU at its height, on top of `actor_state`.
+
+    index: the stage's number; tokens: of the longest micro-batch; capability: of the GPU.
+    """
+    activations = in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens)
+    return {
+        "activations": round(activations),
+        **working(actor, sizes, stage, tokens),
+        "tree attention": attention_mask(actor, tokens),
+        "FP8 weights": fp8_weights(actor, sizes, stage, capability),
+    }
+
+
+def fp8_weights(actor: ActorConfig, sizes: Sizes, stage: Stage, capability: tuple[int, int]) -> int:
+    """Bytes of the copies that TransformerEngine keeps of a stage's weights while it computes.
+
+    Two a weight, as it is and transposed; one where there is one scale a tensor and products take both ways
+    (TransformerEngine's `is_non_tn_fp8_gemm_supported`).
+    """
+    if not in_fp8(actor):
+        return 0
+    own = actor.megatron
+    layers = stage.layers
+    if own.get("first_last_layers_bf16", actor.fp8 != "none"):  # as in the named recipes of actor/precision.py
+        layers -= own.get("num_layers_at_start_in_bf16", 1) * stage.embedding
+        layers -= own.get("num_layers_at_end_in_bf16", 1) * stage.head
+    recipe = {"current": "tensorwise", "blockwise": "blockwise"}.get(actor.fp8) or own.get("fp8_recipe", "delayed")
+    either_way = (10, 0) <= capability < (12, 0) or capability >= (13, 0)
+    copies = 1 if either_way and recipe in ("delayed", "tensorwise") else 2
+    return copies * max(layers, 0) * matrix_parameters(sizes) // actor.tp
 
 
 def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:
