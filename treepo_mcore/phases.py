@@ -31,7 +31,7 @@ from treepo_mcore.actor.memory import Holder
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, MemoryConfig
 from treepo_mcore.planner.constants import CONTEXT_BYTES, GRAPH_BYTES
-from treepo_mcore.planner.memory import update_working
+from treepo_mcore.planner.memory import plain_copies, update_working
 from treepo_mcore.planner.shards import Stage
 from treepo_mcore.rollout.engine import Engine
 from treepo_mcore.weights.layout import hf_shapes
@@ -257,8 +257,9 @@ def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | No
     update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
     if update["FP8 weights"] and "gradients" not in offloaded(config.memory, capability is not None):
         always["FP8 weights"] = update["FP8 weights"]
+    plain = plain_copies(config.actor, actor.arch, stage)
     return {
-        Phase.PUSH: always,
+        Phase.PUSH: always | ({"plain copies": plain} if plain else {}),
         Phase.ROLLOUT: always | {"CUDA graphs": GRAPH_BYTES},
         Phase.TRAIN: always | {name: size for name, size in update.items() if size},
     }

@@ -79,7 +79,8 @@ class Trainer:
         self.phases = Phases(config.memory, self.actor, working_bytes(config, self.actor, this_machine().capability))
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
         self.phases.attach(self.engine, self.engine.weight_bytes(), self.engine.reserved_bytes())
-        with self.phases.train():  # the push looks at the actor's parameters, which must be there for it
+        # The push looks at the actor's parameters, which must be there for it.
+        with self.phases.train(), self.actor.readable():
             self.push = self._make_push()
         self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
@@ -119,7 +120,7 @@ class Trainer:
         """One rollout phase and its updates."""
         self.phases.metrics()  # what an evaluation took is not this step's
         clock = Clock(lambda phase: self.progress.phase(self.step, phase))
-        with self.phases.push(), clock.phase("push"):
+        with self.phases.push(), clock.phase("push"), self.actor.readable():
             push = self.push.run()
         with self.phases.rollout(), clock.phase("rollout"):
             trees, counts = self.rollout.collect(self.prompts, self.step)
@@ -135,7 +136,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Share of held-out prompts answered correctly, greedy decoding with the actor's current weights."""
-        with self.phases.push():
+        with self.phases.push(), self.actor.readable():
             self.push.run()
         with self.phases.rollout():
             return self.rollout.accuracy(self.held_out)
@@ -180,7 +181,7 @@ class Trainer:
         after = self._evaluate_and_say("after training") if trainer.eval_after and self.held_out else None
         self._save()
         if trainer.export:
-            with self.phases.train():
+            with self.phases.train(), self.actor.readable():
                 named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
                 export_directory(self.directory, run.dir / "policy", named)
         summary = {

@@ -165,6 +165,7 @@ def test_what_comes_and_goes_is_what_the_planner_says(actor):
         ({"fp8": "blockwise"}, (10, 0), 2 * 3),
         ({"fp8": "blockwise", "megatron": {"first_last_layers_bf16": False}}, (9, 0), 2 * 4),
         ({"megatron": {"fp8": "hybrid"}}, (9, 0), 2 * 4),
+        ({"fp8": "current", "megatron": {"fp8_param": True, "fp8_param_gather": True}}, (9, 0), 0),
         ({"megatron": {"fp8": "hybrid", "fp8_recipe": "mxfp8"}}, (10, 0), 2 * 4),
     ],
 )
@@ -173,6 +174,14 @@ def test_quantised_copies_of_weights(actor, capability, bytes_a_weight):
     arch = architecture()
     found = fp8_weights(ActorConfig.model_validate(actor | {"tp": 2}), arch, Stage(4, True, False), capability)
     assert found == bytes_a_weight * matrix_parameters(arch) // 2
+
+
+def test_fp8_parameters_are_read_through_plain_copies():
+    arch, own = architecture(), {"fp8_param": True, "fp8_param_gather": True}
+    live = SimpleNamespace(arch=arch, layers=arch.layers, grid=SimpleNamespace(pp=1, pp_rank=0))
+    found = working_bytes(config(actor={"fp8": "current", "megatron": own}), live, (9, 0))
+    assert found[Phase.PUSH]["plain copies"] == 2 * 2 * matrix_parameters(arch)  # of two layers in bf16
+    assert not {"plain copies", "FP8 weights"} & (set(found[Phase.ROLLOUT]) | set(found[Phase.TRAIN]))
 
 
 def test_tensors_come_back_and_their_views_stay_valid():

@@ -108,12 +108,13 @@ def _stage_phases(
     state_in_push = resident | {"parameters": state["parameters"]}
     context = {"context": CONTEXT_BYTES}
     engine_on = {"engine weights": engine.weights}
+    plain = {"plain copies": plain_copies(actor, sizes, stage)}
     generating = {"KV cache": engine.cache, "engine working": engine.working, "CUDA graphs": GRAPH_BYTES}
     phases = {
         "update": state | work | context,
         "log_probs": state | forward | context,
         # Weights are on the GPU while they are pushed; the cache and the rest of the state are not.
-        "push": state_in_push | engine_on | {"staging": config.rollout.push_staging_mb << 20} | context,
+        "push": state_in_push | engine_on | {"staging": config.rollout.push_staging_mb << 20} | context | plain,
         "rollout": resident | engine_on | generating | {"staging": config.rollout.push_staging_mb << 20} | context,
     }
     return {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
@@ -146,17 +147,29 @@ def fp8_weights(actor: ActorConfig, sizes: Sizes, stage: Stage, capability: tupl
     Two a weight, as it is and transposed; one where there is one scale a tensor and products take both ways
     (TransformerEngine's `is_non_tn_fp8_gemm_supported`).
     """
+    if actor.megatron.get("fp8_param"):  # two bytes a weight, too, in place of those in bf16
+        return 0
+    named = {"current": "tensorwise", "blockwise": "blockwise"}
+    recipe = named.get(actor.fp8, actor.megatron.get("fp8_recipe", "delayed"))
+    either_way = (10, 0) <= capability < (12, 0) or capability >= (13, 0)
+    copies = 1 if either_way and recipe in ("delayed", "tensorwise") else 2
+    return copies * _weights_in_fp8(actor, sizes, stage)
+
+
+def plain_copies(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
+    """Bytes of the copies in `actor.dtype` that a push reads instead of FP8 parameters (actor/quantised.py)."""
+    return ELEMENT[actor.dtype] * _weights_in_fp8(actor, sizes, stage) if actor.megatron.get("fp8_param") else 0
+
+
+def _weights_in_fp8(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
+    """Of one GPU of a stage."""
     if not in_fp8(actor):
         return 0
-    own = actor.megatron
-    layers = stage.layers
+    own, layers = actor.megatron, stage.layers
     if own.get("first_last_layers_bf16", actor.fp8 != "none"):  # as in the named recipes of actor/precision.py
         layers -= own.get("num_layers_at_start_in_bf16", 1) * stage.embedding
         layers -= own.get("num_layers_at_end_in_bf16", 1) * stage.head
-    recipe = {"current": "tensorwise", "blockwise": "blockwise"}.get(actor.fp8) or own.get("fp8_recipe", "delayed")
-    either_way = (10, 0) <= capability < (12, 0) or capability >= (13, 0)
-    copies = 1 if either_way and recipe in ("delayed", "tensorwise") else 2
-    return copies * max(layers, 0) * matrix_parameters(sizes) // actor.tp
+    return max(layers, 0) * matrix_parameters(sizes) // actor.tp
 
 
 def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:
