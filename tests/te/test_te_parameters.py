@@ -76,8 +76,11 @@ def current(weight):
 @pytest.fixture
 def alone():
     """A job of one; others of this file pretend to be in a larger one."""
+    from treepo_mcore.actor.parallel import leave_grid
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
+    leave_grid()
     dist.destroy_process_group()
 
 
@@ -169,16 +172,17 @@ def test_a_module_in_bf16_keeps_them(kind):
 
 
 @KINDS
-def test_the_optimizer_begins_with_the_weights_as_loaded(kind, grid, tmp_path):
+def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
     """Megatron's data-parallel wrapper and distributed optimizer over a model of TransformerEngine's layers."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     from treepo_mcore.actor.actor import _data_parallel
     from treepo_mcore.actor.cpu import megatron_device
     from treepo_mcore.actor.model import _build_chunk, megatron_configs
+    from treepo_mcore.actor.parallel import build_grid
     from treepo_mcore.weights.megatron import megatron_parameters
 
-    grid(1, 1, 0)
+    build_grid(ActorConfig(), 1, seed=0)
     arch = read_architecture(make_model(tmp_path, "llama"))
     name = "current" if kind is current else "blockwise"
     with megatron_device():
