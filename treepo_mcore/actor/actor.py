@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +25,16 @@ from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
 from treepo_mcore.actor.memory import ActorMemory
-from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
+from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs, unwrap
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
+from treepo_mcore.actor.quantised import PlainCopies
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ActorConfig
 from treepo_mcore.tree.packing import PackedSequence
 from treepo_mcore.weights.hf import load_pieces
 from treepo_mcore.weights.layout import Piece
-from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
+from treepo_mcore.weights.megatron import megatron_layout, megatron_parameters, megatron_tensors
 
 Objective = Literal["policy", "supervised"]
 
@@ -61,13 +63,15 @@ class Actor:
         configs = megatron_configs(config, arch)
         bare = build_model(configs, arch)
         self.pieces: list[Piece] = megatron_layout(bare, arch, grid.tp_rank)
-        self.tensors: dict[str, Tensor] = megatron_tensors(bare)
+        self.copies = PlainCopies(megatron_parameters(bare))
+        self.tensors: dict[str, Tensor] = megatron_tensors(bare) | self.copies.tensors
         load_pieces(directory, arch, self.pieces, self.tensors)
+        self.copies.write()
         self.chunks = _data_parallel(bare, configs)
         # The distributed optimizer moves parameters into one buffer: look them up again.
-        self.tensors = megatron_tensors(self.chunks)
+        self.tensors = megatron_tensors(self.chunks) | self.copies.tensors
         self.optimizer = get_megatron_optimizer(configs.optimizer, self.chunks)
-        self.memory = ActorMemory(self.chunks, self.optimizer, self.tensors)
+        self.memory = ActorMemory(self.chunks, self.optimizer, megatron_parameters(self.chunks))
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
         _connect(configs, self.chunks, self.optimizer)
         # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.
@@ -146,10 +150,19 @@ class Actor:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def readable(self) -> AbstractContextManager[None]:
+        """Scope in which all of `tensors` can be read; outside of it those of FP8 parameters have no memory."""
+        return self.copies.readable()
+
     def set_step(self, step: int) -> None:
         """Learning rate of rollout step `step`, counted from 0; warm-up begins above zero."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step + 1)
+
+    @property
+    def layers(self) -> int:
+        """On this rank."""
+        return sum(len(unwrap(chunk).decoder.layers) for chunk in self.chunks)
 
     @property
     def learning_rate(self) -> float:
