@@ -167,10 +167,10 @@ def test_the_prediction_names_every_phase(made):
 @pytest.mark.parametrize("actor", [{}, {"fp8": "current"}, {"recompute": "full", "attention": "dense"}])
 def test_what_comes_and_goes_is_what_the_planner_says(actor):
     arch = architecture()
-    settings = config(actor=actor | {"micro_batch_tokens": 1000})
+    settings = config(actor=actor | {"micro_batch_tokens": 10000})
     live = SimpleNamespace(arch=arch, layers=arch.layers, grid=SimpleNamespace(pp=1, pp_rank=0))
     found = working_bytes(settings, live, (9, 0))
-    planned = plan_memory(settings, arch, make_cluster("h100", "ib400", 1, 1), 1000).phases
+    planned = plan_memory(settings, arch, make_cluster("h100", "ib400", 1, 1), 10000).phases
     staging = {"staging": 256 << 20}
     assert found[Phase.TRAIN] | dict.fromkeys(EVERYTHING) == planned["update"] | staging | dict.fromkeys(EVERYTHING)
     assert found[Phase.PUSH] == {"context": planned["push"]["context"]} | staging
