@@ -56,6 +56,7 @@ def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> di
     stats = tree_stats(trees)
     return {
         "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
+        "reward/score": sum(leaf.score or 0.0 for leaf in leaves) / len(leaves),
         "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
         "rollout/leaves": stats.leaves,
         "rollout/response_tokens_mean": stats.mean_length,
