@@ -12,6 +12,11 @@ def last_word_is_even(response: str, answer: str, prompt: str, row: dict[str, An
     return float(last_number(response) % 2 == 0)
 
 
+def scaled_by_the_row(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
+    """A quarter of the row's `scale`, positive or negative."""
+    return row["scale"] * (0.25 if last_number(response) % 2 == 0 else -0.25)
+
+
 def mostly_fails(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
     """By the last word: hangs, raises, ends its process, or is right."""
     fate = last_number(response) % 4

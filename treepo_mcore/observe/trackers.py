@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from treepo_mcore.config import Config, ConfigError
 from treepo_mcore.environment import deaf_children
+
+log = logging.getLogger(__name__)
 
 WANDB_PROJECT = "treepo_mcore"
 WANDB_ID = "wandb_id"  # file in run.dir: under this id a resumed run continues
@@ -68,7 +71,7 @@ class WeightsAndBiases:
         import wandb
 
         directory = config.run.dir
-        with deaf_children():
+        with deaf_children():  # then SIGUSR1, by which Slurm tells of the time limit, does not end wandb's process
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
                 name=os.environ.get("WANDB_NAME", directory.resolve().name),
@@ -79,14 +82,25 @@ class WeightsAndBiases:
             )
         # Not wandb's own count of calls: it never goes back, and would swallow the steps that a resumed run repeats.
         self.run.define_metric("*", step_metric="step")
+        self.gone = False
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """See `Tracker`."""
-        self.run.log({"step": step, **_numbers(values)})
+        self._while_it_lives(lambda: self.run.log({"step": step, **_numbers(values)}))
 
     def close(self) -> None:
         """See `Tracker`."""
-        self.run.finish()
+        self._while_it_lives(self.run.finish)
+
+    def _while_it_lives(self, call: Callable[[], None]) -> None:
+        """wandb's own process ends by a SIGTERM to all of a Slurm step, but the rank has to finish its step and save."""
+        if self.gone:
+            return
+        try:
+            call()
+        except ConnectionError as error:
+            self.gone = True
+            log.warning("run.trackers: wandb's process is gone (%s); the run goes on without it", error)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
