@@ -21,12 +21,13 @@ WIDTH = 4
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A directory with run.yaml, which trains on two processes as it stands, each with an engine."""
+    """A directory with run.yaml; its `run` is filled by the first test, on two processes with an engine each."""
     folder = tmp_path_factory.mktemp("eval")
-    rows = [json.loads(line) for line in write_prompts(folder / "prompts.jsonl", 5).read_text().splitlines()]
+    prompts = write_prompts(folder / "prompts.jsonl", 5)
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     # Prompts that differ in what their answers are worth: with the row's `scale`.
     lines = [json.dumps(row | {"scale": 1 + index}) + "\n" for index, row in enumerate(rows)]
-    (folder / "prompts.jsonl").write_text("".join(lines))
+    prompts.write_text("".join(lines))
     settings = {
         "run": {"dir": str(folder / "run"), "trackers": ["tensorboard"], "deterministic": True},
         "model": {"path": str(make_model(folder / "model", "qwen2"))},
@@ -77,28 +78,26 @@ def logged(folder: Path) -> list[dict]:
 
 
 def test_eval_of_a_run(run: Path) -> None:
-    untrained = command("eval", run, processes=2)
-    assert (untrained["step"], untrained["checkpoint"], untrained["samples"], untrained["prompts"]) == (0, False, 3, 5)
-    assert [file.name for file in (run / "run").iterdir()] == ["eval.json"]
     command("train", run, processes=2)
     before, after = (row for row in logged(run) if "eval/accuracy" in row)
-    measured = ["eval/accuracy", "eval/score", "eval/best"]
-    assert list(before)[1:] == list(after)[1:] == measured  # a custom function has no majority
-    assert [untrained[name] for name in measured] == [before[name] for name in measured]
+    measured = ["eval/accuracy", "eval/score", "eval/best"]  # a custom function has no majority
+    assert list(before)[1:] == list(after)[1:] == measured
+    assert before["eval/score"] != after["eval/score"]
     there = contents(run / "run")
-    trained = command("eval", run, processes=2)
-    assert (trained["step"], trained["checkpoint"]) == (1, True)
-    assert [trained[name] for name in measured] == [after[name] for name in measured]
-    assert after != before | {"step": 1}
+    again = command("eval", run, processes=2)
+    assert (again["step"], again["checkpoint"], again["samples"], again["prompts"]) == (1, True, 3, 5)
+    assert [again[name] for name in measured] == [after[name] for name in measured]
     now = contents(run / "run")
-    written = run / "run" / "eval.json"
-    assert json.loads(now.pop(written)) == trained
-    there.pop(written)
+    assert json.loads(now.pop(run / "run" / "eval.json")) == again
     assert now == there
-    # Alone, with the one greedy answer.
-    alone = command("eval", run, "trainer.eval_samples=1")
-    assert list(alone)[4:6] == ["eval/accuracy", "eval/score"]
-    assert alone["checkpoint"]
+
+
+def test_eval_alone_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
+    """One process, one greedy answer."""
+    result = command("eval", run, "trainer.eval_samples=1", f"run.dir={tmp_path / 'new'}")
+    assert (result["step"], result["checkpoint"], result["samples"]) == (0, False, 1)
+    assert [name for name in result if name.startswith("eval/")] == ["eval/accuracy", "eval/score"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["eval.json"]
 
 
 def test_rewards_of_a_function_that_reads_the_row(run: Path) -> None:
@@ -113,6 +112,7 @@ def test_rewards_of_a_function_that_reads_the_row(run: Path) -> None:
     assert row["reward/mean"] == row["reward/score"] == pytest.approx(sum(leaf.reward for leaf in leaves) / len(leaves))
 
 
+@pytest.mark.long
 def test_tensorboard_of_the_run_says_what_metrics_jsonl_says(run: Path) -> None:
     """After the first test: one step more, by the same command."""
     command("train", run, "trainer.steps=2", processes=2)

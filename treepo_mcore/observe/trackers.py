@@ -93,7 +93,7 @@ class WeightsAndBiases:
         self._while_it_lives(self.run.finish)
 
     def _while_it_lives(self, call: Callable[[], None]) -> None:
-        """wandb's own process ends by a SIGTERM to all of a Slurm step, but the rank has to finish its step and save."""
+        """wandb's process ends by a SIGTERM to all of a Slurm step; the rank still has to finish its step and save."""
         if self.gone:
             return
         try:
