@@ -206,13 +206,13 @@ def measure(job: Path) -> None:
     arch = read_architecture(job / "model")
     actor = Actor(config, arch, job / "model", grid, temperature=1.0, total_steps=1)
     packed = pack(trees, config.micro_batch_tokens, config.least_micro_batches)
+    for act in passes(actor, packed["flat"][:1]).values():  # warms up
+        act()
     times: dict[str, list[float]] = {}
-    for repeat in range(settings["repeats"] + 1):
+    for _ in range(settings["repeats"]):
         for packing, sequences in packed.items():
             for what, act in passes(actor, sequences).items():
-                seconds = timed(act)
-                if repeat:  # the first warms up
-                    times.setdefault(f"{what}_{packing}", []).append(seconds)
+                times.setdefault(f"{what}_{packing}", []).append(timed(act))
     if grid.rank == 0:
         (job / "row.json").write_text(json.dumps(describe(trees, packed, times)))
     dist.barrier()

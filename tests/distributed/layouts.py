@@ -118,3 +118,16 @@ def run(models: dict[str, str], layouts: dict[str, dict[str, Any]], trees: str, 
     }
     if dist.get_rank() == 0:
         torch.save(results, out)
+
+
+def not_finite(directory: str, trees: str) -> str:
+    """What `Actor.update` says on this rank when another one's advantages are not numbers."""
+    actor = make_actor(Path(directory), {"optimizer": {"distributed": True}})
+    (batch,) = mini_batches(actor, trees, 8, "tree")
+    if actor.grid.rank == 0:
+        batch[0].adv_pos[:] = float("nan")
+    try:
+        actor.update(batch, [sequence.behaviour_logprob for sequence in batch])
+    except RuntimeError as error:
+        return str(error)
+    return "went on"

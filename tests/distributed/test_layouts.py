@@ -165,3 +165,10 @@ def worst_relative(results, references):
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def test_every_rank_stops_at_a_gradient_that_is_not_finite(directories, tmp_path):
+    write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=4) for seed in range(8)])
+    arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl")}
+    for said in launch("layouts:not_finite", 2, arguments):
+        assert said.startswith("the gradient's norm is nan")

@@ -35,6 +35,7 @@ def init(**arguments):
 
 def config(tmp_path, *trackers):
     (tmp_path / "my_run").mkdir(exist_ok=True)
+    (tmp_path / "my_run" / "metrics.jsonl").touch()
     run = {"dir": str(tmp_path / "my_run"), "trackers": list(trackers)}
     return parse_config({"run": run, "model": {"path": "m"}, "data": {"train": "t"}})
 
@@ -50,19 +51,23 @@ def write(settings, first, last, offset):
 def test_tensorboard_has_the_numbers_and_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     settings = config(tmp_path, "tensorboard")
     killed = write(settings, 0, 5, 0.5)  # not closed: what was written is there all the same
+    # What MetricsLog leaves: the evaluation made before the step at which the run goes on.
+    rows = [{"step": 2, "actor/loss": 2.5}, {"step": 3, "eval/accuracy": 0.125}]
+    (tmp_path / "my_run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write(settings, 3, 6, 0.25).close()
     events = EventAccumulator(str(tmp_path / "my_run" / "tensorboard"))
     events.Reload()
-    assert sorted(events.Tags()["scalars"]) == ["actor/loss", "tokens"]
+    assert sorted(events.Tags()["scalars"]) == ["actor/loss", "eval/accuracy", "tokens"]
     found = [(event.step, event.value) for event in events.Scalars("actor/loss")]
     assert found == [(0, 0.5), (1, 1.5), (2, 2.5), (3, 3.25), (4, 4.25), (5, 5.25)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/accuracy")] == [(3, 0.125)]
     assert [event.value for event in events.Scalars("tokens")] == [0, 10, 20, 30, 40, 50]
     killed.close()
 
 
 def test_no_trackers_write_nothing(tmp_path):
     assert open_trackers(config(tmp_path), 0) == []
-    assert list((tmp_path / "my_run").iterdir()) == []
+    assert [file.name for file in (tmp_path / "my_run").iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

@@ -120,7 +120,7 @@ class Actor:
 
         The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
         with weights of one the mean over logical tokens. Returns metrics, the same on every rank. Call `finish_updates`
-        behind the last one.
+        behind the last one. Raises RuntimeError on all ranks together when the gradient is not finite.
         old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for the supervised objective.
         """
         batches = self._micro_batches(sequences, old_logp, reference_logp)
@@ -131,6 +131,8 @@ class Actor:
         self.optimizer.zero_grad()
         outputs = self._run(batches, partial(self._loss, objective, normaliser))
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"the gradient's norm is {grad_norm}: these weights are lost; go on from a checkpoint")
         return self._metrics(outputs, float(grad_norm))
 
     @on_megatron_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import uuid
@@ -37,7 +38,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(config: Config, step: int) -> list[Tracker]:
-    """Those that run.trackers names, for a run that starts, or goes on, at `step`. For rank 0."""
+    """Those that run.trackers names, for a run that starts, or goes on, at `step`.
+
+    For rank 0, when metrics.jsonl is there and holds nothing that the run will repeat.
+    """
     kinds: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
         "tensorboard": TensorBoard,
         "wandb": WeightsAndBiases,
@@ -52,6 +56,9 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(config.run.dir / "tensorboard"), purge_step=step)
+        # The evaluation before this step goes with the rest, and will not be repeated.
+        for values in _logged(config.run.dir / "metrics.jsonl", step):
+            self.write(step, values)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """See `Tracker`."""
@@ -105,6 +112,11 @@ class WeightsAndBiases:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {n: v for n, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _logged(metrics: Path, step: int) -> list[dict[str, Any]]:
+    rows = map(json.loads, metrics.read_text().splitlines())
+    return [{name: value for name, value in row.items() if name != "step"} for row in rows if row["step"] == step]
 
 
 def _wandb_id(file: Path, fresh: bool) -> str:

@@ -50,9 +50,9 @@ def score(rewards: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], 
         mine = [results[index] for index in range(begin, begin + samples)]
         right = [result.correct for result in mine]
         winner = majority([boxed_answer(text) for text in texts[begin : begin + samples]])
-        sums += torch.tensor(
-            [sum(right), sum(result.score for result in mine), winner is not None and right[winner], any(right)]
-        )
+        good = winner is not None and right[winner]
+        scores = sum(result.score for result in mine)
+        sums += torch.tensor([sum(right), scores, good, any(right)], dtype=torch.float64)
     return sums
 
 
