@@ -230,7 +230,8 @@ class ActorConfig(Section):
     # Linear layers in FP8, forward and backward, in the pass for log-probs too; needs TransformerEngine and a GPU that
     # has it. current: one scale a tensor; blockwise: one for 128 elements or 128 x 128. Both leave the first and the
     # last layer in bfloat16 (actor.megatron.first_last_layers_bf16, num_layers_at_start_in_bf16 and ..._at_end_...).
-    # Other recipes of Megatron: actor.megatron.fp8 and fp8_recipe.
+    # Other recipes of Megatron: actor.megatron.fp8 and fp8_recipe. Parameters that are FP8 themselves:
+    # actor.megatron.fp8_param and fp8_param_gather, together (docs/gpu.md).
     fp8: Literal["none", "current", "blockwise"] = "none"
     packing: Literal["tree", "flat"] = "tree"  # flat: every leaf its own copy of the prefix, for comparison
     # Unique tokens of one packed sequence, at most; a pipeline with few sequences gets shorter ones, of whole trees.

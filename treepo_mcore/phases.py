@@ -30,6 +30,9 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.memory import Holder
 from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import Config, ConfigError, MemoryConfig
+from treepo_mcore.planner.constants import CONTEXT_BYTES, GRAPH_BYTES
+from treepo_mcore.planner.memory import plain_copies, update_working
+from treepo_mcore.planner.shards import Stage
 from treepo_mcore.rollout.engine import Engine
 from treepo_mcore.weights.layout import hf_shapes
 
@@ -83,8 +86,9 @@ def kept(phase: Phase, offload: set[Holder]) -> set[Holder]:
 class Phases:
     """Moves actor and engine in and out. Make it between building the two: the actor then makes room."""
 
-    def __init__(self, config: MemoryConfig, actor: Actor) -> None:
-        self.actor = actor
+    def __init__(self, config: MemoryConfig, actor: Actor, working: Mapping[Phase, dict[str, int]]) -> None:
+        """working: bytes by name that come and go on top of what actor and engine hold, for the prediction."""
+        self.actor, self.working = actor, working
         self.engine: Engine | None = None
         self.offload = offloaded(config, torch.cuda.is_available())
         self.phase = Phase.IDLE
@@ -129,9 +133,10 @@ class Phases:
         return values
 
     def predicted(self, phase: Phase) -> dict[str, int]:
-        """Bytes by holder in a phase, largest first; activations are not among them."""
+        """Bytes by holder at the height of a phase, largest first."""
         held: dict[str, int] = {name: self.actor.memory.bytes[name] for name in kept(phase, self.offload)}
         held |= {name: self.engine_bytes[name] for name in ENGINE.get(phase, ())}
+        held |= self.working[phase]
         return dict(sorted(held.items(), key=lambda item: -item[1]))
 
     def describe(self) -> str:
@@ -140,7 +145,7 @@ class Phases:
         for phase in (Phase.PUSH, Phase.ROLLOUT, Phase.TRAIN):
             held = self.predicted(phase)
             parts.append(f"{phase} {sum(held.values()) / GIB:.2f} ({_list(held)})")
-        return f"predicted on the device, GiB a rank, without activations: {'; '.join(parts)}"
+        return f"predicted on the device, GiB a rank: {'; '.join(parts)}"
 
     def _enter(self, phase: Phase) -> None:
         if phase not in NEXT[self.phase]:
@@ -180,7 +185,7 @@ class Phases:
         self.values[f"memory/{self.phase}_gib"] = used
         if self.phase not in self.seen and torch.distributed.get_rank() == 0:
             expected = sum(self.predicted(self.phase).values()) / GIB
-            log.info("%s: %.2f GiB on the device, %.2f predicted without activations", self.phase, used, expected)
+            log.info("%s: %.2f GiB on the device, %.2f predicted", self.phase, used, expected)
         self.seen.add(self.phase)
 
     def _out_of_memory(self, phase: Phase) -> str:
@@ -250,6 +255,27 @@ def checkpoint_bytes(config: Config, arch: Architecture, ranks: int) -> int:
     """
     mine = sum(_product(shape) for shape in hf_shapes(arch).values()) // (config.actor.tp * config.actor.pp)
     return mine * max(SAVING * min(ranks, config.actor.tp), LOADING * ranks)
+
+
+def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | None) -> dict[Phase, dict[str, int]]:
+    """What comes and goes on this rank's GPU in each phase, by the planner's formulas (planner/memory.py).
+
+    capability: the GPU's; None on a CPU, where no weight is quantised. Micro-batches are taken to be full. "context" is
+    assumed: CUDA, NCCL and what is left of a sleeping engine. FP8 weights are given up with the gradients, or stay.
+    """
+    grid = actor.grid
+    always = {"context": CONTEXT_BYTES, "staging": config.rollout.push_staging_mb << 20}
+    stage = Stage(actor.layers, grid.pp_rank == 0, grid.pp_rank == grid.pp - 1)
+    tokens = config.actor.micro_batch_tokens
+    update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
+    if update["FP8 weights"] and "gradients" not in offloaded(config.memory, capability is not None):
+        always["FP8 weights"] = update["FP8 weights"]
+    plain = plain_copies(config.actor, actor.arch, stage)
+    return {
+        Phase.PUSH: always | ({"plain copies": plain} if plain else {}),
+        Phase.ROLLOUT: always | {"CUDA graphs": GRAPH_BYTES},
+        Phase.TRAIN: always | {name: size for name, size in update.items() if size},
+    }
 
 
 def local_ranks() -> int:

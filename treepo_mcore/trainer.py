@@ -20,13 +20,14 @@ from treepo_mcore.architecture import read_architecture, resolve_model
 from treepo_mcore.config import Config, check_grid, dump_config
 from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.machine import this_machine
 from treepo_mcore.observe.heartbeat import listen_to_nodes
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.signals import STOPPED, StopRequest
 from treepo_mcore.observe.trackers import Tracker, check_trackers, open_trackers
 from treepo_mcore.observe.versions import versions
-from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks
+from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
@@ -77,10 +78,11 @@ class Trainer:
             temperature=config.rollout.temperature,
             total_steps=config.trainer.steps,
         )
-        self.phases = Phases(config.memory, self.actor)
+        self.phases = Phases(config.memory, self.actor, working_bytes(config, self.actor, this_machine().capability))
         self.engine = VllmEngine(config, self.arch, self.directory, tokenizer.eos_ids)
         self.phases.attach(self.engine, self.engine.weight_bytes(), self.engine.reserved_bytes())
-        with self.phases.train():  # the push looks at the actor's parameters, which must be there for it
+        # The push looks at the actor's parameters, which must be there for it.
+        with self.phases.train(), self.actor.readable():
             self.push = self._make_push()
         self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
         self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
@@ -120,7 +122,7 @@ class Trainer:
         """One rollout phase and its updates."""
         self.phases.metrics()  # what an evaluation took is not this step's
         clock = Clock(lambda phase: self.progress.phase(self.step, phase))
-        with self.phases.push(), clock.phase("push"):
+        with self.phases.push(), clock.phase("push"), self.actor.readable():
             push = self.push.run()
         with self.phases.rollout(), clock.phase("rollout"):
             trees, counts = self.rollout.collect(self.prompts, self.step)
@@ -136,7 +138,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """How the actor's current weights answer the held-out prompts: `rollout.evaluation.metrics`."""
-        with self.phases.push():
+        with self.phases.push(), self.actor.readable():
             self.push.run()
         with self.phases.rollout():
             return self.rollout.evaluate(self.held_out)
@@ -209,7 +211,7 @@ class Trainer:
         after = self._evaluate_and_say("after training") if trainer.eval_after and self.held_out else None
         self._save()
         if trainer.export:
-            with self.phases.train():
+            with self.phases.train(), self.actor.readable():
                 named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
                 export_directory(self.directory, run.dir / "policy", named)
         summary = {

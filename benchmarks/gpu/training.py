@@ -58,6 +58,7 @@ def build(fp8: str, directory: Path) -> Any:
     init_process_group()
     grid = build_grid(config, 1, seed=0)
     arch = read_architecture(directory)
+    assert arch.vocab >= benchmark("cpu_training").VOCAB, "the trees have tokens that the model has not"
     return module.Actor(config, arch, directory, grid, temperature=1.0, total_steps=1)
 
 

@@ -167,8 +167,11 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_every_rank_stops_at_a_gradient_that_is_not_finite(directories, tmp_path):
+def test_ranks_with_unequal_shares(directories, tmp_path):
+    """All stop at a gradient that is not finite; under delayed scaling all have as many micro-batches."""
     write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=4) for seed in range(8)])
     arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl")}
-    for said in launch("layouts:not_finite", 2, arguments):
-        assert said.startswith("the gradient's norm is nan")
+    one, two = launch("layouts:shares_of_two_ranks", 2, arguments)
+    assert (one["counts"], two["counts"]) == ([1, 2], [2, 2])
+    assert one["said"] == two["said"]
+    assert one["said"].startswith("the gradient's norm is nan")

@@ -35,6 +35,36 @@ def gradients(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> d
     }
 
 
+def updates(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> dict[str, dict[str, float]]:
+    """Against the first case, over two updates with everything offloaded in between: log-probs and readable tensors."""
+    from layouts import mini_batches
+    from log_probs import make_actor
+
+    results = {}
+    for name, settings in cases.items():
+        actor = make_actor(Path(directory), settings)
+        (batch,) = mini_batches(actor, trees, 100, "tree")
+        logp = [torch.cat([out[0] for out in actor.log_probs(batch)])]
+        for _ in range(2):
+            actor.update(batch, [out[0] for out in actor.log_probs(batch)])
+            actor.finish_updates()
+            actor.memory.keep(set())
+            actor.memory.keep({"parameters", "gradients", "optimizer"})
+            logp.append(torch.cat([out[0] for out in actor.log_probs(batch)]))
+        with actor.readable():
+            tensors = {tensor: values.float().cpu() for tensor, values in actor.tensors.items()}
+        results[name] = (torch.cat(logp), tensors, len(actor.copies.tensors))
+    first, other, _ = results[next(iter(cases))]
+    return {
+        name: {
+            "logp": float((logp - first).abs().max()),
+            "read": max(float((t - other[key]).abs().max() / other[key].abs().max()) for key, t in tensors.items()),
+            "quantised": quantised,
+        }
+        for name, (logp, tensors, quantised) in results.items()
+    }
+
+
 def actor_grads(actor: Any, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """In Hugging Face coordinates: TransformerEngine's layers have other names."""
     from layouts import in_hf

@@ -46,6 +46,24 @@ def test_fp8_points_where_bf16_does(arguments, fp8):
     assert 0 < found["logp"] < 0.2, found
 
 
+@pytest.mark.skipif(not has_module("transformer_engine"), reason="TransformerEngine is not installed (docs/gpu.md)")
+@pytest.mark.parametrize("fp8", ["current", "blockwise"])
+def test_fp8_parameters_are_another_place_for_the_same_numbers(arguments, fp8):
+    """Weights are quantised from the same bf16 values either way: before and after updates, offloaded or not."""
+    from harness import launch
+
+    recipe = {"dtype": "bfloat16", "fp8": fp8, "optimizer": {"lr": 1e-3}}
+    whole = {"first_last_layers_bf16": False}
+    cases = {
+        "copies": recipe | {"megatron": whole},
+        "parameters": recipe | {"megatron": whole | {"fp8_param": True, "fp8_param_gather": True}},
+    }
+    found = launch("gpu.actors:updates", 1, arguments | {"cases": cases})[0]["parameters"]
+    assert found["quantised"] > 0
+    assert found["logp"] < 1e-3, found
+    assert 0 < found["read"] < 0.1, found  # what is pushed: eight bits instead of bf16, relative to the largest weight
+
+
 def test_two_steps_with_a_real_engine(model_directory, tmp_path):
     """Everything is offloaded in between, and the device's memory is in the metrics."""
     from harness import launch

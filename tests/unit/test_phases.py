@@ -1,10 +1,12 @@
 """Whose turn it is on the device: order of the calls, what moves, refusals, and what an out-of-memory error says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from treepo_mcore.actor.memory import HostCopy, storages
-from treepo_mcore.config import ConfigError, MemoryConfig, parse_config
+from treepo_mcore.config import ActorConfig, ConfigError, MemoryConfig, parse_config
 from treepo_mcore.phases import (
     GIB,
     DeviceMemoryError,
@@ -15,7 +17,11 @@ from treepo_mcore.phases import (
     checkpoint_bytes,
     host_bytes,
     kept,
+    working_bytes,
 )
+from treepo_mcore.planner.hardware import make_cluster
+from treepo_mcore.planner.memory import fp8_weights, plan_memory
+from treepo_mcore.planner.shards import Stage, matrix_parameters
 
 from test_precision import architecture  # isort: skip
 
@@ -46,7 +52,8 @@ class Recorder:
 @pytest.fixture
 def made():
     recorder = Recorder()
-    phases = Phases(MemoryConfig(offload=sorted(EVERYTHING)), recorder)
+    working = {Phase.PUSH: {}, Phase.ROLLOUT: {"context": GIB}, Phase.TRAIN: {"activations": 5 * GIB}}
+    phases = Phases(MemoryConfig(offload=sorted(EVERYTHING)), recorder, working)
     phases.attach(recorder, weights=2 * GIB, reserved=40 * GIB)
     return phases, recorder.calls
 
@@ -122,7 +129,7 @@ def test_out_of_memory_names_the_phase_and_the_biggest_holders(made):
     phases, _ = made
     with pytest.raises(DeviceMemoryError) as caught, phases.train():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "in phase train: optimizer 12.00, gradients 4.00, parameters 2.00 GiB" in str(caught.value)
+    assert "in phase train: optimizer 12.00, activations 5.00, gradients 4.00, parameters 2.00 GiB" in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
@@ -153,8 +160,53 @@ def test_checkpoints_need_host_memory():
 def test_the_prediction_names_every_phase(made):
     text = made[0].describe()
     assert "push 4.00 (parameters 2.00, engine weights 2.00)" in text
-    assert "rollout 40.00 (engine 40.00)" in text
-    assert "train 18.00 (optimizer 12.00, gradients 4.00, parameters 2.00)" in text
+    assert "rollout 41.00 (engine 40.00, context 1.00)" in text
+    assert "train 23.00 (optimizer 12.00, activations 5.00, gradients 4.00, parameters 2.00)" in text
+
+
+@pytest.mark.parametrize("actor", [{}, {"fp8": "current"}, {"recompute": "full", "attention": "dense"}])
+def test_what_comes_and_goes_is_what_the_planner_says(actor):
+    arch = architecture()
+    settings = config(actor=actor | {"micro_batch_tokens": 10000})
+    live = SimpleNamespace(arch=arch, layers=arch.layers, grid=SimpleNamespace(pp=1, pp_rank=0))
+    found = working_bytes(settings, live, (9, 0))
+    planned = plan_memory(settings, arch, make_cluster("h100", "ib400", 1, 1), 10000).phases
+    staging = {"staging": 256 << 20}
+    assert found[Phase.TRAIN] | dict.fromkeys(EVERYTHING) == planned["update"] | staging | dict.fromkeys(EVERYTHING)
+    assert found[Phase.PUSH] == {"context": planned["push"]["context"]} | staging
+    assert found[Phase.ROLLOUT] == found[Phase.PUSH] | {"CUDA graphs": planned["rollout"]["CUDA graphs"]}
+    stays = config(actor=actor, memory={"offload": []})
+    fp8 = {"FP8 weights"} if "fp8" in actor else set()
+    assert set(working_bytes(stays, live, (9, 0))[Phase.PUSH]) == {"context", "staging"} | fp8
+
+
+@pytest.mark.parametrize(
+    ("actor", "capability", "bytes_a_weight"),
+    [
+        ({}, (9, 0), 0),
+        ({"fp8": "current"}, (9, 0), 2 * 3),
+        ({"fp8": "current"}, (10, 0), 3),
+        ({"fp8": "current"}, (12, 0), 2 * 3),
+        ({"fp8": "blockwise"}, (10, 0), 2 * 3),
+        ({"fp8": "blockwise", "megatron": {"first_last_layers_bf16": False}}, (9, 0), 2 * 4),
+        ({"megatron": {"fp8": "hybrid"}}, (9, 0), 2 * 4),
+        ({"fp8": "current", "megatron": {"fp8_param": True, "fp8_param_gather": True}}, (9, 0), 0),
+        ({"megatron": {"fp8": "hybrid", "fp8_recipe": "mxfp8"}}, (10, 0), 2 * 4),
+    ],
+)
+def test_quantised_copies_of_weights(actor, capability, bytes_a_weight):
+    """Of a first stage with four layers."""
+    arch = architecture()
+    found = fp8_weights(ActorConfig.model_validate(actor | {"tp": 2}), arch, Stage(4, True, False), capability)
+    assert found == bytes_a_weight * matrix_parameters(arch) // 2
+
+
+def test_fp8_parameters_are_read_through_plain_copies():
+    arch, own = architecture(), {"fp8_param": True, "fp8_param_gather": True}
+    live = SimpleNamespace(arch=arch, layers=arch.layers, grid=SimpleNamespace(pp=1, pp_rank=0))
+    found = working_bytes(config(actor={"fp8": "current", "megatron": own}), live, (9, 0))
+    assert found[Phase.PUSH]["plain copies"] == 2 * 2 * matrix_parameters(arch)  # of two layers in bf16
+    assert not {"plain copies", "FP8 weights"} & (set(found[Phase.ROLLOUT]) | set(found[Phase.TRAIN]))
 
 
 def test_tensors_come_back_and_their_views_stay_valid():

@@ -15,6 +15,9 @@ BLACKWELL = Machine(capability=(10, 0), cuda=(13, 0), te=(2, 16, 1))
 CPU = Machine(cuda=(13, 0))
 
 
+FP8_PARAMETERS = {"fp8_param": True, "fp8_param_gather": True}
+
+
 def architecture(**changes):
     sizes = {
         "family": "llama",
@@ -79,6 +82,13 @@ def test_settings_of_a_named_recipe_can_be_changed():
     ).transformer.first_last_layers_bf16
 
 
+@pytest.mark.parametrize("name", ["current", "blockwise"])
+def test_fp8_parameters_are_a_setting(name):
+    made = configs(HOPPER, fp8=name, megatron=FP8_PARAMETERS)
+    assert (made.transformer.fp8_param, made.ddp.fp8_param_gather) == (True, True)
+    assert not configs(HOPPER, fp8=name).transformer.fp8_param
+
+
 def test_other_recipes_pass_through():
     made = configs(HOPPER, megatron={"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024})
     assert (made.transformer.fp8_recipe, made.transformer.fp8_amax_history_len) == ("delayed", 1024)
@@ -92,7 +102,15 @@ def test_other_recipes_pass_through():
         ({"megatron": {"fp8": "e5m2"}}, ["actor.megatron.fp8:", "e4m3 or hybrid", "'e5m2'"]),
         ({"megatron": {"fp8_recipe": "tensorwise"}}, ["no effect without actor.megatron.fp8"]),
         ({"fp8": "current", "megatron": {"fp8_recipe": "blockwise"}}, ["set by actor.fp8: current"]),
-        ({"fp8": "current", "megatron": {"fp8_param": True}}, ["fp8_param", "not supported"]),
+        ({"fp8": "current", "megatron": {"fp8_param": True}}, ["fp8_param, fp8_param_gather", "go together"]),
+        ({"fp8": "blockwise", "megatron": {"fp8_param_gather": True}}, ["go together"]),
+        ({"megatron": FP8_PARAMETERS}, ["actor.megatron.fp8_param:", "no effect without actor.megatron.fp8"]),
+        ({"megatron": FP8_PARAMETERS | {"fp8": "hybrid"}}, ["tensorwise, blockwise", "found delayed"]),
+        (
+            {"fp8": "current", "megatron": FP8_PARAMETERS, "optimizer": {"distributed": False}},
+            ["optimizer.distributed"],
+        ),
+        ({"fp8": "current", "megatron": FP8_PARAMETERS, "reference": "host"}, ["actor.reference: none"]),
         ({"fp8": "current", "dtype": "float32"}, ["actor.fp8: current", "bfloat16", "float32"]),
         ({"megatron": {"fp8": "hybrid", "first_last_layers_bf16": True}}, ["Delayed scaling"]),
     ],

@@ -54,7 +54,8 @@ _tensor_type = torch.Tensor.type
 def _type(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
     # Megatron sorts parameters by the names 'torch.cuda.FloatTensor' and so on.
     if dtype is None:
-        return _tensor_type(tensor).replace("torch.", "torch.cuda.", 1)
+        name = _tensor_type(tensor)  # of a subclass, torch asks this very function once more
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
     return _tensor_type(tensor, dtype, **kwargs)
 
 

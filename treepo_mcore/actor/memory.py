@@ -7,7 +7,8 @@ a CPU the same is done with ordinary memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.precision import forget_fp8_copies
+from treepo_mcore.actor.quantised import data_tensors
 
 Holder = Literal["parameters", "gradients", "optimizer"]
 ALIGNED = 512  # bytes; where copies into the host buffer begin
@@ -60,12 +62,38 @@ class HostCopy:
         self.moved = []
 
 
+class HostTensors:
+    """Values of a set of tensors, in one pinned host buffer."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes their values as they are now."""
+        ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors.values()))
+        buffer = _pinned(ends[-1])
+        self.values = {
+            name: buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for begin, (name, tensor) in zip([0, *ends], tensors.items(), strict=False)
+        }
+        self.take(tensors)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy their values here."""
+        for name, value in self.values.items():
+            value.copy_(tensors[name], non_blocking=True)
+        _synchronize()
+
+    def give(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the values there."""
+        for name, value in self.values.items():
+            tensors[name].copy_(value, non_blocking=True)
+        _synchronize()
+
+
 class ActorMemory:
     """Moves the actor's parameters, gradients and optimizer state."""
 
-    def __init__(self, chunks: list[Any], optimizer: Any, tensors: dict[str, Tensor]) -> None:
-        """chunks: Megatron's data-parallel wrappers; tensors: the parameters."""
-        self.chunks, self.optimizer, self.tensors = chunks, optimizer, tensors
+    def __init__(self, chunks: list[Any], optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
+        """chunks: Megatron's data-parallel wrappers; parameters: as they are in its modules."""
+        self.chunks, self.optimizer, self.parameters = chunks, optimizer, parameters
         self.copies = {"parameters": HostCopy(), "optimizer": HostCopy()}
         self.absent: set[Holder] = set()
         self.bytes = self._predicted()
@@ -95,7 +123,7 @@ class ActorMemory:
                 chunk.offload_grad_buffers()
                 forget_fp8_copies(chunk)
         else:
-            tensors = self._optimizer_tensors() if holder == "optimizer" else self.tensors.values()
+            tensors = self._optimizer_tensors() if holder == "optimizer" else self._parameter_tensors()
             self.copies[holder].out(tensors)
 
     def _back(self, holder: Holder) -> None:
@@ -105,10 +133,13 @@ class ActorMemory:
         else:
             self.copies[holder].back()
 
+    def _parameter_tensors(self) -> list[Tensor]:
+        return [tensor for parameter in self.parameters.values() for tensor in data_tensors(parameter)]
+
     def _optimizer_tensors(self) -> Iterator[Tensor]:
         """Adam's moments and float32 weights. In float32 the latter are the parameters themselves, which stay."""
-        shared = {storage._cdata for storage in storages(self.tensors.values())}
-        device = next(iter(self.tensors.values())).device
+        shared = {storage._cdata for storage in storages(self._parameter_tensors())}
+        device = next(iter(self.parameters.values())).device
         for tensor in self._optimizer_state():
             # Some optimizers keep counters on the host; TransformerEngine's can keep moments in tensors of its own.
             plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device
@@ -128,7 +159,7 @@ class ActorMemory:
 
     def _predicted(self) -> dict[Holder, int]:
         """Bytes of each holder; Adam's moments come into being with the first step, float32 each."""
-        parameters = {storage._cdata: storage.nbytes() for storage in storages(self.tensors.values())}
+        parameters = {storage._cdata: storage.nbytes() for storage in storages(self._parameter_tensors())}
         buffers = [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         optimizer = 0
         for adam in self._adams():

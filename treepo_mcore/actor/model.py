@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
@@ -311,7 +312,7 @@ def build_meta_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Mo
     """
     config = copy.copy(configs.transformer)
     config.use_cpu_initialization = True  # otherwise Megatron names the CUDA device itself
-    config.fp8 = None
+    config.fp8, config.fp8_param = None, False
     te_layers = configs.te_layers and this_machine().te_layers
     with torch.device("meta"):
         return [_build_chunk(config, arch, stage, te_layers) for stage in _virtual_stages(config)]
@@ -347,7 +348,8 @@ def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | Non
     # Vocabulary rows beyond the checkpoint's are never loaded. Their logits are masked, but in the backward pass zero
     # times what happened to be in that memory can be NaN.
     for parameter in model.parameters():
-        parameter.data.zero_()
+        if not is_float8tensor(parameter):  # the weights of linear layers only, which are loaded whole
+            parameter.data.zero_()
     _set_rotary(model, arch)
     return model
 

@@ -50,6 +50,10 @@ NEEDS = {
 }
 
 
+# Of these TransformerEngine puts parameters into Megatron's buffer, and scales come from the weights themselves.
+QUANTISED_PARAMETERS = (Fp8Recipe.tensorwise, Fp8Recipe.blockwise)
+
+
 def precision_fields(actor: ActorConfig, arch: Architecture, machine: Machine) -> dict[str, Any]:
     """Megatron's fields of `actor.fp8`, after a look at those in `actor.megatron`, which win over them.
 
@@ -59,15 +63,11 @@ def precision_fields(actor: ActorConfig, arch: Architecture, machine: Machine) -
     for key in ("fp8", "fp8_recipe"):
         if named and key in own:
             raise ConfigError(f"actor.megatron.{key}: set by actor.fp8: {actor.fp8}; to choose it, leave actor.fp8 out")
-    if own.get("fp8_param") or own.get("fp8_param_gather"):
-        raise ConfigError(
-            "actor.megatron.fp8_param, fp8_param_gather: weights are pushed, saved and exported from parameters in "
-            "actor.dtype; FP8 parameters are not supported"
-        )
     fields = named | own
     if fields.get("fp8") is None:
-        if "fp8_recipe" in fields:
-            raise ConfigError("actor.megatron.fp8_recipe: has no effect without actor.megatron.fp8 (e4m3 or hybrid)")
+        for key in ("fp8_recipe", "fp8_param", "fp8_param_gather"):
+            if fields.get(key):
+                raise ConfigError(f"actor.megatron.{key}: has no effect without actor.megatron.fp8 (e4m3 or hybrid)")
         return named
     where = f"actor.fp8: {actor.fp8}" if named else "actor.megatron.fp8"
     if actor.dtype != "bfloat16":
@@ -75,6 +75,7 @@ def precision_fields(actor: ActorConfig, arch: Architecture, machine: Machine) -
     if fields["fp8"] not in FORMATS:
         raise ConfigError(f"actor.megatron.fp8: expected {' or '.join(FORMATS)}, found {fields['fp8']!r}")
     recipe = _recipe(fields)
+    _check_quantised_parameters(actor, recipe)
     check_recipe(recipe, machine, where)
     _check_widths(actor, arch, NEEDS[recipe], where)
     return named
@@ -120,6 +121,23 @@ def _recipe(fields: dict[str, Any]) -> Fp8Recipe:
     except ValueError:
         known = ", ".join(recipe.value for recipe in Fp8Recipe)
         raise ConfigError(f"actor.megatron.fp8_recipe: expected one of {known}, found {name!r}") from None
+
+
+def _check_quantised_parameters(actor: ActorConfig, recipe: Fp8Recipe) -> None:
+    """FP8 parameters, only where all that touches them is known to go well together (docs/gpu.md says why)."""
+    own = actor.megatron
+    where = "actor.megatron.fp8_param, fp8_param_gather"
+    if bool(own.get("fp8_param")) != bool(own.get("fp8_param_gather")):
+        raise ConfigError(f"{where}: go together; set both")
+    if not own.get("fp8_param"):
+        return
+    if recipe not in QUANTISED_PARAMETERS:
+        known = ", ".join(each.value for each in QUANTISED_PARAMETERS)
+        raise ConfigError(f"{where}: expected one of the recipes {known}, found {recipe.value}")
+    if not actor.optimizer.distributed:
+        raise ConfigError(f"{where}: need actor.optimizer.distributed, which quantises them after an update")
+    if actor.reference != "none":
+        raise ConfigError(f"{where}: need actor.reference: none; weights that change places would be rounded twice")
 
 
 def _check_widths(actor: ActorConfig, arch: Architecture, needs: Needs, where: str) -> None:

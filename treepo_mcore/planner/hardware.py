@@ -20,6 +20,7 @@ class Gpu:
     hbm: float  # bytes/s
     nvlink: float  # bytes/s to the other GPUs of the node
     host: float  # bytes/s to host memory
+    capability: tuple[int, int]  # for computing
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Cluster:
 # Data sheets: NVIDIA A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024), HGX B200 (2025); PCIe generation 4 for
 # the A100, 5 for the others, at the 80 % of the line rate that pinned copies reach.
 GPUS = {
-    "a100": Gpu("A100-SXM-80GB", 81920 * MIB, 312e12, None, 2.039e12, 300e9, 25e9),
-    "h100": Gpu("H100-SXM-80GB", 81559 * MIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("H200-SXM-141GB", 143771 * MIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
-    "b200": Gpu("B200-SXM-180GB", 183359 * MIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9),
+    "a100": Gpu("A100-SXM-80GB", 81920 * MIB, 312e12, None, 2.039e12, 300e9, 25e9, (8, 0)),
+    "h100": Gpu("H100-SXM-80GB", 81559 * MIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, (9, 0)),
+    "h200": Gpu("H200-SXM-141GB", 143771 * MIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, (9, 0)),
+    "b200": Gpu("B200-SXM-180GB", 183359 * MIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, (10, 0)),
 }
 
 # One network port a GPU, as in a DGX; eth100 is one port a node of eight.

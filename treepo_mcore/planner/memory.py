@@ -100,26 +100,76 @@ def _stage_phases(
     """Phase -> item -> bytes of one GPU of a stage."""
     actor, offload = config.actor, offloaded(config)
     state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
-    mask = {"tree attention": attention_mask(actor, tokens)}
-    if in_fp8(actor):  # each weight twice, as it is and transposed
-        mask["FP8 weights"] = 2 * stage.layers * matrix_parameters(sizes) // actor.tp
-    kept = {"activations": round(in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens))}
-    work = kept | working(actor, sizes, stage, tokens) | mask
+    work = update_working(actor, sizes, stage, index, tokens, cluster.gpu.capability)
+    mask = {name: work[name] for name in ("tree attention", "FP8 weights")}
     layer = layer_activations(actor, sizes, tokens, whole=True)
     forward = {"activations": layer, "logits": logits(actor, sizes, tokens) if stage.head else 0} | mask
     resident = {name: size for name, size in state.items() if name not in offload}
     state_in_push = resident | {"parameters": state["parameters"]}
     context = {"context": CONTEXT_BYTES}
     engine_on = {"engine weights": engine.weights}
+    plain = {"plain copies": plain_copies(actor, sizes, stage)}
     generating = {"KV cache": engine.cache, "engine working": engine.working, "CUDA graphs": GRAPH_BYTES}
     phases = {
         "update": state | work | context,
         "log_probs": state | forward | context,
         # Weights are on the GPU while they are pushed; the cache and the rest of the state are not.
-        "push": state_in_push | engine_on | {"staging": config.rollout.push_staging_mb << 20} | context,
+        "push": state_in_push | engine_on | {"staging": config.rollout.push_staging_mb << 20} | context | plain,
         "rollout": resident | engine_on | generating | {"staging": config.rollout.push_staging_mb << 20} | context,
     }
     return {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
+
+
+def update_working(
+    actor: ActorConfig,
+    sizes: Sizes,
+    stage: Stage,
+    index: int,
+    tokens: int,
+    capability: tuple[int, int],
+) -> dict[str, int]:
+    """Item by item what an update takes on one GPU at its height, on top of `actor_state`.
+
+    index: the stage's number; tokens: of the longest micro-batch; capability: of the GPU.
+    """
+    activations = in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens)
+    return {
+        "activations": round(activations),
+        **working(actor, sizes, stage, tokens),
+        "tree attention": attention_mask(actor, tokens),
+        "FP8 weights": fp8_weights(actor, sizes, stage, capability),
+    }
+
+
+def fp8_weights(actor: ActorConfig, sizes: Sizes, stage: Stage, capability: tuple[int, int]) -> int:
+    """Bytes of the copies that TransformerEngine keeps of a stage's weights while it computes.
+
+    Two a weight, as it is and transposed; one where there is one scale a tensor and products take both ways
+    (TransformerEngine's `is_non_tn_fp8_gemm_supported`).
+    """
+    if actor.megatron.get("fp8_param"):  # two bytes a weight, too, in place of those in bf16
+        return 0
+    named = {"current": "tensorwise", "blockwise": "blockwise"}
+    recipe = named.get(actor.fp8, actor.megatron.get("fp8_recipe", "delayed"))
+    either_way = (10, 0) <= capability < (12, 0) or capability >= (13, 0)
+    copies = 1 if either_way and recipe in ("delayed", "tensorwise") else 2
+    return copies * _weights_in_fp8(actor, sizes, stage)
+
+
+def plain_copies(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
+    """Bytes of the copies in `actor.dtype` that a push reads instead of FP8 parameters (actor/quantised.py)."""
+    return ELEMENT[actor.dtype] * _weights_in_fp8(actor, sizes, stage) if actor.megatron.get("fp8_param") else 0
+
+
+def _weights_in_fp8(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
+    """Of one GPU of a stage."""
+    if not in_fp8(actor):
+        return 0
+    own, layers = actor.megatron, stage.layers
+    if own.get("first_last_layers_bf16", actor.fp8 != "none"):  # as in the named recipes of actor/precision.py
+        layers -= own.get("num_layers_at_start_in_bf16", 1) * stage.embedding
+        layers -= own.get("num_layers_at_end_in_bf16", 1) * stage.head
+    return max(layers, 0) * matrix_parameters(sizes) // actor.tp
 
 
 def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:

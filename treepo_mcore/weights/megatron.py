@@ -38,13 +38,18 @@ REPLICATED = {
 }
 
 
-def megatron_tensors(chunks: list[nn.Module]) -> dict[str, Tensor]:
-    """Local name (``<chunk>.<parameter>``) -> this rank's parameter, detached."""
+def megatron_parameters(chunks: list[nn.Module]) -> dict[str, nn.Parameter]:
+    """Local name (``<chunk>.<parameter>``) -> this rank's parameter."""
     return {
-        f"{index}.{name}": parameter.detach()
+        f"{index}.{name}": parameter
         for index, chunk in enumerate(chunks)
         for name, parameter in unwrap(chunk).named_parameters()
     }
+
+
+def megatron_tensors(chunks: list[nn.Module]) -> dict[str, Tensor]:
+    """The same, detached."""
+    return {name: parameter.detach() for name, parameter in megatron_parameters(chunks).items()}
 
 
 def megatron_layout(chunks: list[nn.Module], arch: Architecture, tp_rank: int) -> list[Piece]:
