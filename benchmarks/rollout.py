@@ -1,6 +1,6 @@
 """Trees against flat sampling and against the released design: one engine, one law of answer lengths.
 
-    python benchmarks/rollout.py [--quick | --full] [--tp 1] [--out FILE]
+    python benchmarks/rollout.py [--quick | --full] [--fresh] [--out FILE]
 
 The model is random with all logits nearly equal, so a token ends an answer with probability (EOS ids) / (vocabulary)
 whatever came before: every sampler draws from the same memoryless law, cut at depth x segment, through the same stop
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the paper's setting only, 3 minutes")
     parser.add_argument("--full", action="store_true", help="the whole grid, hours")
     parser.add_argument("--repeats", type=int, default=3, help="of the paper's setting; the other cells run once")
-    parser.add_argument("--tp", type=int, help="only the cells of this size; the others are kept from FILE")
+    parser.add_argument("--fresh", action="store_true", help="forget what is in FILE; without it, only what it lacks")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout.json"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,11 +228,11 @@ def main() -> None:
         "cells": [],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    if options.tp and options.out.is_file():
-        before = json.loads(options.out.read_text())["cells"]
-        results["cells"] = [entry for entry in before if entry["cell"]["tp"] != options.tp]
+    if options.out.is_file() and not options.fresh:
+        results["cells"] = json.loads(options.out.read_text())["cells"]
+    known = [entry["cell"] for entry in results["cells"]]
     for cell in cells(mode):
-        if options.tp and cell["tp"] != options.tp:
+        if cell in known:
             continue
         rows = launch(cell, options.repeats if cell == PAPER or mode == "quick" else 1)
         results["cells"].append({"cell": cell, "methods": rows})
@@ -254,7 +254,7 @@ def launch(cell: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where the seconds come from; a load above 1 before the start means they are worth little."""
-    from treepo_mcore.observe.environment import versions
+    from treepo_mcore.observe.versions import versions
 
     return {
         "processor": platform.processor() or platform.machine(),

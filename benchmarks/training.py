@@ -66,6 +66,7 @@ class Case:
     answer: int
     segment: int
     width: int = 16
+    count: int = 2  # trees
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class Case:
 
 
 PAPER = Case(factor=2, prompt=16, answer=128, segment=32)  # 14 segments of 512 tokens, answers near 2048, by 16
-QUICK = [Case(factor=2, prompt=64, answer=128, segment=32)]
+QUICK = [Case(factor=2, prompt=64, answer=128, segment=32, count=8)]
 CASES = [
     Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4)
     for b in (2, 4)
@@ -89,7 +90,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one object instead of the table")
     parser.add_argument("--layouts", nargs="+", default=["tp1"], choices=LAYOUTS)
     parser.add_argument("--trees", type=Path, help="trees saved by a run, in place of generated ones")
-    parser.add_argument("--count", type=int, default=2, help="trees of a case")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
@@ -116,7 +116,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, list[Tree]]]:
     if options.trees:
         return [(options.trees.name, list(read_trees(options.trees)))]
     chosen = QUICK if options.quick else CASES
-    return [(case.name, [generate(case, seed) for seed in range(options.count)]) for case in chosen]
+    return [(case.name, [generate(case, seed) for seed in range(case.count)]) for case in chosen]
 
 
 def generate(case: Case, seed: int) -> Tree:
@@ -205,29 +205,29 @@ def measure(job: Path) -> None:
     grid = build_grid(config, 1, seed=0)
     arch = read_architecture(job / "model")
     actor = Actor(config, arch, job / "model", grid, temperature=1.0, total_steps=1)
-    packed = pack(trees, config.micro_batch_tokens)
+    packed = pack(trees, config.micro_batch_tokens, config.least_micro_batches)
+    for act in passes(actor, packed["flat"][:1]).values():  # warms up
+        act()
     times: dict[str, list[float]] = {}
-    for repeat in range(settings["repeats"] + 1):
+    for _ in range(settings["repeats"]):
         for packing, sequences in packed.items():
             for what, act in passes(actor, sequences).items():
-                seconds = timed(act)
-                if repeat:  # the first warms up
-                    times.setdefault(f"{what}_{packing}", []).append(seconds)
+                times.setdefault(f"{what}_{packing}", []).append(timed(act))
     if grid.rank == 0:
         (job / "row.json").write_text(json.dumps(describe(trees, packed, times)))
     dist.barrier()
 
 
-def pack(trees: Sequence[Tree], budget: int) -> dict[str, list[PackedSequence]]:
+def pack(trees: Sequence[Tree], budget: int, least: int) -> dict[str, list[PackedSequence]]:
     """The same leaves three ways."""
     from treepo_mcore.config import AdvantageConfig
     from treepo_mcore.tree.advantage import advantages
 
     worth = advantages(trees, AdvantageConfig())
     return {
-        "tree": pack_trees(trees, worth, budget),
-        "prompt": pack_trees([prompt_only(tree) for tree in trees], worth, budget),
-        "flat": pack_flat(trees, worth, budget),
+        "tree": pack_trees(trees, worth, budget, least),
+        "prompt": pack_trees([prompt_only(tree) for tree in trees], worth, budget, least),
+        "flat": pack_flat(trees, worth, budget, least),
     }
 
 

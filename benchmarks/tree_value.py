@@ -178,7 +178,7 @@ def _free(taken: list[tuple[float, float]], left: float, height: float) -> float
 def main() -> None:
     """All settings on one engine."""
     from treepo_mcore.environment import prepare_environment
-    from treepo_mcore.observe.environment import versions
+    from treepo_mcore.observe.versions import versions
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)

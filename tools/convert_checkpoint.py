@@ -24,9 +24,10 @@ def main() -> None:
     from treepo_mcore.actor.model import build_model, megatron_configs
     from treepo_mcore.actor.parallel import build_grid, init_process_group
     from treepo_mcore.architecture import read_architecture
+    from treepo_mcore.checkpoint import load_weights, save_weights
     from treepo_mcore.config import ActorConfig
     from treepo_mcore.weights.hf import export_directory, gather_tensors, load_pieces
-    from treepo_mcore.weights.megatron import load_weights, megatron_layout, megatron_tensors, save_weights
+    from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
 
     arch = read_architecture(options.model)
     actor = ActorConfig(tp=options.tp, pp=options.pp, dtype=options.dtype)

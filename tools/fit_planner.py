@@ -8,7 +8,7 @@ Each constant is solved for so that one published number comes out exactly:
     LOG_PROB_EFFICIENCY   log-probs, the same run
     TENSOR_SECONDS        refit, the same run
     STEP_SECONDS          what its total has beside its phases
-    ENGINE_STEP_SECONDS   generation, the same run, and
+    ENGINE_LAYER_SECONDS  generation, the same run, and
     ENGINE_REQUEST_SECONDS the total of Qwen3-32B on 32 H100, together
 
 The result is copied into treepo_mcore/planner/constants.py by hand; a test compares.
@@ -27,7 +27,7 @@ NAMES = (
     "LOG_PROB_EFFICIENCY",
     "TENSOR_SECONDS",
     "STEP_SECONDS",
-    "ENGINE_STEP_SECONDS",
+    "ENGINE_LAYER_SECONDS",
     "ENGINE_REQUEST_SECONDS",
 )
 
@@ -41,7 +41,7 @@ def fit() -> dict[str, float]:
     constants.STEP_SECONDS = measured["total"] - sum(measured[phase] for phase in PHASES if phase != "total")
 
     def total() -> float:
-        _solve("ENGINE_STEP_SECONDS", 1e-5, 0.1, measured["generation"], lambda: predict(EIGHT)["generation"])
+        _solve("ENGINE_LAYER_SECONDS", 1e-7, 1e-2, measured["generation"], lambda: predict(EIGHT)["generation"])
         return predict(THIRTY_TWO)["total"]
 
     _solve("ENGINE_REQUEST_SECONDS", 1e-7, 1e-3, THIRTY_TWO.measured["total"], total)

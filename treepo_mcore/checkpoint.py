@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints: model, optimizer and the trainer's own state, loadable in any layout."""
+"""Megatron distributed checkpoints, loadable in any layout: of a run (model, optimizer, state), or of weights alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import nn
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.cpu import on_megatron_device
+from treepo_mcore.actor.model import unwrap
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name and content
 STATE = "trainer_state.json"
@@ -38,11 +40,7 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
     target = directory / f"iter_{step:07d}"
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)  # left behind by a job that died while it wrote
-        target.mkdir(parents=True)
-    dist.barrier()
-    # Megatron would start a server process for a queue that, saving synchronously, only this thread uses.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded_state(actor, loading=False), str(target))
+    _write(target, _sharded_state(actor, loading=False))
     if dist.get_rank() == 0:
         (target / STATE).write_text(json.dumps(state, indent=1))
         tracker = directory / TRACKER
@@ -62,19 +60,48 @@ def load(checkpoint: Path, actor: Actor) -> dict[str, Any]:
     with _torch_adam(actor.optimizer):
         loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint))
         for index, chunk in enumerate(actor.chunks):
-            chunk.module.load_state_dict(loaded[f"model{index}"])
+            unwrap(chunk).load_state_dict(loaded[f"model{index}"])
         actor.optimizer.load_state_dict(loaded["optimizer"])
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state
 
 
+def save_weights(directory: Path, chunks: list[nn.Module]) -> None:
+    """The model alone, in a new directory. Collective; within `megatron_device`."""
+    _write(directory, _sharded_weights(chunks))
+
+
+def load_weights(checkpoint: Path, chunks: list[nn.Module]) -> None:
+    """Fill the model; what else is in the checkpoint is left alone. Collective; within `megatron_device`."""
+    loaded = dist_checkpointing.load(_sharded_weights(chunks), str(checkpoint))
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+
+
+def _write(directory: Path, state: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    # Megatron would start a server process for a queue that, saving synchronously, only this thread uses.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, str(directory))
+
+
+def _sharded_weights(chunks: list[nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    # The data-parallel wrapper would put its own "module." before every name.
+    metadata = metadata or {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
 def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered in host memory on the first data-parallel rank. Otherwise Megatron brings the whole optimizer state
+        # of a stage onto every GPU, which has no room for it.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    # The data-parallel wrapper would put its own "module." before every name.
-    models = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
+    models = _sharded_weights(actor.chunks, metadata)
     optimizer = actor.optimizer.sharded_state_dict(
         models if len(models) > 1 else models["model0"], is_loading=loading, metadata=metadata
     )

@@ -33,7 +33,9 @@ app = typer.Typer(
 Nodes = Annotated[int, typer.Option("--nodes", min=1)]
 PerNode = Annotated[int, typer.Option("--gpus-per-node", min=1)]
 GpuName = Annotated[str, typer.Option("--gpu", help="a100, h100, h200 or b200")]
-NetworkName = Annotated[str, typer.Option("--network", help="ib200, ib400, ib800, roce400 or eth100")]
+NetworkName = Annotated[
+    str, typer.Option("--network", help="ib200, ib400, ib800, roce400, eth100, or GB/s of one GPU and direction")
+]
 PromptTokens = Annotated[int | None, typer.Option(min=1, help="mean prompt; default: a quarter of the longest")]
 ResponseTokens = Annotated[int | None, typer.Option(min=1, help="mean answer; default: a quarter of the longest")]
 Informative = Annotated[float, typer.Option(min=0.01, max=1, help="share of prompts that the filter keeps")]
@@ -109,24 +111,23 @@ def reshard(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
     nodes: Nodes = 1,
     gpus_per_node: PerNode = 8,
-    memory_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's own memory")] = 3350,
-    node_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s a GPU and direction inside a node")] = 450,
-    network_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s a GPU and direction across nodes")] = 50,
+    gpu: GpuName = "h100",
+    network: NetworkName = "ib400",
     as_json: Json = False,
 ) -> None:
     """The push of weights from the actor into the engines: bytes, links, staging and time.
 
     Both sides are built by Megatron's and vLLM's own classes on meta tensors, for every rank of the cluster. The
-    model's directory needs no more than its config.json. Bandwidths are line rates; the defaults are those of
-    H100 SXM nodes with one port of 400 Gb/s a GPU.
+    model's directory needs no more than its config.json. Bandwidths are line rates.
     """
     settings = load_config(config, overrides)
     set_up_logging(settings.run.log_level)
+    from treepo_mcore.planner.hardware import find_gpu, find_network
     from treepo_mcore.planner.paper import put_on_paper
-    from treepo_mcore.planner.reshard import Bandwidths, describe, reshard_report
+    from treepo_mcore.planner.reshard import describe, reshard_report
 
+    hardware = find_gpu(gpu), find_network(network)
     directory = resolve_model(settings.model, weights=False)
     job = put_on_paper(settings, read_architecture(directory), directory, nodes, gpus_per_node)
-    rates = Bandwidths(memory_bandwidth * 1e9, node_bandwidth * 1e9, network_bandwidth * 1e9)
-    report = {"model": directory.name} | reshard_report(job, rates, settings.rollout.push_staging_mb << 20)
+    report = {"model": directory.name} | reshard_report(job, *hardware, settings.rollout.push_staging_mb << 20)
     print(json.dumps(report) if as_json else "\n".join([directory.name, *describe(report)]))

@@ -154,7 +154,9 @@ class RolloutConfig(Section):
     # of its steps in that state the engine gives up what is unfinished; default: never.
     tail_steps: int | None = Field(None, ge=0)
     unfinished: Literal["carry", "drop"] = "carry"  # carry: such prompts come first in the next step, sampled anew
-    agreement_every: int = Field(16, ge=1)  # engine steps between comparisons of the ranks' decisions
+    # Engine steps between two meetings: ranks of an engine compare what they sampled and look for new prompts; under
+    # run.deterministic, engines wait for outstanding rewards and share what they know.
+    agreement_every: int = Field(16, ge=1)
     # Buffer of the pushes of weights on every rank, in MiB: both directions and both halves together. Only what is used
     # is taken; 64 hold a row of FP8 blocks of the widest models.
     push_staging_mb: int = Field(256, ge=64)
@@ -231,7 +233,8 @@ class ActorConfig(Section):
     # actor.megatron.fp8_param and fp8_param_gather, together (docs/gpu.md).
     fp8: Literal["none", "current", "blockwise"] = "none"
     packing: Literal["tree", "flat"] = "tree"  # flat: every leaf its own copy of the prefix, for comparison
-    micro_batch_tokens: int = Field(8192, ge=1)  # unique tokens of one packed sequence
+    # Unique tokens of one packed sequence, at most; a pipeline with few sequences gets shorter ones, of whole trees.
+    micro_batch_tokens: int = Field(8192, ge=1)
     attention: Literal["auto", "dense", "chain", "flex"] = "auto"  # auto: chain on a CPU, flex on a GPU
     recompute: Literal["none", "selective", "full"] = "none"
     # What ratios are taken against. recompute: a pass of the actor before the first update; engine: the log-probs that
@@ -250,6 +253,11 @@ class ActorConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     megatron: dict[str, Any] = {}  # any field of Megatron's TransformerConfig, OptimizerConfig or DDP config
+
+    @property
+    def least_micro_batches(self) -> int:
+        """To aim at, for a data-parallel rank and optimizer step: the bubble is then at most a fifth of the time."""
+        return 4 * self.pp if self.pp > 1 else 1
 
     @model_validator(mode="after")
     def _consistent(self) -> ActorConfig:
@@ -291,7 +299,7 @@ class TrainerConfig(Section):
     steps: int = Field(100, ge=0)
     max_seconds: float | None = Field(None, gt=0)  # stop after the step that passes this
     prompts_per_step: int = Field(512, ge=1)
-    prompts_per_update: int = Field(32, ge=1)  # mini-batch of one optimizer step, in prompts
+    prompts_per_update: int = Field(32, ge=1)  # mini-batch of one optimizer step, in prompts, at most
     eval_every: int = Field(10, ge=0)  # steps; 0: only before and after
     eval_before: bool = True
     eval_after: bool = True
@@ -317,7 +325,7 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
 
     @model_validator(mode="after")
-    def _exact_ratios(self) -> Config:
+    def _consistent(self) -> Config:
         # The engine's log-probs are of the tempered full distribution; with mass cut off, importance
         # ratios would compare two different distributions.
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
@@ -329,6 +337,12 @@ class Config(Section):
             raise ValueError(
                 f"trainer.prompts_per_update: {self.trainer.prompts_per_update} is more than "
                 f"trainer.prompts_per_step = {self.trainer.prompts_per_step}"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.tree.response_tokens
+        if self.actor.micro_batch_tokens < longest:
+            raise ValueError(
+                f"actor.micro_batch_tokens: {self.actor.micro_batch_tokens} is less than the longest path, "
+                f"data.max_prompt_tokens + the longest response = {longest}"
             )
         return self
 

@@ -39,6 +39,7 @@ from treepo_mcore.weights.layout import hf_shapes
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+SAVING, LOADING = 20, 12  # bytes of host memory a parameter, see `checkpoint_bytes`
 HOST_SHARE = 0.9  # of the node's free memory, when no limit is configured
 
 
@@ -105,18 +106,16 @@ class Phases:
     @contextmanager
     def push(self) -> Iterator[None]:
         """The engine has memory for its weights, still without values; write all of them inside."""
-        self._enter(Phase.PUSH)
-        self._timed("wake", self._awake().wake_weights)
-        with self._watched():
+        with self._watched(Phase.PUSH):
+            self._timed("wake", self._awake().wake_weights)
             yield
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
         """The engine can generate; afterwards it sleeps."""
-        self._enter(Phase.ROLLOUT)
         engine = self._awake()
-        self._timed("wake", engine.wake_cache)
-        with self._watched():
+        with self._watched(Phase.ROLLOUT):
+            self._timed("wake", engine.wake_cache)
             yield
         self._timed("sleep", engine.sleep)
         self._enter(Phase.IDLE)
@@ -124,8 +123,7 @@ class Phases:
     @contextmanager
     def train(self) -> Iterator[None]:
         """The actor is whole: for updates, and for saving and loading."""
-        self._enter(Phase.TRAIN)
-        with self._watched():
+        with self._watched(Phase.TRAIN):
             yield
         self._enter(Phase.IDLE)
 
@@ -167,11 +165,16 @@ class Phases:
         self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - begin
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, phase: Phase) -> Iterator[None]:
+        """Enter the phase; what runs out of memory there, or on the way in, says so with the phase and its holders."""
         try:
+            self._enter(phase)
             yield
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(self._out_of_memory()) from error
+        except RuntimeError as error:
+            # The allocator of vLLM's sleep mode has no exception of its own.
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+                raise DeviceMemoryError(self._out_of_memory(phase)) from error
+            raise
         if torch.cuda.is_available():
             self._look()
 
@@ -185,12 +188,12 @@ class Phases:
             log.info("%s: %.2f GiB on the device, %.2f predicted", self.phase, used, expected)
         self.seen.add(self.phase)
 
-    def _out_of_memory(self) -> str:
+    def _out_of_memory(self, phase: Phase) -> str:
         used = ""
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             used = f"; {(total - free) / GIB:.2f} of {total / GIB:.2f} GiB are taken"
-        return f"out of device memory in phase {self.phase}: {_list(self.predicted(self.phase))} GiB{used}"
+        return f"out of device memory in phase {phase}: {_list(self.predicted(phase))} GiB{used}"
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
@@ -215,14 +218,14 @@ def check_host_memory(config: Config, arch: Architecture, world: int, ranks: int
 
     ranks: on this node. The estimate spreads the model evenly over tensor- and pipeline-parallel ranks.
     """
-    needed = ranks * host_bytes(config, arch, world, gpu)
+    needed = ranks * host_bytes(config, arch, world, gpu) + (checkpoint_bytes(config, arch, ranks) if gpu else 0)
     limit = config.memory.host_gib
     allowed = limit * GIB if limit else HOST_SHARE * _available_host_bytes()
     if needed > allowed:
         where = "memory.host_gib" if limit else "memory.offload"
         raise ConfigError(
-            f"{where}: {ranks} ranks of this node would keep {needed / GIB:.1f} GiB in host memory (offloaded state, "
-            f"reference policy), allowed are {allowed / GIB:.1f}"
+            f"{where}: {ranks} ranks of this node would need {needed / GIB:.1f} GiB of host memory (offloaded state, "
+            f"reference policy, checkpoints), allowed are {allowed / GIB:.1f}"
         )
 
 
@@ -242,6 +245,16 @@ def host_bytes(config: Config, arch: Architecture, world: int, gpu: bool) -> int
     if actor.reference == "host":  # kept, and exchanged
         result += 2 * mine * size
     return int(result)
+
+
+def checkpoint_bytes(config: Config, arch: Architecture, ranks: int) -> int:
+    """What the ranks of a node need while they save or load, whichever is more, predicted from the model's size.
+
+    Saving, the first data-parallel ranks gather the optimizer's state (12 bytes a parameter of the shard, and one part
+    of it twice more on the way); loading, every rank reads all of its shard's.
+    """
+    mine = sum(_product(shape) for shape in hf_shapes(arch).values()) // (config.actor.tp * config.actor.pp)
+    return mine * max(SAVING * min(ranks, config.actor.tp), LOADING * ranks)
 
 
 def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | None) -> dict[Phase, dict[str, int]]:

@@ -21,11 +21,11 @@ from treepo_mcore.config import Config, check_grid, dump_config
 from treepo_mcore.data.prompts import PromptStream, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.machine import this_machine
-from treepo_mcore.observe.environment import versions
 from treepo_mcore.observe.heartbeat import listen_to_nodes
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.signals import STOPPED, StopRequest
+from treepo_mcore.observe.versions import versions
 from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import informative

@@ -81,7 +81,7 @@ def require_gpu(script: str) -> dict[str, Any]:
         sys.exit(NO_GPU)
     import torch
 
-    from treepo_mcore.observe.environment import versions
+    from treepo_mcore.observe.versions import versions
 
     gpu = torch.cuda.get_device_properties(0)
     return versions() | {"memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}

@@ -118,3 +118,27 @@ def run(models: dict[str, str], layouts: dict[str, dict[str, Any]], trees: str, 
     }
     if dist.get_rank() == 0:
         torch.save(results, out)
+
+
+def shares_of_two_ranks(directory: str, trees: str) -> dict[str, Any]:
+    """Micro-batches of an update where a rank has 1 + its number of sequences, plain and in FP8 with delayed scaling;
+    and what `Actor.update` says when another rank's advantages are not numbers."""
+    actor = make_actor(Path(directory), {"optimizer": {"distributed": True}})
+    (batch,) = mini_batches(actor, trees, 8, "tree")
+    batch *= 2
+    mine = 1 + actor.grid.rank
+    counts = [actor._most(mine)]
+    actor.megatron.fp8 = "hybrid"
+    counts.append(len(actor._micro_batches(batch[:mine], least=actor._most(mine))))
+    actor.megatron.fp8 = None
+    return {"counts": counts, "said": _not_finite(actor, batch)}
+
+
+def _not_finite(actor: Actor, batch: list[PackedSequence]) -> str:
+    if actor.grid.rank == 0:
+        batch[0].adv_pos[:] = float("nan")
+    try:
+        actor.update(batch, [sequence.behaviour_logprob for sequence in batch])
+    except RuntimeError as error:
+        return str(error)
+    return "went on"

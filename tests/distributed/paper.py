@@ -21,7 +21,7 @@ from treepo_mcore.weights.vllm import vllm_layout
 def run(config: dict[str, Any], gpus_per_node: int, staging: int) -> dict[str, Any]:
     """Build both models and the push between them, as the trainer does."""
     init_process_group()
-    os.environ["GROUP_RANK"] = str(dist.get_rank() // gpus_per_node)
+    os.environ["LOCAL_WORLD_SIZE"] = str(gpus_per_node)
     created = record_groups()
     settings = parse_config(config)
     source = Path(settings.model.path)

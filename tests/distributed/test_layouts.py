@@ -165,3 +165,13 @@ def worst_relative(results, references):
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def test_ranks_with_unequal_shares(directories, tmp_path):
+    """All stop at a gradient that is not finite; under delayed scaling all have as many micro-batches."""
+    write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=4) for seed in range(8)])
+    arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl")}
+    one, two = launch("layouts:shares_of_two_ranks", 2, arguments)
+    assert (one["counts"], two["counts"]) == ([1, 2], [2, 2])
+    assert one["said"] == two["said"]
+    assert one["said"].startswith("the gradient's norm is nan")

@@ -16,8 +16,9 @@ from models import write_prompts
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError, parse_config
 from treepo_mcore.planner.dry_run import dry_run
+from treepo_mcore.planner.hardware import GPUS, NETWORKS
 from treepo_mcore.planner.paper import fake_rank, put_on_paper
-from treepo_mcore.planner.reshard import Bandwidths, reshard_report
+from treepo_mcore.planner.reshard import reshard_report
 
 WORLD = 4
 STAGING = 512 << 10  # bytes: several rounds
@@ -83,7 +84,7 @@ def test_process_groups_and_places_are_equal(both):
 
 def test_bytes_and_staging_are_those_of_the_live_push(both):
     job, live = both
-    report = reshard_report(job, Bandwidths(), STAGING)
+    report = reshard_report(job, GPUS["h100"], NETWORKS["ib400"], STAGING)
     assert report["covered_once"] is True
     assert report["rounds"] == live[0]["rounds"] > 1
     assert report["staging_bytes_max"] == max(rank["staging"] for rank in live)

@@ -66,7 +66,7 @@ def small(tmp_path):
 
 def test_plan_reshard_prints_one_json_object(small):
     layout = ["actor.tp=4", "actor.pp=4", "rollout.tp=8", "--nodes", 2]
-    rates = ["--memory-bandwidth", 2000, "--node-bandwidth", 225, "--network-bandwidth", 25]
+    rates = ["--gpu", "a100", "--network", 25]
     result = command("plan", "reshard", small, *layout, *rates, "--json")
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout)
@@ -75,7 +75,7 @@ def test_plan_reshard_prints_one_json_object(small):
         map(sum, zip(*(report["by_rank"][kind]["received"] for kind in ("same node", "across nodes")), strict=True))
     )
     assert report["seconds_predicted"] >= report["seconds_at_least"] > 0
-    assert report["bytes_per_second"] == {"same GPU": 1000e9, "same node": 225e9, "across nodes": 25e9}
+    assert report["bytes_per_second"] == {"same GPU": 1019.5e9, "same node": 300e9, "across nodes": 25e9}
 
 
 def test_dry_run_says_what_it_looked_at(small):

@@ -67,6 +67,12 @@ def test_missing_key(tmp_path):
     assert message(path).endswith("missing key data")
 
 
+def test_a_path_has_to_fit_a_packed_sequence(file):
+    text = message(file, "data.max_prompt_tokens=2048", "actor.micro_batch_tokens=8192")
+    assert "actor.micro_batch_tokens: 8192 is less than the longest path" in text
+    assert text.endswith("= 9216")
+
+
 @pytest.mark.parametrize("override", ["rollout.top_p=0.9", "rollout.top_k=50"])
 def test_cut_distributions_are_refused(file, override):
     """Their log-probs are not of the distribution that the importance ratios are about."""

@@ -69,3 +69,22 @@ def test_a_rank_that_died_takes_the_watch_along(watch):
 def test_one_node_or_not_its_first_rank(monkeypatch, local, rank):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     assert listen_to_nodes(rank, 4, store=None) is None
+
+
+def test_what_is_heard_is_not_answered(watch):
+    """Two nodes that answered each other's bytes would do nothing else."""
+    watching, theirs, write = watch
+
+    def talk():
+        for _ in range(200):
+            theirs.send(ALIVE)
+            time.sleep(0.001)
+        os.write(write, DONE)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    begin = time.monotonic()
+    assert watching.run() is None
+    thread.join()
+    beats = len(theirs.recv(10000)) - len(DONE)
+    assert 1 <= beats <= 2 + (time.monotonic() - begin) / 0.05

@@ -14,6 +14,7 @@ from treepo_mcore.phases import (
     Phases,
     check_allocator,
     check_host_memory,
+    checkpoint_bytes,
     host_bytes,
     kept,
     working_bytes,
@@ -132,6 +133,30 @@ def test_out_of_memory_names_the_phase_and_the_biggest_holders(made):
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
+def test_out_of_memory_on_the_way_into_a_phase_is_named_too(made):
+    phases, _ = made
+
+    def refuse():
+        raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62")
+
+    phases.engine.wake_weights = refuse
+    with pytest.raises(DeviceMemoryError, match="in phase push: parameters"), phases.push():
+        pass
+
+
+def test_other_errors_pass(made):
+    with pytest.raises(RuntimeError, match=r"^something else$"), made[0].train():
+        raise RuntimeError("something else")
+
+
+def test_checkpoints_need_host_memory():
+    arch = architecture(tied=False)
+    parameters = host_bytes(config(), arch, 1, gpu=True) // 12
+    assert checkpoint_bytes(config(), arch, 1) == 20 * parameters  # saving: gathered by one rank
+    assert checkpoint_bytes(config(), arch, 8) == 8 * 12 * parameters  # loading: read by all
+    assert checkpoint_bytes(config(actor={"tp": 8}), arch, 8) == pytest.approx(20 * parameters, rel=1e-6)
+
+
 def test_the_prediction_names_every_phase(made):
     text = made[0].describe()
     assert "push 4.00 (parameters 2.00, engine weights 2.00)" in text
@@ -142,10 +167,10 @@ def test_the_prediction_names_every_phase(made):
 @pytest.mark.parametrize("actor", [{}, {"fp8": "current"}, {"recompute": "full", "attention": "dense"}])
 def test_what_comes_and_goes_is_what_the_planner_says(actor):
     arch = architecture()
-    settings = config(actor=actor | {"micro_batch_tokens": 1000})
+    settings = config(actor=actor | {"micro_batch_tokens": 10000})
     live = SimpleNamespace(arch=arch, layers=arch.layers, grid=SimpleNamespace(pp=1, pp_rank=0))
     found = working_bytes(settings, live, (9, 0))
-    planned = plan_memory(settings, arch, make_cluster("h100", "ib400", 1, 1), 1000).phases
+    planned = plan_memory(settings, arch, make_cluster("h100", "ib400", 1, 1), 10000).phases
     staging = {"staging": 256 << 20}
     assert found[Phase.TRAIN] | dict.fromkeys(EVERYTHING) == planned["update"] | staging | dict.fromkeys(EVERYTHING)
     assert found[Phase.PUSH] == {"context": planned["push"]["context"]} | staging
@@ -243,6 +268,6 @@ def test_host_memory_is_predicted_from_the_model():
 
 def test_too_little_host_memory_is_refused_before_anything_is_built():
     arch = architecture(hidden=8192, ffn=28672, layers=80, heads=64, kv_heads=8, head_dim=128, vocab=128256)
-    with pytest.raises(ConfigError, match=r"memory\.host_gib: 8 ranks of this node would keep .* allowed are 100\.0"):
+    with pytest.raises(ConfigError, match=r"memory\.host_gib: 8 ranks of this node would need .* allowed are 100\.0"):
         check_host_memory(config(actor={"tp": 8}, memory={"host_gib": 100}), arch, 8, 8, gpu=True)
     check_host_memory(config(actor={"tp": 8}, memory={"host_gib": 100}), arch, 8, 8, gpu=False)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from treepo_mcore.planner.reshard import Bandwidths, covered_once, describe, reshard_report, staging_used, traffic
+from treepo_mcore.planner.hardware import GPUS, NETWORKS, Network
+from treepo_mcore.planner.reshard import covered_once, describe, reshard_report, staging_used, traffic
 from treepo_mcore.weights.layout import Piece, rows
 from treepo_mcore.weights.plan import Transfer, make_plan
 
 NODES = [0, 0, 1, 1]
+H100, IB400 = GPUS["h100"], NETWORKS["ib400"]
 
 
 def move(source, target, count, local="w", start=0):
@@ -79,7 +81,8 @@ def test_the_report_of_two_nodes():
     targets = [[], [rows("t", 0, 600, 10, "w", 0)], whole]
     three = job([whole, [], []], targets, [0, 0, 1], 10_000)
     three.to_fill = lambda rank: {0: {}, 1: {"w": 6000}, 2: {"w": 10_000}}[rank]
-    report = reshard_report(three, Bandwidths(memory=1e6, node=1e5, network=1e4), staging_bytes=4 * (8000 + 3 * 8))
+    slow = replace(H100, hbm=1e6, nvlink=1e5), Network("slow", 1e4)
+    report = reshard_report(three, *slow, staging_bytes=4 * (8000 + 3 * 8))
     assert report["covered_once"] is True
     assert report["bytes"] == {"same GPU": 0, "same node": 12_000, "across nodes": 20_000}
     assert report["bytes_sent_max"] == 32_000
@@ -96,7 +99,7 @@ def test_the_report_of_two_nodes():
 
 def test_what_stays_on_its_gpu_takes_memory_bandwidth():
     whole = [Piece("t", (0,), (1000,), "w", (0,))]
-    report = reshard_report(job([whole], [whole], [0], 1000), Bandwidths(memory=1e3, node=1.0, network=1.0))
+    report = reshard_report(job([whole], [whole], [0], 1000), replace(H100, hbm=1e3, nvlink=1.0), Network("slow", 1.0))
     assert report["bytes"] == {"same GPU": 2000, "same node": 0, "across nodes": 0}
     assert report["seconds_predicted"] == report["seconds_at_least"] == 4.0  # read and written
     assert report["rounds"] == report["bytes_received_max"] == report["staging_bytes_max"] == 0
@@ -104,7 +107,7 @@ def test_what_stays_on_its_gpu_takes_memory_bandwidth():
 
 def test_a_gap_in_the_plan_shows():
     whole = [Piece("t", (0,), (1000,), "w", (0,))]
-    report = reshard_report(job([whole], [whole], [0], 1001), Bandwidths())
+    report = reshard_report(job([whole], [whole], [0], 1001), H100, IB400)
     assert report["covered_once"] is False
     assert any("NOT every byte" in line for line in describe(report))
 

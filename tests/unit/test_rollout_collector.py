@@ -270,3 +270,15 @@ def test_host_time_of_a_step(boxed):
     # Looks for repetition come every 16 tokens: the mean of such a stretch, of the best one.
     stretches = np.array(host[1:321]).reshape(-1, 16).mean(axis=1)
     assert stretches.min() < 0.002, f"{stretches.min() * 1e3:.2f} ms"
+
+
+def test_a_step_is_not_over_while_numbers_wait_to_be_drawn():
+    """A small cache: the first tree is done, there was no room yet for the second."""
+    queue = LockstepQueue(None, 0, 1, wanted=2, limit=2)
+    assert queue.draw() == 0
+    queue.report(rejected=False)
+    queue.tick(finished=True)
+    assert not queue.closed()
+    assert queue.draw() == 1
+    queue.tick(finished=True)
+    assert queue.closed()

@@ -179,6 +179,16 @@ def test_small_trees_share_a_sequence_and_do_not_see_each_other():
         assert_mask_is_ancestry(sequence)
 
 
+def test_a_pipeline_gets_more_and_shorter_sequences():
+    trees = [by_hand([(0, size)], [1]) for size in (3, 3, 3, 3, 9)]
+    worth = [plain(tree, [1.0]) for tree in trees]
+    for pack in (pack_trees, pack_flat):
+        assert [len(s.tokens) for s in pack(trees, worth, 100)] == [31]
+        assert [len(s.tokens) for s in pack(trees, worth, 100, 2)] == [11, 15, 5]
+        assert [len(s.tokens) for s in pack(trees, worth, 100, 4)] == [11, 10, 10]  # no tree is split
+        assert [len(s.tokens) for s in pack(trees, worth, 12, 1)] == [11, 10, 10]
+
+
 def test_a_path_longer_than_the_budget_is_named():
     tree = by_hand([(0, 10), (1, 5)], [2])
     for pack in (pack_trees, pack_flat):

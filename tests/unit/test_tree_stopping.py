@@ -40,6 +40,9 @@ def closing(text: str) -> int | None:
         return None
     nesting = 0
     for index in range(start + 6, len(text)):
+        before = text[start + 7 : index]
+        if (len(before) - len(before.rstrip("\\"))) % 2:  # an odd number of backslashes: not a brace of the box
+            continue
         nesting += (text[index] == "{") - (text[index] == "}")
         if nesting == 0:
             return index
@@ -56,6 +59,9 @@ def closing(text: str) -> int | None:
         ("\\\\boxed{}", 8),
         ("\\b\\boxed{a}", 10),
         ("boxed{a}", None),
+        ("\\boxed{\\}a}a", 10),
+        ("\\boxed{\\{a}}", 10),
+        ("\\boxed{\\\\}a}", 9),
     ],
 )
 def test_boxes_by_hand(text, closed):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.enums import Fp8Recipe
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,7 +25,7 @@ from treepo_mcore.actor.correction import token_factors
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
-from treepo_mcore.actor.memory import ActorMemory
+from treepo_mcore.actor.memory import ActorMemory, HostTensors
 from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs, unwrap
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
@@ -75,7 +76,8 @@ class Actor:
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
         _connect(configs, self.chunks, self.optimizer)
         # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.
-        self.reference = {n: _on_host(t) for n, t in self.tensors.items()} if config.reference == "host" else None
+        self.reference = HostTensors(self.tensors) if config.reference == "host" else None
+        self.kept = HostTensors(self.tensors) if config.reference == "host" else None  # while the reference is in
         self.megatron = configs.transformer
         self.implementation = choose_attention(config.attention, torch.cuda.is_available())
 
@@ -103,12 +105,13 @@ class Actor:
         Its weights and the actor's change places for the pass. Needs `actor.reference: host`.
         """
         assert self.reference is not None, "actor.reference: none"
-        kept = {name: _on_host(tensor) for name, tensor in self.tensors.items()}
+        assert self.kept is not None
+        self.kept.take(self.tensors)
         try:
-            self._overwrite(self.reference)
+            self.reference.give(self.tensors)
             return [output[0] for output in self.log_probs(sequences)]
         finally:
-            self._overwrite(kept)
+            self.kept.give(self.tensors)
 
     @on_megatron_device
     def update(
@@ -124,10 +127,10 @@ class Actor:
 
         The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
         with weights of one the mean over logical tokens. Returns metrics, the same on every rank. Call `finish_updates`
-        behind the last one.
+        behind the last one. Raises RuntimeError on all ranks together when the gradient is not finite.
         old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for the supervised objective.
         """
-        batches = self._micro_batches(sequences, old_logp, reference_logp)
+        batches = self._micro_batches(sequences, old_logp, reference_logp, least=self._most(len(sequences)))
         if normaliser is None:
             normaliser = self._total_weight(sequences)
         for chunk in self.chunks:
@@ -135,6 +138,8 @@ class Actor:
         self.optimizer.zero_grad()
         outputs = self._run(batches, partial(self._loss, objective, normaliser))
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"the gradient's norm is {grad_norm}: these weights are lost; go on from a checkpoint")
         return self._metrics(outputs, float(grad_norm))
 
     @on_megatron_device
@@ -167,17 +172,24 @@ class Actor:
         """The rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _missing(self, count: int) -> int:
-        """Empty micro-batches needed: at least one, and a multiple of the stages when they are interleaved."""
+    def _needed(self, count: int) -> int:
+        """Micro-batches: at least one, and a multiple of the stages when they are interleaved."""
         unit = self.grid.pp if self.config.vpp else 1
-        return -max(count, 1) % unit + (count == 0)
+        return -(-max(count, 1) // unit) * unit
+
+    def _most(self, count: int) -> int:
+        """Of a data-parallel rank in an update, where all must have as many.
+
+        TransformerEngine's delayed scaling meets the other ranks in every micro-batch that has a backward pass.
+        """
+        if not self.megatron.fp8 or self.megatron.fp8_recipe != Fp8Recipe.delayed:
+            return count
+        most = torch.tensor(count, device=self._device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return int(most)
 
     def _device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
-
-    def _overwrite(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self.tensors.items():
-            tensor.copy_(values[name])
 
     def _total_weight(self, sequences: list[PackedSequence]) -> float:
         """Sum of the weights of all edges of all ranks; 1 when there is none."""
@@ -191,11 +203,13 @@ class Actor:
         sequences: list[PackedSequence],
         old_logp: Sequence[Tensor] | None = None,
         reference_logp: Sequence[Tensor] | None = None,
+        least: int = 1,
     ) -> list[MicroBatch]:
-        """With as many empty ones as the schedule needs."""
+        """With as many empty ones as the schedule needs; at least `least` in all."""
         nothing: list[Tensor | None] = [None] * len(sequences)
         rows = list(zip(sequences, old_logp or nothing, reference_logp or nothing, strict=True))
-        rows += [(empty_sequence(), torch.zeros(1), None)] * self._missing(len(rows))
+        empty = (empty_sequence(), torch.zeros(1), None)
+        rows += [empty] * (self._needed(max(least, len(rows))) - len(rows))
         multiple = token_multiple(vars(self.megatron)) * (self.grid.tp if self.config.sequence_parallel else 1)
         multiple = math.lcm(multiple, attention_multiple(self.implementation))
         if self.config.vpp:  # no shapes are exchanged (see `megatron_configs`): all become as long as the longest
@@ -281,10 +295,6 @@ class Actor:
 
 def _output(batch: MicroBatch, output: Tensor, non_loss_data: bool) -> Tensor:
     return output
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _data_parallel(chunks: list[nn.Module], configs: MegatronConfigs) -> list[DistributedDataParallel]:

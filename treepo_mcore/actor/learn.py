@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -51,12 +53,16 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
 
 
 def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -> list[MiniBatch]:
-    """The share of data-parallel rank `rank` in every mini-batch of `trainer.prompts_per_update` trees."""
+    """The share of data-parallel rank `rank` in every mini-batch.
+
+    As few as `trainer.prompts_per_update` allows, and evenly: a few prompts too many do not get a step of their own.
+    """
     worth = advantages(trees, config.advantage, config.actor.loss.aggregation)
-    size = config.trainer.prompts_per_update
+    count = math.ceil(len(trees) / config.trainer.prompts_per_update)
+    ends = [len(trees) * number // max(count, 1) for number in range(count + 1)]
     batches = []
-    for begin in range(0, len(trees), size):
-        part, values = trees[begin : begin + size], worth[begin : begin + size]
+    for begin, end in pairwise(ends):
+        part, values = trees[begin:end], worth[begin:end]
         mine = balance(part, ranks)[rank]
         my_trees, my_worth = [part[i] for i in mine], [values[i] for i in mine]
         batches.append(MiniBatch(my_trees, my_worth, _pack(my_trees, my_worth, config), _normaliser(values, config)))
@@ -65,7 +71,7 @@ def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -
 
 def _pack(trees: Sequence[Tree], worth: Sequence[Advantage], config: Config) -> list[PackedSequence]:
     pack = pack_trees if config.actor.packing == "tree" else pack_flat
-    return pack(trees, worth, config.actor.micro_batch_tokens)
+    return pack(trees, worth, config.actor.micro_batch_tokens, config.actor.least_micro_batches)
 
 
 def _normaliser(worth: Sequence[Advantage], config: Config) -> float | None:

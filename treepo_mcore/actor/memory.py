@@ -8,6 +8,7 @@ a CPU the same is done with ordinary memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,32 @@ class HostCopy:
             _bytes(storage).copy_(self.buffer[place : place + size], non_blocking=True)
         _synchronize()
         self.moved = []
+
+
+class HostTensors:
+    """Values of a set of tensors, in one pinned host buffer."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes their values as they are now."""
+        ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors.values()))
+        buffer = _pinned(ends[-1])
+        self.values = {
+            name: buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for begin, (name, tensor) in zip([0, *ends], tensors.items(), strict=False)
+        }
+        self.take(tensors)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy their values here."""
+        for name, value in self.values.items():
+            value.copy_(tensors[name], non_blocking=True)
+        _synchronize()
+
+    def give(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the values there."""
+        for name, value in self.values.items():
+            tensors[name].copy_(value, non_blocking=True)
+        _synchronize()
 
 
 class ActorMemory:

@@ -89,8 +89,9 @@ class _Watch:
 
         Ends the process when the rank has ended without being done: the others hear no more of this node.
         """
+        beat = time.monotonic()  # the next one is due
         while True:
-            for key, _ in self.selector.select(BEAT_SECONDS):
+            for key, _ in self.selector.select(max(0.0, beat - time.monotonic())):
                 if not isinstance(key.fileobj, socket.socket):
                     if os.read(key.fd, 1) == DONE:
                         self._send(DONE)
@@ -102,7 +103,9 @@ class _Watch:
             for other, last in self.heard.items():
                 if now - last > SILENCE_SECONDS:
                     return f"node {self.names[other]} has been silent for {SILENCE_SECONDS:g} s"
-            self._send(ALIVE)
+            if now >= beat:  # and not whenever something was heard: that would be answered, for ever
+                self._send(ALIVE)
+                beat = now + BEAT_SECONDS
 
     def _read(self, other: socket.socket) -> str | None:
         try:

@@ -38,7 +38,10 @@ class MetricsLog:
 
     def __init__(self, directory: Path, resume_at: int) -> None:
         self.file = directory / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] < resume_at]
+        lines = self._lines()
+        if lines and not _is_whole(lines[-1]):  # the job died while it wrote
+            lines.pop()
+        kept = [line for line in lines if _is_before(json.loads(line), resume_at)]
         self.file.write_text("".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -50,6 +53,19 @@ class MetricsLog:
         return self.file.read_text().splitlines() if self.file.is_file() else []
 
 
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _is_before(values: dict[str, Any], step: int) -> bool:
+    """An evaluation bears the number of the step before which it was made, and is not repeated."""
+    return bool(values["step"] < step or (values["step"] == step and "eval/accuracy" in values))
+
+
 def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
     """What a rollout phase of `seconds` brought; tokens are physical unless the name says logical."""
     leaves = [leaf for tree in trees for leaf in tree.leaves]
@@ -59,6 +75,7 @@ def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> di
         "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
         "rollout/leaves": stats.leaves,
         "rollout/response_tokens_mean": stats.mean_length,
+        "rollout/response_tokens_mass_mean": stats.mass_mean_length,
         "rollout/physical_tokens": stats.physical_tokens,
         "rollout/logical_tokens": stats.logical_tokens,
         "rollout/effective_leaves": stats.effective_leaves,

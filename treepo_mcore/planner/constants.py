@@ -9,8 +9,8 @@ from __future__ import annotations
 # Fitted on the phases of Llama-3.1-8B on 8 H100 and on the total of Qwen3-32B on 32 (planner/references.py).
 UPDATE_EFFICIENCY = 0.3957  # of the peak rate: forward and backward, with all between the products
 LOG_PROB_EFFICIENCY = 0.4326  # the same, forward only
-ENGINE_STEP_SECONDS = 2.84e-3  # of the host, each engine step
-ENGINE_REQUEST_SECONDS = 6.714e-5  # of the host, each request in an engine step
+ENGINE_LAYER_SECONDS = 1.73e-4  # of the host, each layer of an engine step: attention is launched between graphs
+ENGINE_REQUEST_SECONDS = 1.409e-5  # of the host, each request in an engine step
 TENSOR_SECONDS = 22.76e-3  # the gathered push: each tensor of the checkpoint's layout
 STEP_SECONDS = 3.0  # each step, outside all phases: data, packing, metrics
 

@@ -10,8 +10,9 @@ from treepo_mcore.architecture import Architecture, read_architecture, resolve_m
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.planner.hardware import GPUS, NETWORKS
 from treepo_mcore.planner.paper import PaperJob, put_on_paper
-from treepo_mcore.planner.reshard import Bandwidths, describe, reshard_report
+from treepo_mcore.planner.reshard import describe, reshard_report
 from treepo_mcore.rewards.pool import check_function
 from treepo_mcore.weights.hf import check_weights
 from treepo_mcore.weights.layout import hf_shapes
@@ -29,7 +30,7 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     check_function(config.reward)
     files = _check_files(config, arch, directory)
     job = put_on_paper(config, arch, directory, nodes, gpus_per_node)
-    where, *push = describe(reshard_report(job, Bandwidths(), config.rollout.push_staging_mb << 20))
+    where, *push = describe(reshard_report(job, GPUS["h100"], NETWORKS["ib400"], config.rollout.push_staging_mb << 20))
     size = sum(math.prod(shape) for shape in hf_shapes(arch).values())
     return [
         f"model: {directory.name}, {size / 1e9:.2f} billion parameters; {files}",

@@ -75,9 +75,25 @@ NETWORKS = {
 
 
 def make_cluster(gpu: str, network: str, nodes: int, gpus_per_node: int) -> Cluster:
-    """Look up both names. Raises `ConfigError` that lists what is known."""
-    if gpu not in GPUS:
-        raise ConfigError(f"--gpu: {gpu}; known: {', '.join(GPUS)}")
-    if network not in NETWORKS:
-        raise ConfigError(f"--network: {network}; known: {', '.join(NETWORKS)}")
-    return Cluster(GPUS[gpu], NETWORKS[network], nodes, gpus_per_node)
+    """Raises `ConfigError` that lists what is known."""
+    return Cluster(find_gpu(gpu), find_network(network), nodes, gpus_per_node)
+
+
+def find_gpu(name: str) -> Gpu:
+    """By its name in `GPUS`. Raises `ConfigError`."""
+    if name not in GPUS:
+        raise ConfigError(f"--gpu: {name}; known: {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def find_network(name: str) -> Network:
+    """By its name in `NETWORKS`, or by a number: GB/s of one GPU and direction. Raises `ConfigError`."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    try:
+        rate = float(name)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise ConfigError(f"--network: {name}; known: {', '.join(NETWORKS)}, or GB/s of one GPU and direction")
+    return Network(f"{rate:g} GB/s a GPU", rate * 1e9)

@@ -51,7 +51,7 @@ class Memory:
 
     stages: dict[str, int]  # phase -> pipeline stage of that GPU
     phases: dict[str, dict[str, int]]  # phase -> item -> bytes there in that phase
-    host: dict[str, int]  # pinned, of one node
+    host: dict[str, int]  # of one node
     engine: EngineMemory
     available: int
 
@@ -283,8 +283,13 @@ def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:
 
 
 def host_memory(config: Config, state: dict[str, int], cluster: Cluster) -> dict[str, int]:
-    """Pinned buffers of one node: the reference policy, the actor's weights while they change places, the offload."""
+    """Of one node: the reference policy, the actor's weights while they change places, the offload (all pinned), and
+    what checkpoints pass through."""
     weights = state["parameters"]
     copies = {"reference": weights, "swap": weights} if config.actor.reference == "host" else {}
     copies |= {name: state[name] for name in offloaded(config) if name != "gradients"}
-    return {name: size * cluster.gpus_per_node for name, size in copies.items()}
+    ranks = cluster.gpus_per_node
+    mine = weights // ELEMENT[config.actor.dtype]
+    # As `phases.checkpoint_bytes`: saving, the first data-parallel ranks gather; loading, every rank reads its shard.
+    checkpoint = mine * max(20 * min(ranks, config.actor.tp), 12 * ranks)
+    return {name: size * ranks for name, size in copies.items()} | {"checkpoint": checkpoint}

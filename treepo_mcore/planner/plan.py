@@ -124,12 +124,6 @@ def _memory_errors(plan: Plan) -> list[str]:
             largest = sorted(memory.phases[phase].items(), key=lambda item: -item[1])[:3]
             named = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
             found.append(f"{phase} needs {_gib(total)} of {_gib(memory.available)} GiB a GPU: {named}")
-    longest, limit = plan.work.longest, plan.config.actor.micro_batch_tokens
-    if longest > limit:
-        found.append(
-            f"a path may have {longest} tokens (data.max_prompt_tokens + the longest response), "
-            f"actor.micro_batch_tokens is {limit}: such a tree cannot be packed"
-        )
     return found
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treepo_mcore.planner.hardware import Gpu, Network
 from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.plan import Box, Transfer, make_rounds
 from treepo_mcore.weights.transfer import ALIGNMENT, HALVES, STAGING_BYTES, round_limit
@@ -26,20 +26,7 @@ WHO = {
 }
 
 
-@dataclass(frozen=True)
-class Bandwidths:
-    """Bytes/s of one GPU, one direction, at the line rate; the defaults are an H100 SXM's with one port of 400 Gb/s."""
-
-    memory: float = 3.35e12  # HBM3; a copy reads and writes, so it goes at half of it
-    node: float = 450e9  # NVLink 4
-    network: float = 50e9  # InfiniBand NDR
-
-    def of_kinds(self) -> np.ndarray:
-        """[kind]"""
-        return np.array([self.memory / 2, self.node, self.network])
-
-
-def reshard_report(job: PaperJob, bandwidths: Bandwidths, staging_bytes: int = STAGING_BYTES) -> dict[str, Any]:
+def reshard_report(job: PaperJob, gpu: Gpu, network: Network, staging_bytes: int = STAGING_BYTES) -> dict[str, Any]:
     """The push of all ranks in numbers, ready for JSON; sizes in bytes, times in seconds.
 
     staging_bytes: of `weights.transfer.Push`. Raises `ConfigError` where there is no plan.
@@ -48,7 +35,7 @@ def reshard_report(job: PaperJob, bandwidths: Bandwidths, staging_bytes: int = S
     rounds = make_rounds(plan, round_limit(staging_bytes, len(job.nodes)), job.itemsize)
     in_rounds = [traffic(part, job.nodes, job.itemsize) for part in rounds]
     total = traffic(plan, job.nodes, job.itemsize)
-    rate = bandwidths.of_kinds()
+    rate = np.array([gpu.hbm / 2, gpu.nvlink, network.bandwidth])  # [kind]; a copy reads and writes
     copies = float(total[GPU].max() / rate[GPU])  # while the rounds are on the wire
     return {
         "ranks": len(job.nodes),

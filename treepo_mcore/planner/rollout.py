@@ -55,7 +55,7 @@ def step_cost(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
     bandwidth = cluster.gpu.hbm * constants.ENGINE_BANDWIDTH
     table = 0 if sizes.tied else sizes.vocab * sizes.hidden * ELEMENT[config.rollout.dtype] // tp
     peak = engine_peak(config, cluster) * constants.ENGINE_EFFICIENCY
-    per_request, latency = constants.ENGINE_REQUEST_SECONDS, constants.ENGINE_STEP_SECONDS
+    per_request, latency = constants.ENGINE_REQUEST_SECONDS, sizes.layers * constants.ENGINE_LAYER_SECONDS
     if tp > 1:
         size = ELEMENT[config.rollout.dtype]
         moved = 2 * (tp - 1) / tp * sizes.hidden * size

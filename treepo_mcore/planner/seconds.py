@@ -69,7 +69,9 @@ def pass_time(
     actor = config.actor
     dp = cluster.world // (actor.tp * actor.pp)
     tokens = prompts * work.packed / dp
-    count = max(1, math.ceil(tokens / (limit or actor.micro_batch_tokens)))
+    pieces = prompts / dp * (1 if actor.packing == "tree" else work.profile.leaves)
+    least = min(actor.least_micro_batches, max(1, int(pieces)))  # as actor/learn.py packs
+    count = max(least, math.ceil(tokens / (limit or actor.micro_batch_tokens)))
     if actor.vpp:
         count = padded(count, actor.pp)
     each = tokens / count

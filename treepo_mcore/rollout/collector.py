@@ -112,7 +112,7 @@ class _Phase:
         self.active: dict[int, _Prompt] = {}  # with running requests
         self.scoring: dict[int, _Prompt] = {}  # complete, verdicts outstanding
         self.owner: dict[str, tuple[_Prompt, str]] = {}  # the engine's request id -> its prompt, the sampler's id
-        self.promised = 0  # blocks of contexts that the engine has not taken in yet
+        self.waiting: dict[str, int] = {}  # the engine's request id -> blocks of a context it has not taken in yet
         self.dry = False  # the queue had nothing at the last look
         self.next_look = 0
         self.over = False  # the tail was cut
@@ -162,7 +162,7 @@ class _Phase:
             return False
         segment = math.ceil(self.tree_config.segment_tokens / self.engine.block_tokens) + 1
         growth = (len(self.owner) + self.tree_config.width) * segment
-        return self.engine.free_blocks() - self.promised >= growth
+        return self.engine.free_blocks() - sum(self.waiting.values()) >= growth
 
     def _draw(self) -> int | None:
         number, closed = None, False
@@ -197,7 +197,6 @@ class _Phase:
         counts.live_sum += len(self.owner)
         chunks = self.engine.step()
         counts.steps += 1
-        self.promised = 0
         self.agreement.saw(chunks)
         for chunk in chunks:
             self._feed(chunk)
@@ -217,6 +216,7 @@ class _Phase:
         if owned is None:  # aborted in this very step
             return
         entry, request = owned
+        self.waiting.pop(chunk.request, None)
         tokens = len(chunk.tokens)
         self.counts.decoded_tokens += tokens
         entry.decoded += tokens
@@ -240,6 +240,8 @@ class _Phase:
         # A prompt can come twice in a step, and ids must not: the engine sees them with the prompt's number.
         if actions.abort:
             ids = [f"{entry.number}:{request}" for request in actions.abort]
+            for gone in ids:
+                self.waiting.pop(gone, None)
             self.engine.abort([request for request in ids if self.owner.pop(request, None)])
         for request in actions.submit:
             outer = f"{entry.number}:{request.id}"
@@ -249,7 +251,7 @@ class _Phase:
             self.counts.requests += 1
             self.counts.context_tokens += tokens
             entry.context += tokens
-            self.promised += math.ceil(tokens / self.engine.block_tokens)
+            self.waiting[outer] = math.ceil(tokens / self.engine.block_tokens)
         if self.rewards is not None:
             for leaf in actions.leaves:
                 self._submit_reward(entry, leaf)

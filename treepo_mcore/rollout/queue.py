@@ -106,7 +106,8 @@ class LockstepQueue:
 
     def tick(self, finished: bool) -> None:
         """See `PromptQueue`."""
-        counts = torch.tensor([self._mine, int(not finished), int(self._over)])
+        undrawn = self._next < self._allowed and not self._over
+        counts = torch.tensor([self._mine, int(not finished or undrawn), int(self._over)])
         if self._leaders is not None:
             dist.all_reduce(counts, group=self._leaders)
         rejected, busy, over = counts.tolist()

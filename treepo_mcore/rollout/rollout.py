@@ -105,8 +105,8 @@ class Rollout:
         size = self.config.rollout.tp
         if size == 1:
             return None
-        # A rank that went another way must not keep the others for half an hour.
-        wait = timedelta(seconds=ENGINE_TIMEOUT)
+        # A rank that went another way must not keep the others for half an hour. Slow verdicts may, where all wait.
+        wait = None if self.config.run.deterministic else timedelta(seconds=ENGINE_TIMEOUT)
         groups = [
             dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo", timeout=wait)
             for e in range(self.grid.engines)

@@ -56,11 +56,15 @@ class _Piece:
     values: tuple[np.ndarray, ...]  # multiplicity, A+, A-, weight of each span
 
 
-def pack_trees(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tokens: int) -> list[PackedSequence]:
+def pack_trees(
+    trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tokens: int, least: int = 1
+) -> list[PackedSequence]:
     """Pack unique tokens, at most `budget_tokens` a sequence; every edge is in exactly one sequence.
 
     Small trees share a sequence. A larger one is split where the fewest ancestor tokens repeat; a repeated token
     carries no edge. What no leaf is below of is left out. Raises ValueError when one path exceeds the budget.
+
+    least: sequences to aim at, so that the stages of a pipeline have something to do; no tree is split for it.
     """
     pieces: list[_Piece] = []
     for index, (tree, advantage) in enumerate(zip(trees, advantages, strict=True)):
@@ -74,10 +78,12 @@ def pack_trees(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_to
             seen.update(nodes)
             values = (counts[nodes], positive[nodes], negative[nodes], weights[nodes])
             pieces.append(_Piece(index, spans, _size(tree, spans), values))
-    return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens)]
+    return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens, least)]
 
 
-def pack_flat(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tokens: int) -> list[PackedSequence]:
+def pack_flat(
+    trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tokens: int, least: int = 1
+) -> list[PackedSequence]:
     """Pack every leaf with its own copy of prompt and response: the baseline that `pack_trees` has to equal.
 
     An edge of a shared node comes once per leaf, with that leaf's advantage and multiplicity 1.
@@ -92,7 +98,7 @@ def pack_flat(trees: Sequence[Tree], advantages: Sequence[Advantage], budget_tok
             ones = np.ones(len(spans), dtype=np.int64)
             values = (ones, np.maximum(along, 0), np.minimum(along, 0), ones * advantage.weights[leaf])
             pieces.append(_Piece(index, spans, _size(tree, spans), values))
-    return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens)]
+    return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens, least)]
 
 
 def balance(trees: Sequence[Tree], ranks: int) -> list[list[int]]:
@@ -184,8 +190,10 @@ def _check_fits(tree: Tree, leaf: int, budget_tokens: int) -> None:
         )
 
 
-def _fill(pieces: Sequence[_Piece], budget_tokens: int) -> list[list[_Piece]]:
-    """First fit, largest first."""
+def _fill(pieces: Sequence[_Piece], budget_tokens: int, least: int) -> list[list[_Piece]]:
+    """First fit, largest first; below the budget where that makes `least` groups."""
+    largest = max((piece.tokens for piece in pieces), default=0)
+    capacity = min(budget_tokens, max(largest, sum(piece.tokens for piece in pieces) // least))
     groups: list[list[_Piece]] = []
     free: list[int] = []
     for piece in sorted(pieces, key=lambda piece: -piece.tokens):
@@ -193,7 +201,7 @@ def _fill(pieces: Sequence[_Piece], budget_tokens: int) -> list[list[_Piece]]:
         group = next(fits, len(groups))
         if group == len(groups):
             groups.append([])
-            free.append(budget_tokens)
+            free.append(capacity)
         groups[group].append(piece)
         free[group] -= piece.tokens
     return groups

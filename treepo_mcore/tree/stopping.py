@@ -48,7 +48,7 @@ class BoxDetector:
         self._decode = decode
         self._pieces: dict[int, str] = {}
         self._opens: dict[int, bool] = {}  # token may begin a box
-        self._braces: dict[int, bool] = {}  # token changes the brace count
+        self._braces: dict[int, bool] = {}  # token changes the brace count, or how the next character is read
 
     def scan(self, tokens: Sequence[int], state: BoxState) -> int | None:
         """Advance `state` over `tokens`; the index of the token that closes a box, if one does."""
@@ -57,7 +57,7 @@ class BoxDetector:
             if token not in opens:
                 self._learn(token)
             if state.nesting:
-                if braces[token] and state.inside(self._pieces[token]):
+                if (braces[token] or state.escaped) and state.inside(self._pieces[token]):
                     return index
             elif (state.begun or opens[token]) and state.outside(state.begun + self._pieces[token]):
                 return index
@@ -71,22 +71,27 @@ class BoxDetector:
         piece = self._decode([token])
         self._pieces[token] = piece
         self._opens[token] = BOX in piece or bool(_begun(piece))
-        self._braces[token] = "{" in piece or "}" in piece
+        self._braces[token] = any(character in piece for character in "{}\\")
 
 
 class BoxState:
     """Where a path stands: inside a box (`nesting` > 0), or behind the start of ``\\boxed{`` (`begun`)."""
 
-    __slots__ = ("begun", "nesting")
+    __slots__ = ("begun", "escaped", "nesting")
 
     def __init__(self) -> None:
         self.nesting = 0
         self.begun = ""
+        self.escaped = False  # behind a backslash inside a box: the next character is passed over
 
     def inside(self, text: str) -> bool:
-        """Count braces; True when the box closes in `text`."""
+        r"""Count braces, but not \{ and \} (like `rewards.math.extract_boxed`); True when the box closes in `text`."""
         for character in text:
-            if character == "{":
+            if self.escaped:
+                self.escaped = False
+            elif character == "\\":
+                self.escaped = True
+            elif character == "{":
                 self.nesting += 1
             elif character == "}":
                 self.nesting -= 1
@@ -101,7 +106,7 @@ class BoxState:
             self.begun = _begun(text)
             return False
         self.begun = ""
-        self.nesting = 1
+        self.nesting, self.escaped = 1, False
         return self.inside(text[at + len(BOX) :])
 
 

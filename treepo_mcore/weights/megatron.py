@@ -7,14 +7,8 @@ this rank's gate rows above its up rows; vocabulary rows are padded; layer numbe
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
@@ -67,28 +61,6 @@ def megatron_layout(chunks: list[nn.Module], arch: Architecture, tp_rank: int) -
         for name, parameter in model.named_parameters():
             pieces += parameter_pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, tp_rank)
     return pieces
-
-
-def save_weights(directory: Path, chunks: list[nn.Module]) -> None:
-    """A distributed checkpoint of the model alone, in a new directory. Collective."""
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True)
-    dist.barrier()
-    # Megatron would start a server process for a queue that, saving synchronously, only this thread uses.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded_weights(chunks), str(directory))
-
-
-def load_weights(checkpoint: Path, chunks: list[nn.Module]) -> None:
-    """Fill the model from a checkpoint of any layout; what else is in it is left alone. Collective."""
-    loaded = dist_checkpointing.load(_sharded_weights(chunks), str(checkpoint))
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"])
-
-
-def _sharded_weights(chunks: list[nn.Module]) -> dict[str, Any]:
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
 
 def parameter_pieces(

@@ -85,8 +85,9 @@ def gather_layouts(pieces: list[Piece]) -> list[list[Piece]]:
 
 def plan_push(sources: list[Piece], targets: list[Piece]) -> list[Transfer]:
     """The plan of all ranks, the same on every one of them. Collective."""
-    nodes = [0] * dist.get_world_size()
-    dist.all_gather_object(nodes, int(os.environ.get("GROUP_RANK", "0")))  # torchrun's number of this node
+    world = dist.get_world_size()
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of torchrun, and of our Slurm script
+    nodes = [rank // on_node for rank in range(world)]
     return make_plan(gather_layouts(sources), gather_layouts(targets), nodes)
 
 
