@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,11 @@ def describe(rows: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def measure_gradients(trainer: str, trees: Path, out: Path) -> None:
-    """Write a trainer's gradients (float32, by parameter) and log-probs (float32 [edges]) on saved trees."""
+def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Write a trainer's gradients (float32, by parameter) and log-probs (float32 [edges]) on saved trees.
+
+    overrides: of the quickstart's configuration.
+    """
     import torch
 
     from treepo_mcore.actor.actor import Actor
@@ -95,7 +99,7 @@ def measure_gradients(trainer: str, trees: Path, out: Path) -> None:
     from treepo_mcore.tree.stats import informative
     from treepo_mcore.tree.tree import read_trees
 
-    config = load_config(QUICKSTART / "config.yaml", [*ACTORS[trainer], "actor.optimizer.clip_grad=1e9"])
+    config = load_config(QUICKSTART / "config.yaml", [*ACTORS[trainer], "actor.optimizer.clip_grad=1e9", *overrides])
     init_process_group()
     directory = resolve_model(config.model)
     grid = build_grid(config.actor, 1, seed=0)

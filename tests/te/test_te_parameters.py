@@ -4,6 +4,7 @@ Quantising takes a GPU, so parameters are made here of bytes and scales; tests/g
 """
 
 import copy
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -171,19 +172,15 @@ def test_a_module_in_bf16_keeps_them(kind):
     assert [tensor.dtype for tensor in data_tensors(module.weight)] == [torch.uint8, torch.uint8]
 
 
-@KINDS
-def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
-    """Megatron's data-parallel wrapper and distributed optimizer over a model of TransformerEngine's layers."""
+def made_model(kind, directory):
+    """A model with FP8 parameters in Megatron's wrapper, its optimizer, and (made from, values) by linear layer."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     from treepo_mcore.actor.actor import _data_parallel
     from treepo_mcore.actor.cpu import megatron_device
     from treepo_mcore.actor.model import _build_chunk, megatron_configs
-    from treepo_mcore.actor.parallel import build_grid
-    from treepo_mcore.weights.megatron import megatron_parameters
 
-    build_grid(ActorConfig(), 1, seed=0)
-    arch = read_architecture(make_model(tmp_path, "llama"))
+    arch = read_architecture(make_model(directory, "llama"))
     name = "current" if kind is current else "blockwise"
     with megatron_device():
         configs = megatron_configs(ActorConfig.model_validate(SETTINGS | {"fp8": name}), arch, HOPPER)
@@ -195,8 +192,18 @@ def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
         model.to_empty(device="cpu")
         loaded = {name: fill(module, kind, seed) for seed, (name, module) in enumerate(linear_layers(model))}
         chunks = _data_parallel([model], configs)
-        optimizer = get_megatron_optimizer(configs.optimizer, chunks)
-        memory = ActorMemory(chunks, optimizer, megatron_parameters(chunks))
+        return chunks, get_megatron_optimizer(configs.optimizer, chunks), loaded
+
+
+@KINDS
+def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
+    """Megatron's data-parallel wrapper and distributed optimizer over a model of TransformerEngine's layers."""
+    from treepo_mcore.actor.parallel import build_grid
+    from treepo_mcore.weights.megatron import megatron_parameters
+
+    build_grid(ActorConfig(), 1, seed=0)
+    chunks, optimizer, loaded = made_model(kind, tmp_path)
+    memory = ActorMemory(chunks, optimizer, megatron_parameters(chunks))
     assert len(loaded) == 4 * 2  # layers between the first and the last
     assert {buffer.param_dtype for buffer in chunks[0].buffers} == {torch.uint8, torch.bfloat16}
     copies = PlainCopies(megatron_parameters(chunks))
@@ -212,6 +219,36 @@ def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
     others = sum(p.numel() for p in chunks[0].parameters()) - weights
     assert memory.bytes["parameters"] == pytest.approx(2 * (weights + others), rel=0.01)
     assert memory.bytes["optimizer"] == 12 * (weights + others)
+
+
+@KINDS
+def test_a_checkpoint_is_that_of_plain_parameters(kind, alone, tmp_path):
+    """Saved with FP8 parameters, read where they are in bf16. On a GPU Megatron's writer dequantises by itself."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+
+    from treepo_mcore import checkpoint
+    from treepo_mcore.actor.cpu import megatron_device
+    from treepo_mcore.actor.parallel import build_grid
+
+    build_grid(ActorConfig(), 1, seed=0)
+    chunks, optimizer, loaded = made_model(kind, tmp_path / "model")
+    with megatron_device():
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.init_state_fn(part.optimizer, part.config)  # moments, which come with the first step
+        state = checkpoint._sharded_state(SimpleNamespace(chunks=chunks, optimizer=optimizer), loading=False)
+        force_all_tensors_to_non_fp8(state)
+        checkpoint._write(tmp_path / "saved", state)
+        found = dist_checkpointing.load_plain_tensors(str(tmp_path / "saved"))
+    for name, (weight, values) in loaded.items():
+        number = int(name.split(".")[2])
+        (saved,) = [
+            tensor[number] if tensor.dim() == 3 else tensor
+            for key, tensor in found.items()
+            if key.endswith(f"{name.split('.', 3)[3]}.weight") and "optimizer" not in key
+        ]
+        assert torch.equal(saved, values), name
+        assert weight.shape == saved.shape
 
 
 def linear_layers(model):
