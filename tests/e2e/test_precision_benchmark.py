@@ -48,7 +48,7 @@ def test_gradients_in_bf16_point_where_float32_does(task, tmp_path):
     trees = [random_tree(seed) for seed in range(4)]
     for tree in trees:
         for index, leaf in enumerate(tree.leaves):
-            leaf.correct = index % 2 == 0
+            leaf.correct, leaf.score = index % 2 == 0, float(index % 2 == 0)
     write_trees(tmp_path / "trees.jsonl", trees)
     found = {}
     for name in ("float32", "bf16"):
