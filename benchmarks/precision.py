@@ -96,7 +96,7 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     from treepo_mcore.actor.parallel import build_grid, init_process_group
     from treepo_mcore.architecture import read_architecture, resolve_model
     from treepo_mcore.config import load_config
-    from treepo_mcore.rollout.collector import informative
+    from treepo_mcore.tree.stats import informative
     from treepo_mcore.tree.tree import read_trees
 
     config = load_config(QUICKSTART / "config.yaml", [*ACTORS[trainer], "actor.optimizer.clip_grad=1e9", *overrides])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 
-def last_word_is_even(response: str, answer: str, prompt: str) -> float:
+def last_word_is_even(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
     """Right for about half of all random answers."""
     return float(last_number(response) % 2 == 0)
 
 
-def mostly_fails(response: str, answer: str, prompt: str) -> float:
+def scaled_by_the_row(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
+    """A quarter of the row's `scale`, positive or negative."""
+    return row["scale"] * (0.25 if last_number(response) % 2 == 0 else -0.25)
+
+
+def mostly_fails(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
     """By the last word: hangs, raises, ends its process, or is right."""
     fate = last_number(response) % 4
     if fate == 0:

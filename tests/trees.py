@@ -30,6 +30,7 @@ def random_tree(seed: int, leaves: int = 6, segment: int = 6, prompt: int = 8, f
                 open_nodes.append(node)
     for index, leaf in enumerate(tree.leaves):
         leaf.correct = index == 0 or (index > 1 and draw.random() < 0.4)
+        leaf.score = float(leaf.correct)
         leaf.reward = 1.0 if leaf.correct else -1.0
     return tree.canonical()
 

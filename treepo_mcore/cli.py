@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,7 +23,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cli_trees.app, name="trees")
 app.add_typer(cli_plan.app, name="plan")
 app.add_typer(cli_launch.app, name="launch")
-app.add_typer(cli_plan.app, name="plan")
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")]
 
 
 @app.callback()
@@ -33,8 +35,8 @@ def _root() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check all that can be checked without the cluster, in this process alone")
     ] = False,
@@ -59,10 +61,25 @@ def train(
     from treepo_mcore.trainer import Trainer
 
     summary = Trainer(settings, stop).run()
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(summary), flush=True)
+    _print(summary)
     if "stopped" in summary:
         sys.exit(STOPPED)
+
+
+@app.command("eval")
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Answer the held-out prompts with the newest checkpoint of run.dir, or the model where there is none.
+
+    Started like train, on every process of torchrun or alone. Prints one JSON object, which is also in run.dir's
+    eval.json; nothing else in run.dir changes.
+    """
+    settings = load_config(config, overrides)
+    set_up_logging(settings.run.log_level)
+    if settings.data.eval is None:
+        raise ConfigError("data.eval: found null, eval needs a file of held-out prompts")
+    from treepo_mcore.trainer import Trainer
+
+    _print(Trainer(settings).evaluate_newest())
 
 
 @app.command()
@@ -78,6 +95,11 @@ def doctor(
     findings = examination.examine()
     print(json.dumps(examination.as_json(findings), indent=1) if as_json else examination.table(findings))
     raise typer.Exit(0 if examination.can_start(findings) else 1)
+
+
+def _print(result: dict[str, Any]) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result), flush=True)
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from treepo_mcore.config import AdvantageConfig, ConfigError
-from treepo_mcore.rewards.math import extract_boxed, normalise
+from treepo_mcore.rewards.math import boxed_answer
 from treepo_mcore.tree import advantage
-from treepo_mcore.tree.stats import tree_stats
+from treepo_mcore.tree.stats import informative, tree_stats
 from treepo_mcore.tree.tree import Tree
 
 app = typer.Typer(no_args_is_help=True, help="Recompute advantages and statistics of saved trees.")
@@ -36,9 +36,14 @@ def advantages(
     mass_baseline: Annotated[bool, typer.Option("--mass-baseline")] = False,
     max_levels: Annotated[int | None, typer.Option(min=1)] = None,
     whiten: Annotated[Literal["batch", "none"], typer.Option()] = "batch",
+    only_informative: Annotated[
+        bool, typer.Option("--informative", help="leave out what filter.enabled does: all leaves with the same score")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Advantages of every leaf (spec section 3). All lines of the file are one training batch.
+
+    A run saves what it sampled; with filter.enabled it trained on the part that --informative leaves.
 
     One line a prompt: `raw` is the estimator alone, `advantage` after whitening. A segment estimator gives a leaf one
     value per node of its path, the prompt left out.
@@ -56,8 +61,10 @@ def advantages(
     )
     trees = _read(file)
     try:
+        if only_informative:
+            trees = _informative(trees)
         rows = advantage_rows(trees, config)
-    except ValueError as error:  # a leaf without a reward
+    except ValueError as error:  # a leaf without a reward or score
         raise ConfigError(f"{file}: {error}") from error
     for row in rows:
         print(json.dumps(row) if as_json else _advantage_line(row))
@@ -65,7 +72,7 @@ def advantages(
 
 @app.command()
 def stats(file: File, as_json: Json = False) -> None:
-    """Sharing by depth, tokens, how leaves ended, distinct answers; null where the file does not say.
+    """Sharing by depth, tokens, how leaves ended, distinct answers, rewards; null where the file does not say.
 
     Prefix-hit and recomputed tokens are the engine's and come with saved trees. The plain form does not tell how long
     inner nodes are, so sharing and physical tokens are unknown.
@@ -81,7 +88,7 @@ def stats(file: File, as_json: Json = False) -> None:
 def stats_row(trees: Sequence[Tree]) -> dict[str, Any]:
     """`TreeStats` of all trees with the engine's counts; None for what is not known."""
     texts = any(leaf.text is not None for tree in trees for leaf in tree.leaves)
-    row = asdict(tree_stats(trees, _answer if texts else None))
+    row = asdict(tree_stats(trees, boxed_answer if texts else None))
     if any(not node.tokens for tree in trees for node in tree.nodes):
         row["physical_tokens"] = row["sharing"] = None
     for name in ("prefix_hit_tokens", "recomputed_tokens"):
@@ -104,6 +111,13 @@ def advantage_rows(trees: Sequence[Tree], config: AdvantageConfig) -> list[dict[
         {"prompt_id": tree.prompt_id, "raw": values(before, tree), "advantage": values(after, tree)}
         for tree, before, after in zip(trees, raw, whitened, strict=True)
     ]
+
+
+def _informative(trees: Sequence[Tree]) -> list[Tree]:
+    for tree in trees:
+        if any(leaf.score is None for leaf in tree.leaves):
+            raise ValueError(f"prompt {tree.prompt_id}: leaves have no scores, --informative needs saved trees")
+    return [tree for tree in trees if informative(tree)]
 
 
 def _read(file: Path) -> list[Tree]:
@@ -130,11 +144,6 @@ def _tree(data: Any) -> Tree:
     if not tree.leaves:
         raise ValueError(f"prompt {tree.prompt_id}: no leaves")
     return tree
-
-
-def _answer(text: str) -> str | None:
-    found = extract_boxed(text)
-    return None if found is None else normalise(found)
 
 
 def _advantage_line(row: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ class RunConfig(Section):
     deterministic: bool = False  # decisions follow logical time (engine steps), never the clock
     resume: bool = True  # continue from the newest checkpoint in `dir`
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    trackers: list[Literal["tensorboard", "wandb"]] = []  # get the numbers of metrics.jsonl too
 
 
 class ModelConfig(Section):
@@ -166,7 +167,7 @@ class RolloutConfig(Section):
 
 
 class FilterConfig(Section):
-    """Dynamic sampling (DAPO): prompts whose leaves all agree teach nothing and are replaced."""
+    """Dynamic sampling (DAPO): prompts whose leaves all have the same score teach nothing and are replaced."""
 
     enabled: bool = True
     max_prompts_factor: float = Field(3.0, ge=1)  # draw at most this many times `prompts_per_step`
@@ -283,14 +284,21 @@ class MemoryConfig(Section):
 class RewardConfig(Section):
     """What a finished path is worth."""
 
-    function: str = "math"  # "math", or "package.module:name" called as f(response, answer, prompt) -> float
-    correct: float = 1.0
-    wrong: float = -1.0
+    # "math", or "package.module:name" called as f(response, answer, prompt, row) -> float, with row: dict[str, Any] of
+    # the row's other columns. What it returns is the reward; a leaf counts as correct where that is more than 0.
+    function: str = "math"
+    correct: float = 1.0  # math: the reward of a correct answer
+    wrong: float = -1.0  # math: of any other
     workers: int = Field(1, ge=1)  # processes per engine
-    timeout: float = Field(5.0, gt=0)  # of one call; a leaf whose reward fails counts as wrong
+    timeout: float = Field(5.0, gt=0)  # of one call; one that raises, hangs or dies scores 0.0 and is not correct
     overlong_buffer_tokens: int = Field(0, ge=0)  # soft length penalty over the last tokens (DAPO)
     overlong_penalty: float = Field(1.0, ge=0)
     shuffle: bool = False  # control experiment: rewards permuted among all leaves of a step
+
+    @property
+    def custom(self) -> bool:
+        """Whether the reward is a function of the user's."""
+        return self.function != "math"
 
 
 class TrainerConfig(Section):
@@ -303,7 +311,9 @@ class TrainerConfig(Section):
     eval_every: int = Field(10, ge=0)  # steps; 0: only before and after
     eval_before: bool = True
     eval_after: bool = True
-    eval_samples: int = Field(1, ge=1)  # answers per held-out prompt; 1 is greedy decoding
+    # Answers per held-out prompt. 1: greedy decoding. More: independent ones at rollout.temperature, of which accuracy
+    # is the mean, majority the share of prompts whose most frequent boxed answer is right, best that with any right.
+    eval_samples: int = Field(1, ge=1)
     save_every: int = Field(50, ge=0)  # steps; 0: only at the end
     keep_checkpoints: int = Field(2, ge=1)
     save_trees_every: int = Field(10, ge=0)  # steps; 0: never

@@ -25,12 +25,13 @@ from treepo_mcore.observe.heartbeat import listen_to_nodes
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.signals import STOPPED, StopRequest
+from treepo_mcore.observe.trackers import Tracker, check_trackers, open_trackers
 from treepo_mcore.observe.versions import versions
 from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
 from treepo_mcore.rewards.pool import RewardPool
-from treepo_mcore.rollout.collector import informative
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
+from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
@@ -48,6 +49,7 @@ class Trainer:
         """
         self.config = config
         self.stop = stop or StopRequest()
+        check_trackers(config.run.trackers)
         self.directory = resolve_model(config.model)
         self.arch = read_architecture(self.directory)
         check_weights(self.directory, self.arch)
@@ -87,6 +89,7 @@ class Trainer:
         self._say_who_quantises()
         self.step = 0
         self.saved: int | None = None  # step of the newest checkpoint
+        self.trackers: list[Tracker] = []  # on rank 0, once the step is known
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
 
     def run(self) -> dict[str, Any]:
@@ -106,8 +109,7 @@ class Trainer:
                 return self._stop(asked)
             values = self.train_step()
             self.progress.step(self.step, values)
-            if self.grid.rank == 0:
-                self.metrics.write(self.step, values)
+            self._write(values)
             self.step += 1
             if trainer.eval_every and self.step % trainer.eval_every == 0 and self.step < trainer.steps:
                 self._evaluate_and_say(f"after {self.step} steps")
@@ -134,12 +136,31 @@ class Trainer:
         self._save_trees(trees)
         return values
 
-    def evaluate(self) -> float:
-        """Share of held-out prompts answered correctly, greedy decoding with the actor's current weights."""
+    def evaluate(self) -> dict[str, float]:
+        """How the actor's current weights answer the held-out prompts: `rollout.evaluation.metrics`."""
         with self.phases.push(), self.actor.readable():
             self.push.run()
         with self.phases.rollout():
-            return self.rollout.accuracy(self.held_out)
+            return self.rollout.evaluate(self.held_out)
+
+    def evaluate_newest(self) -> dict[str, Any]:
+        """Instead of `run`: evaluate the newest checkpoint, or the model; the result is also in ``eval.json``."""
+        state = self._load()
+        values = self.evaluate()
+        result = {
+            "step": self.step,
+            "checkpoint": state is not None,
+            "prompts": len(self.held_out),
+            "samples": self.config.trainer.eval_samples,
+            **values,
+            "seed": self.config.run.seed,
+            "layout": self._layout(),
+        }
+        if self.grid.rank == 0:
+            self.config.run.dir.mkdir(parents=True, exist_ok=True)
+            (self.config.run.dir / "eval.json").write_text(json.dumps(result) + "\n")
+        self.close()
+        return result
 
     def _make_push(self) -> Push:
         """From the actor's shards into the engine's parameters; the plan is made once."""
@@ -156,13 +177,21 @@ class Trainer:
             some = f", the first {cut[0]}" if cut else ""
             self.progress.say(f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}")
 
-    def _resume(self) -> None:
+    def _load(self) -> dict[str, Any] | None:
+        """The newest checkpoint's weights and optimizer into the actor; the trainer's state, None without one."""
         run = self.config.run
         found = checkpoint.newest(run.dir / "checkpoints") if run.resume else None
-        if found is not None:
-            with self.phases.train():
-                state = checkpoint.load(found, self.actor)
-            self.step = self.saved = state["step"]
+        if found is None:
+            return None
+        with self.phases.train():
+            state = checkpoint.load(found, self.actor)
+        self.step = self.saved = state["step"]
+        return state
+
+    def _resume(self) -> None:
+        run = self.config.run
+        state = self._load()
+        if state is not None:
             self.accuracy_before = state["accuracy_before"]
             self.prompts.load_state_dict(state["prompts"])
         if self.grid.rank == 0:
@@ -170,7 +199,8 @@ class Trainer:
             (run.dir / "config.yaml").write_text(dump_config(self.config))
             (run.dir / "versions.json").write_text(json.dumps(versions(), indent=1))
             self.metrics = MetricsLog(run.dir, self.step)
-        where = "resumed at" if found else "start at"
+            self.trackers = open_trackers(self.config, self.step)
+        where = "resumed at" if state else "start at"
         self.progress.say(f"{where} step {self.step}  {self._layout()}  -> {run.dir}")
         if torch.cuda.is_available():
             self.progress.say(self.phases.describe())
@@ -204,11 +234,13 @@ class Trainer:
         return {"stopped": asked, "steps": self.step, "seed": self.config.run.seed, "layout": self._layout()}
 
     def close(self) -> None:
-        """End the reward workers, and tell the other nodes that this one is done."""
+        """End the reward workers and trackers, and tell the other nodes that this one is done."""
         if self.heartbeat is not None:
             self.heartbeat.close()
         if self.rewards is not None:
             self.rewards.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def _save(self) -> None:
         """Unless this very step is saved: the tracker must not name a checkpoint that is being rewritten."""
@@ -225,11 +257,17 @@ class Trainer:
         self.saved = self.step
 
     def _evaluate_and_say(self, when: str) -> float:
-        accuracy = self.evaluate()
-        self.progress.say(f"held-out accuracy {accuracy:.3f} {when}")
+        values = self.evaluate()
+        told = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        self.progress.say(f"held-out {told} {when}")
+        self._write(values)
+        return values["eval/accuracy"]
+
+    def _write(self, values: dict[str, Any]) -> None:
         if self.grid.rank == 0:
-            self.metrics.write(self.step, {"eval/accuracy": accuracy})
-        return accuracy
+            self.metrics.write(self.step, values)
+        for tracker in self.trackers:
+            tracker.write(self.step, values)
 
     def _save_trees(self, trees: list[Tree]) -> None:
         every = self.config.trainer.save_trees_every

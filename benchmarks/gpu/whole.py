@@ -226,7 +226,7 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def even_length(response: str, answer: str, prompt: str) -> float:
+def even_length(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
     """A reward that about half of all answers get."""
     return float(len(response) % 2 == 0)
 

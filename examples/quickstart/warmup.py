@@ -107,7 +107,7 @@ def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Na
         metrics = trainer.actor.update(packed, None, objective="supervised")
         if (step + 1) % arguments.look_every and step + 1 < arguments.steps:
             continue
-        accuracy = trainer.evaluate()
+        accuracy = trainer.evaluate()["eval/accuracy"]
         if grid.rank == 0:
             taken = f"loss {metrics['loss']:.3f}  {time.perf_counter() - begin:.0f}s"
             print(f"warm-up step {step + 1}  held-out accuracy {accuracy:.3f}  {taken}", flush=True)

@@ -275,6 +275,6 @@ def test_rewards_that_raise_hang_or_die_are_contained_and_counted(config):
     failed = [leaf for leaf in leaves if last_number(leaf.text) % 4 != 3]
     assert len(leaves) == 16
     assert 0 < len(failed) < 16
-    assert all(leaf.correct is False and leaf.reward == -1.0 for leaf in failed)
+    assert all(leaf.correct is False and leaf.score == leaf.reward == 0.0 for leaf in failed)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(row["reward/failed"] for row in rows if "reward/failed" in row) == len(failed)

@@ -117,16 +117,16 @@ class FakeTokenizer:
 
 
 class FakeRewards:
-    """Verdicts `delay` polls late; `correct(text, prompt)` decides."""
+    """Verdicts `delay` polls late; `score(text, prompt)` decides."""
 
-    def __init__(self, correct: Callable[[str, str], bool], delay: int = 0) -> None:
-        self.correct, self.delay = correct, delay
+    def __init__(self, score: Callable[[str, str], float], delay: int = 0) -> None:
+        self.score, self.delay = score, delay
         self.pending: list[tuple[int, Result]] = []
         self.polls = 0
 
-    def submit(self, key, response_text: str, answer: str, prompt_text: str) -> None:
-        good = self.correct(response_text, prompt_text)
-        self.pending.append((self.polls + self.delay, Result(key, good, float(good), None, 0.0)))
+    def submit(self, key, response_text: str, answer: str, prompt_text: str, row: dict) -> None:
+        score = float(self.score(response_text, prompt_text))
+        self.pending.append((self.polls + self.delay, Result(key, score > 0, score, None, 0.0)))
 
     def poll(self) -> list[Result]:
         self.polls += 1

@@ -75,16 +75,16 @@ def saved(path: Path) -> Path:
         node = tree.nodes[tree.add_node(parent, tree.nodes[parent].depth + 1)]
         node.tokens.extend([9] * length)
         node.logprobs.extend([-1.0] * length)
-    for node, text, reward in ((2, r"\boxed{1}", 1.0), (3, r"it is \boxed{ 1}", 0.0)):
+    for node, text, score in ((2, r"\boxed{1}", 1.0), (3, r"it is \boxed{ 1}", 0.25)):
         leaf = tree.leaves[tree.add_leaf(node, EOS)]
-        leaf.text, leaf.reward = text, reward
+        leaf.text, leaf.reward, leaf.score, leaf.correct = text, score - 0.25, score, True
     write_trees(path, [tree])
     return path
 
 
 def test_saved_trees(tmp_path):
     file = saved(tmp_path / "t.jsonl")
-    assert json.loads(command("advantages", file, "--json"))["raw"] == [0.5, -0.5]
+    assert json.loads(command("advantages", file, "--json"))["raw"] == [0.375, -0.375]
     segments = json.loads(command("advantages", file, "--estimator", "spo", "--json"))["raw"]
     assert [len(path) for path in segments] == [2, 2]
     row = json.loads(command("stats", file, "--json"))
@@ -93,6 +93,7 @@ def test_saved_trees(tmp_path):
     assert (row["prefix_hit_tokens"], row["recomputed_tokens"]) == (32, 5)
     assert row["reasons"] == {"eos": 2}
     assert row["distinct_answers"] == 1.0
+    assert (row["mean_reward"], row["mean_score"], row["accuracy"], row["informative"]) == (0.375, 0.625, 1.0, 1.0)
     assert "sharing            2  1" in command("stats", file)
 
 
@@ -101,6 +102,8 @@ def test_stats_of_the_plain_form_say_what_they_do_not_know(tmp_path):
     assert row["leaves"] == 8
     assert row["logical_tokens"] == 40
     assert row["physical_tokens"] is row["sharing"] is row["prefix_hit_tokens"] is None
+    assert row["mean_score"] is row["accuracy"] is row["informative"] is None
+    assert row["mean_reward"] == np.mean([leaf["reward"] for leaf in CASES["A"]["leaves"]])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,20 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     error = command("advantages", file, status=2)
     assert error.startswith(f"error: {file}:{message}")
     assert error.count("\n") == 1
+
+
+def test_what_the_filter_leaves(tmp_path):
+    """Of two trees with the same rewards one has them for length alone."""
+    file = saved(tmp_path / "t.jsonl")
+    uniform = json.loads(file.read_text()) | {"prompt_id": "long"}
+    uniform["leaves"] = [leaf | {"score": 1.0} for leaf in uniform["leaves"]]
+    file.write_text(file.read_text() + json.dumps(uniform) + "\n")
+    assert json.loads(command("stats", file, "--json"))["informative"] == 0.5
+    rows = [json.loads(line) for line in command("advantages", file, "--json", "--informative").splitlines()]
+    assert [row["prompt_id"] for row in rows] == ["p"]
+    assert len(command("advantages", file, "--json").splitlines()) == 2
+    error = command("advantages", plain(tmp_path / "a.jsonl", "A"), "--informative", status=2)
+    assert "prompt A: leaves have no scores" in error
 
 
 def test_a_leaf_without_a_reward_is_named(tmp_path):

@@ -22,6 +22,12 @@ def test_repeated_steps_go_and_the_evaluation_before_them_stays(tmp_path):
     assert steps(tmp_path) == [*values[:2], {"step": 2, "loss": 4}]
 
 
+def test_nothing_stays_when_a_run_starts_again(tmp_path):
+    write(tmp_path, *(json.dumps(line) + "\n" for line in [{"step": 0, "eval/accuracy": 0.5}, {"step": 0, "loss": 1}]))
+    MetricsLog(tmp_path, 0)
+    assert steps(tmp_path) == []
+
+
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     write(tmp_path, '{"step": 0, "loss": 1}\n', '{"step": 1, "lo')
     MetricsLog(tmp_path, 5)

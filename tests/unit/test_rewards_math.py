@@ -3,7 +3,7 @@
 import pytest
 
 from treepo_mcore.config import RewardConfig
-from treepo_mcore.rewards.math import extract_boxed, math_reward, normalise, quick_verdict
+from treepo_mcore.rewards.math import boxed_answer, extract_boxed, math_reward, normalise, quick_verdict
 from treepo_mcore.rewards.shaping import shape
 
 
@@ -73,7 +73,7 @@ def test_quick_verdict(response, answer, expected):
     ],
 )
 def test_math_reward(response, answer, expected):
-    assert math_reward(response, answer, "") == expected
+    assert math_reward(response, answer, "", {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,19 @@ def test_math_reward(response, answer, expected):
 def test_shape_over_the_last_twenty_tokens(score, tokens, expected):
     config = RewardConfig(overlong_buffer_tokens=20, overlong_penalty=0.5)
     assert shape(score, tokens, 100, config) == pytest.approx(expected)
+
+
+def test_the_score_of_a_custom_function_is_the_reward():
+    config = RewardConfig(function="m:f", overlong_buffer_tokens=20, overlong_penalty=0.5)
+    assert [shape(score, 80, 100, config) for score in (0.2, 0.9, 0.0, -3.0)] == [0.2, 0.9, 0.0, -3.0]
+    assert shape(0.2, 100, 100, config) == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(r"\boxed{1} \boxed{ $2$ }", "2"), (r"\boxed{$ $}", None), ("no box", None)]
+)
+def test_boxed_answer(text, expected):
+    assert boxed_answer(text) == expected
 
 
 def test_shape_without_a_buffer_has_no_penalty():

@@ -14,7 +14,7 @@ from treepo_mcore.rewards.pool import RewardPool
 FUNCTIONS = """
 import os, signal, sys, time
 
-def score(response, answer, prompt):
+def score(response, answer, prompt, row):
     if response == "raise":
         raise KeyError("nothing here")
     if response == "hang":
@@ -36,6 +36,12 @@ def score(response, answer, prompt):
         return float("torch" in sys.modules or "treepo_mcore.config" in sys.modules)
     return float(len(response)) if response == answer else 0
 
+def graded(response, answer, prompt, row):
+    return row.pop("weights")[response]["value"]
+
+def without_row(response, answer, prompt):
+    return 1.0
+
 
 constant = 3
 """
@@ -52,7 +58,7 @@ def functions(tmp_path, monkeypatch):
 def run(config, responses, answer="abc"):
     with RewardPool(config) as pool:
         for key, response in enumerate(responses):
-            pool.submit(key, response, answer, "prompt")
+            pool.submit(key, response, answer, "prompt", {})
         results = {result.key: result for result in pool.drain()}
         return results, pool.metrics()
 
@@ -62,6 +68,31 @@ def test_scores_of_a_custom_function(functions):
     assert [(results[key].score, results[key].correct) for key in range(2)] == [(3.0, True), (0.0, False)]
     assert sorted(results) == list(range(1000))
     assert counts == {"calls": 1000, "quick": 0, "raised": 0, "timed_out": 0, "died": 0}
+
+
+def test_the_row_reaches_a_custom_function_and_is_its_own(functions):
+    """Calls of a batch belong to one prompt and share its row: the function takes it apart every time."""
+    row = {"weights": {"a": {"value": 0.25}, "b": {"value": -1.5}}, "data_source": "gsm8k"}
+    with RewardPool(RewardConfig(function="pool_functions:graded")) as pool:
+        for key in range(100):
+            pool.submit(key, "ab"[key % 2], "", "", row)
+        results = {result.key: result for result in pool.drain()}
+        assert pool.metrics()["raised"] == 0
+    assert [(results[key].score, results[key].correct) for key in (98, 99)] == [(0.25, True), (-1.5, False)]
+    assert len(row) == 2
+
+
+def test_math_is_not_sent_rows():
+    with RewardPool(RewardConfig()) as pool:
+        pool.submit(0, r"\boxed{\frac{1}{2}}", "0.5", "", {"cannot be pickled": lambda: None})
+        assert pool.drain()[0].correct
+
+
+def test_of_calls_that_fail_alike_one_is_told(functions, caplog):
+    run(RewardConfig(function=functions), ["raise", "raise", "abc"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "reward.function pool_functions:score: a call raised, its score is 0.0: KeyError: 'nothing here'"
+    ]
 
 
 def test_failures_cost_only_themselves(functions):
@@ -92,7 +123,7 @@ def test_a_function_that_stops_the_alarm_is_killed(functions):
 
 def test_poll_does_not_wait(functions):
     with RewardPool(RewardConfig(function=functions, timeout=5.0)) as pool:
-        pool.submit("slow", "hang", "abc", "")
+        pool.submit("slow", "hang", "abc", "", {})
         start = time.monotonic()
         while time.monotonic() - start < 1.0:  # long enough for the worker to start and take the call
             before = time.monotonic()
@@ -103,10 +134,10 @@ def test_poll_does_not_wait(functions):
 
 def test_a_worker_killed_from_outside_is_replaced(functions):
     with RewardPool(RewardConfig(function=functions)) as pool:
-        pool.submit(0, "abc", "abc", "")
+        pool.submit(0, "abc", "abc", "", {})
         assert pool.drain()[0].correct
         os.kill(pool._workers[0].process.pid, signal.SIGKILL)
-        pool.submit(1, "abc", "abc", "")
+        pool.submit(1, "abc", "abc", "", {})
         assert [(result.key, result.correct) for result in pool.drain()] == [(1, True)]
 
 
@@ -115,7 +146,7 @@ def test_signals_that_ask_the_rank_to_stop_do_not_hurt_workers(functions):
         worker = pool._workers[0].process
         for number in (signal.SIGUSR1, signal.SIGTERM):
             worker.send_signal(number)
-        pool.submit(0, "abc", "abc", "")
+        pool.submit(0, "abc", "abc", "", {})
         assert pool.drain()[0].score == 3.0
         assert pool._workers[0].process is worker
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -130,7 +161,7 @@ def test_workers_do_not_import_torch(functions):
 def test_math_decides_strings_without_a_worker():
     with RewardPool(RewardConfig()) as pool:
         for key, text in enumerate([r"\boxed{7}", r"\boxed{8}", "no box"]):
-            pool.submit(key, text, "7", "")
+            pool.submit(key, text, "7", "", {})
         assert [(result.key, result.correct) for result in pool.poll()] == [(0, True), (1, False), (2, False)]
         assert pool.metrics()["quick"] == 3
 
@@ -148,6 +179,11 @@ def test_math_sends_the_rest_to_a_worker():
         ("no_such_module_here:f", "reward.function: cannot import no_such_module_here"),
         ("pool_functions:missing", "reward.function: pool_functions has no function 'missing'"),
         ("pool_functions:constant", "reward.function: pool_functions has no function 'constant'"),
+        (
+            "pool_functions:without_row",
+            "reward.function: expected f(response, answer, prompt, row), "
+            "found pool_functions:without_row(response, answer, prompt)",
+        ),
     ],
 )
 def test_unknown_function(functions, name, message):
@@ -161,7 +197,7 @@ def test_a_worker_that_cannot_start_is_an_error(functions, tmp_path):
         pool.drain()
     (tmp_path / "pool_functions.py").write_text("raise RuntimeError('only fails in workers')")  # the parent has it
     with RewardPool(RewardConfig(function=functions)) as pool:
-        pool.submit(0, "abc", "abc", "")
+        pool.submit(0, "abc", "abc", "", {})
         with pytest.raises(RuntimeError, match="could not start: RuntimeError: only fails in workers"):
             pool.drain()
 
@@ -172,7 +208,7 @@ def test_a_script_needs_no_main_guard(tmp_path):
         "from treepo_mcore.config import RewardConfig\n"
         "from treepo_mcore.rewards.pool import RewardPool\n"
         "with RewardPool(RewardConfig()) as pool:\n"
-        "    pool.submit(0, r'\\boxed{\\frac{1}{2}}', '0.5', '')\n"
+        "    pool.submit(0, r'\\boxed{\\frac{1}{2}}', '0.5', '', {})\n"
         "    print(pool.drain()[0].correct)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}

@@ -16,9 +16,10 @@ from rollout_fake_engine import (
     make_prompts,
 )
 
-from treepo_mcore.rollout.collector import Collection, Collector, informative
+from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
 from treepo_mcore.tree.sampler import stable_seed
+from treepo_mcore.tree.stats import informative
 
 
 def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, queue=None) -> Collection:
@@ -120,6 +121,30 @@ def test_uniform_prompts_are_replaced_and_nothing_more_is_drawn(delay, determini
     assert len(kept) == 10
     assert result.counts.drawn_prompts == len(result.trees) == kept[-1] + 1  # the shortest run that holds ten
     assert all(leaf.reward is not None for tree in result.trees for leaf in tree.leaves)
+
+
+def test_the_filter_looks_at_scores_before_the_penalty():
+    """All answers count as correct, and all trees have leaves of several lengths."""
+
+    def score(text: str, prompt: str) -> float:
+        return (0.2, 0.5, 0.9)[stable_seed(text) % 3] if hard_and_easy(prompt) else 0.5
+
+    reward = {"function": "m:f", "overlong_buffer_tokens": 16, "overlong_penalty": 0.5}
+    result = collect(
+        FakeEngine(hazard_draw(0.05)),
+        make_prompts(200),
+        make_config({}, reward=reward),
+        FakeRewards(score),
+        wanted=10,
+    )
+    kept = [tree for tree in result.trees if informative(tree)]
+    assert [tree.meta["number"] for tree in kept] == [3 * n for n in range(10)]
+    assert len(result.trees) == 28
+    for tree in result.trees:
+        assert all(leaf.correct for leaf in tree.leaves)
+        penalties = [max(0, tree.leaf_tokens(leaf) - 4) / 16 * 0.5 for leaf in range(8)]
+        assert [leaf.score - leaf.reward for leaf in tree.leaves] == pytest.approx(penalties)
+        assert len({leaf.reward for leaf in tree.leaves}) > 1
 
 
 def test_the_limit_holds_when_nothing_is_informative():

@@ -62,8 +62,8 @@ def _is_whole(line: str) -> bool:
 
 
 def _is_before(values: dict[str, Any], step: int) -> bool:
-    """An evaluation bears the number of the step before which it was made, and is not repeated."""
-    return bool(values["step"] < step or (values["step"] == step and "eval/accuracy" in values))
+    """An evaluation bears the number of the step before which it was made, and is repeated at the very start only."""
+    return bool(values["step"] < step or (values["step"] == step > 0 and "eval/accuracy" in values))
 
 
 def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
@@ -72,6 +72,7 @@ def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> di
     stats = tree_stats(trees)
     return {
         "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
+        "reward/score": sum(leaf.score or 0.0 for leaf in leaves) / len(leaves),
         "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
         "rollout/leaves": stats.leaves,
         "rollout/response_tokens_mean": stats.mean_length,

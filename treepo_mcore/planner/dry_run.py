@@ -10,6 +10,7 @@ from treepo_mcore.architecture import Architecture, read_architecture, resolve_m
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.observe.trackers import check_trackers
 from treepo_mcore.planner.hardware import GPUS, NETWORKS
 from treepo_mcore.planner.paper import PaperJob, put_on_paper
 from treepo_mcore.planner.reshard import describe, reshard_report
@@ -28,6 +29,7 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     directory = resolve_model(config.model, weights=False)
     arch = read_architecture(directory)
     check_function(config.reward)
+    check_trackers(config.run.trackers)
     files = _check_files(config, arch, directory)
     job = put_on_paper(config, arch, directory, nodes, gpus_per_node)
     where, *push = describe(reshard_report(job, GPUS["h100"], NETWORKS["ib400"], config.rollout.push_staging_mb << 20))

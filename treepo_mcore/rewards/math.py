@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 _BOX = "\\boxed{"
 _DOLLAR = re.compile(r"\\?\$")
@@ -16,8 +17,8 @@ _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
-def math_reward(response: str, answer: str, prompt: str) -> float:
-    """1.0 when the last complete box of `response` equals `answer`, else 0.0. `prompt` is not looked at.
+def math_reward(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
+    """1.0 when the last complete box of `response` equals `answer`, else 0.0. `prompt` and `row` are not looked at.
 
     Has no time limit of its own.
     """
@@ -62,6 +63,12 @@ def extract_boxed(text: str) -> str | None:
                 return text[start:position]
         position += 1
     return None
+
+
+def boxed_answer(text: str) -> str | None:
+    """What `extract_boxed` finds, normalised; None where that is nothing."""
+    found = extract_boxed(text)
+    return None if found is None else normalise(found) or None
 
 
 def normalise(text: str) -> str:

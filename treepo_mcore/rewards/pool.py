@@ -8,6 +8,8 @@ So entry scripts need no `if __name__ == "__main__"` for the pool's sake, and a 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import math
 import mmap
 import multiprocessing
@@ -22,12 +24,14 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from multiprocessing import connection
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from treepo_mcore.config import ConfigError, RewardConfig
 from treepo_mcore.environment import deaf_children
 from treepo_mcore.rewards.math import quick_verdict
 from treepo_mcore.rewards.worker import PROGRESS, Outcome, resolve
+
+log = logging.getLogger(__name__)
 
 _BATCH_CALLS = 256  # at most, in one message to a worker
 _BATCH_SECONDS = 0.1  # and about this much work, so that workers end together
@@ -51,6 +55,7 @@ class _Item(NamedTuple):
     response: str
     answer: str
     prompt: str
+    row: dict[str, Any]
 
 
 class _Death(NamedTuple):
@@ -87,7 +92,7 @@ class _Worker:
         self.batch, self.answered = deque(items), 0
         # A worker that has just died is found by the next `receive`, with this batch still to answer.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send([(item.response, item.answer, item.prompt) for item in items])
+            self.connection.send([(item.response, item.answer, item.prompt, item.row) for item in items])
 
     def receive(self) -> tuple[list[tuple[_Item, Outcome]], bool]:
         """Answers that have arrived, and whether the worker has ended. Raises `RuntimeError` if it never got ready."""
@@ -132,25 +137,30 @@ class _Worker:
 
 
 def check_function(config: RewardConfig) -> None:
-    """Raise `ConfigError` for a function that cannot be found."""
+    """Raise `ConfigError` for a function that cannot be found or called."""
     try:
-        resolve(config.function)
+        signature = inspect.signature(resolve(config.function))
     except ValueError as error:
         raise ConfigError(f"reward.function: {error}") from error
+    try:
+        signature.bind("response", "answer", "prompt", {})
+    except TypeError as error:
+        found = f"found {config.function}{signature}"
+        raise ConfigError(f"reward.function: expected f(response, answer, prompt, row), {found}") from error
 
 
 class RewardPool:
     """Scores responses in `config.workers` processes. Not thread-safe: one thread submits and polls.
 
     For the function "math", what comparing strings can decide (`rewards.math.quick_verdict`) is decided on `submit`,
-    without a worker. A custom function is called as f(response, answer, prompt) and returns a finite float; a response
-    is correct when that is more than 0. Results come in any order. Raises `ConfigError` for a function that cannot be
-    found; `poll` and `drain` raise `RuntimeError` when a worker cannot start.
+    without a worker. A custom function is called as f(response, answer, prompt, row) and returns a finite float; a
+    response is correct when that is more than 0. Results come in any order. Raises `ConfigError` for a function that
+    cannot be found or called; `poll` and `drain` raise `RuntimeError` when a worker cannot start.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         check_function(config)
-        self._function, self._limit = config.function, config.timeout
+        self._function, self._limit, self._custom = config.function, config.timeout, config.custom
         self._workers = [self._start() for _ in range(config.workers)]
         self._pending: deque[_Item] = deque()
         self._decided: list[Result] = []
@@ -158,13 +168,13 @@ class RewardPool:
         self._counts = {"calls": 0, "quick": 0, "raised": 0, "timed_out": 0, "died": 0}
         self._worked, self._work_seconds = 1, 0.01  # calls answered and their time, from a first guess of 10 ms
 
-    def submit(self, key: Hashable, response_text: str, answer: str, prompt_text: str) -> None:
-        """Ask for one reward; `key` comes back in its `Result`."""
+    def submit(self, key: Hashable, response_text: str, answer: str, prompt_text: str, row: dict[str, Any]) -> None:
+        """Ask for one reward; `key` comes back in its `Result`. row: the prompt's, for a custom function."""
         self._outstanding += 1
         self._counts["calls"] += 1
-        verdict = quick_verdict(response_text, answer) if self._function == "math" else None
+        verdict = None if self._custom else quick_verdict(response_text, answer)
         if verdict is None:
-            self._pending.append(_Item(key, response_text, answer, prompt_text))
+            self._pending.append(_Item(key, response_text, answer, prompt_text, row if self._custom else {}))
         else:
             self._counts["quick"] += 1
             self._decided.append(Result(key, verdict, float(verdict), None, 0.0))
@@ -215,7 +225,8 @@ class RewardPool:
         score, error, seconds = outcome
         self._worked += 1
         self._work_seconds += seconds
-        self._counts["raised"] += error is not None
+        if error is not None:
+            self._failed("raised", error)
         return Result(item.key, score > 0, score, error, seconds)
 
     def _bury(self, worker: _Worker, late: bool) -> list[Result]:
@@ -225,9 +236,14 @@ class RewardPool:
         self._pending.extendleft(reversed(again))
         if item is None:
             return []
-        self._counts["timed_out" if late else "died"] += 1
         error = f"timed out after {self._limit:g} s" if late else f"worker died with exit code {code}"
+        self._failed("timed_out" if late else "died", error)
         return [Result(item.key, False, 0.0, error, seconds)]
+
+    def _failed(self, how: str, error: str) -> None:
+        if self._counts[how] == 0:  # of many that fail alike one is told; reward/failed has the number
+            log.warning("reward.function %s: a call %s, its score is 0.0: %s", self._function, how, error)
+        self._counts[how] += 1
 
     def _hand_out(self) -> None:
         idle = [worker for worker in self._workers if worker.ready and not worker.batch]

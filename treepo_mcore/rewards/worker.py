@@ -1,13 +1,14 @@
 """What runs in a reward worker: `python -m treepo_mcore.rewards.worker`, started and killed by `pool.py`.
 
 Imports little, so that it starts fast. Over its connection the worker first says that it is ready (None) or why it
-cannot be (text), then answers each batch, a list of (response, answer, prompt), with lists of (score, error, seconds)
-in the same order.
+cannot be (text), then answers each batch, a list of (response, answer, prompt, row), with lists of (score, error,
+seconds) in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import math
 import mmap
@@ -17,9 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
-RewardFunction = Callable[[str, str, str], float]
-Call = tuple[str, str, str]  # response, answer, prompt
+RewardFunction = Callable[[str, str, str, dict[str, Any]], float]
+Call = tuple[str, str, str, dict[str, Any]]  # response, answer, prompt, row
 Outcome = tuple[float, str | None, float]  # score, error, seconds
 
 # Written into memory shared with the pool, which must know whose fault it was when a worker dies: the position in the
@@ -68,7 +70,9 @@ def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
     # Nobody handles this signal, so it ends the process even inside C code and even when the pool is busy or gone.
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        score = float(function(*call))
+        response, answer, prompt, row = call
+        # Calls of one batch share the rows of their prompts; what a function does to its own must not reach the next.
+        score = float(function(response, answer, prompt, copy.deepcopy(row)))
         error = None if math.isfinite(score) else f"returned {score}"
     except (Exception, SystemExit) as raised:  # whatever a function raises belongs to its call, not to the worker
         score, error = 0.0, f"{type(raised).__name__}: {raised}"[:_ERROR_CHARACTERS]
@@ -88,7 +92,7 @@ def main() -> None:
         try:
             function = resolve(name)
             if name == "math":
-                function(r"\boxed{\frac{1}{2}}", "0.5", "")  # loads the parser now, not in somebody's time limit
+                function(r"\boxed{\frac{1}{2}}", "0.5", "", {})  # loads the parser now, not in somebody's time limit
         except Exception as error:  # told to the pool, which raises it
             connection.send(f"{type(error).__name__}: {error}")
             return

@@ -18,6 +18,7 @@ from treepo_mcore.rollout.agreement import Agreement
 from treepo_mcore.rollout.engine import Chunk, Engine
 from treepo_mcore.rollout.queue import PromptQueue
 from treepo_mcore.tree.sampler import Actions, TreeSampler
+from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.stopping import BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import Tree
 
@@ -37,7 +38,7 @@ class Counts:
     preemptions: int = 0  # requests that lost their cache blocks and were recomputed
     drawn_prompts: int = 0
     failed_prompts: int = 0
-    failed_rewards: int = 0  # the function raised, died or ran too long: the leaf counts as wrong
+    failed_rewards: int = 0  # the function raised, died or ran too long: the score is 0.0
     unfinished_prompts: int = 0  # given up in the tail
     discarded_tokens: int = 0  # decoded for failed and unfinished prompts
     tail_steps: int = 0  # engine steps with room for another prompt and none to draw
@@ -270,7 +271,8 @@ class _Phase:
         tree = entry.sampler.tree
         text = tree.leaves[leaf].text = self.tokenizer.decode(tree.response(leaf))
         entry.unscored += 1
-        self.rewards.submit((self.step, entry.number, leaf), text, entry.prompt.answer, entry.prompt.text)
+        prompt = entry.prompt
+        self.rewards.submit((self.step, entry.number, leaf), text, prompt.answer, prompt.text, prompt.meta)
 
     def _scored(self, results: Sequence[Result]) -> None:
         for result in results:
@@ -282,7 +284,7 @@ class _Phase:
             self.counts.failed_rewards += result.error is not None
             tree = entry.sampler.tree
             leaf = tree.leaves[index]
-            leaf.correct = result.correct
+            leaf.score, leaf.correct = result.score, result.correct
             longest = self.tree_config.response_tokens
             leaf.reward = shape(result.score, tree.leaf_tokens(index), longest, self.config.reward)
             entry.unscored -= 1
@@ -320,11 +322,6 @@ class _Phase:
                 self.queue.report(rejected=False)
         if self.queue is not None:
             self.queue.give_up()
-
-
-def informative(tree: Tree) -> bool:
-    """Whether the leaves differ; where they all agree, advantages are zero."""
-    return len({leaf.correct for leaf in tree.leaves}) > 1
 
 
 def tree_config(rollout: RolloutConfig) -> TreeConfig:

@@ -17,6 +17,7 @@ from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.rewards.pool import RewardPool
+from treepo_mcore.rollout import evaluation
 from treepo_mcore.rollout.collector import Collection, Collector, Counts
 from treepo_mcore.rollout.engine import Engine
 from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
@@ -87,18 +88,20 @@ class Rollout:
         total.unfinished.sort()
         return total
 
-    def accuracy(self, prompts: Sequence[Prompt]) -> float:
-        """Share of prompts that all engines together answer correctly by greedy decoding."""
+    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """What all engines together answer, see `evaluation.metrics`; the same values on every rank."""
+        samples, longest = self.config.trainer.eval_samples, self.collector.tree_config.response_tokens
         mine = prompts[self.grid.engine :: self.grid.engines]
-        answers = self.engine.greedy([prompt.tokens for prompt in mine], self.collector.tree_config.response_tokens)
-        correct = 0
+        if samples == 1:
+            answers = self.engine.greedy([prompt.tokens for prompt in mine], longest)
+        else:
+            answers = evaluation.sample(self.engine, mine, samples, longest, self.config.run.seed)
+        sums = torch.zeros(4, dtype=torch.float64)
         if self.rewards is not None:
-            for index, (prompt, answer) in enumerate(zip(mine, answers, strict=True)):
-                self.rewards.submit(index, self.tokenizer.decode(answer), prompt.answer, prompt.text)
-            correct = sum(result.correct for result in self.rewards.drain())
-        total = torch.tensor(correct)
-        dist.all_reduce(total)
-        return int(total) / len(prompts)
+            texts = [self.tokenizer.decode(answer) for answer in answers]
+            sums = evaluation.score(self.rewards, mine, texts, samples)
+        dist.all_reduce(sums)
+        return evaluation.metrics(sums, len(prompts), samples, self.config.reward)
 
     def _engine_group(self) -> dist.ProcessGroup | None:
         """A group of this engine's ranks; all ranks make all groups."""
@@ -117,7 +120,7 @@ class Rollout:
 def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
     """The control experiment: the same rewards on other leaves."""
     leaves = [leaf for tree in trees for leaf in tree.leaves]
-    verdicts = [(leaf.reward, leaf.correct) for leaf in leaves]
+    verdicts = [(leaf.reward, leaf.score, leaf.correct) for leaf in leaves]
     rng.shuffle(verdicts)
-    for leaf, (reward, correct) in zip(leaves, verdicts, strict=True):
-        leaf.reward, leaf.correct = reward, correct
+    for leaf, verdict in zip(leaves, verdicts, strict=True):
+        leaf.reward, leaf.score, leaf.correct = verdict

@@ -31,6 +31,15 @@ class TreeStats:
     depths: dict[int, int]  # leaves by the segment they ended in
     sharing: list[float]  # logical / physical tokens of segments 1, 2, ...; W for a common first segment
     distinct_answers: float | None  # mean over trees
+    mean_reward: float | None  # of leaves, as the next three; None where a leaf has none
+    mean_score: float | None  # before any penalty
+    accuracy: float | None
+    informative: float | None  # share of trees
+
+
+def informative(tree: Tree) -> bool:
+    """Whether the leaves' scores differ; penalties for length do not count, which say nothing about the answers."""
+    return len({leaf.score for leaf in tree.leaves}) > 1
 
 
 def tree_stats(trees: Sequence[Tree], answer_of: Callable[[str], str | None] | None = None) -> TreeStats:
@@ -56,7 +65,16 @@ def tree_stats(trees: Sequence[Tree], answer_of: Callable[[str], str | None] | N
         depths=dict(sorted(Counter(tree.nodes[leaf.node].depth for tree in trees for leaf in tree.leaves).items())),
         sharing=_sharing(trees),
         distinct_answers=_distinct(trees, answer_of) if answer_of else None,
+        mean_reward=_mean([leaf.reward for leaf in leaves]),
+        mean_score=_mean([leaf.score for leaf in leaves]),
+        accuracy=_mean([leaf.correct for leaf in leaves]),
+        informative=None if None in [leaf.score for leaf in leaves] else _mean([informative(tree) for tree in trees]),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _sharing(trees: Sequence[Tree]) -> list[float]:

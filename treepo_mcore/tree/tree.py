@@ -49,8 +49,9 @@ class Leaf:
     node: int
     reason: str  # one of REASONS
     from_fallback: bool
-    reward: float | None = None
-    correct: bool | None = None
+    reward: float | None = None  # what the advantage sees
+    score: float | None = None  # what the reward function said, before any penalty
+    correct: bool | None = None  # score > 0
     text: str | None = None
 
 
@@ -223,7 +224,7 @@ class Tree:
             new.tokens, new.logprobs = node.tokens[:], node.logprobs[:]
         for leaf in sorted(self.leaves, key=lambda leaf: number[leaf.node]):
             added = tree.leaves[tree.add_leaf(number[leaf.node], leaf.reason)]
-            added.reward, added.correct, added.text = leaf.reward, leaf.correct, leaf.text
+            added.reward, added.score, added.correct, added.text = leaf.reward, leaf.score, leaf.correct, leaf.text
         return tree
 
     def _joined(self, path: Iterable[int]) -> array[int]:
@@ -256,6 +257,7 @@ class Tree:
                     "node": leaf.node,
                     "reason": leaf.reason,
                     "reward": leaf.reward,
+                    "score": leaf.score,
                     "correct": leaf.correct,
                     "text": leaf.text,
                 }
@@ -294,7 +296,7 @@ class Tree:
         if data["reason"] not in REASONS:
             raise ValueError(f"leaf {len(self.leaves)}: expected a reason of {REASONS}, found {data['reason']!r}")
         leaf = self.leaves[self.add_leaf(node, data["reason"])]
-        leaf.reward, leaf.correct, leaf.text = data["reward"], data["correct"], data["text"]
+        leaf.reward, leaf.score, leaf.correct, leaf.text = (data[k] for k in ("reward", "score", "correct", "text"))
 
 
 def write_trees(path: str | Path, trees: Iterable[Tree]) -> None:
