@@ -51,7 +51,7 @@ row = whole.steps(folder, "none", "70b-layers", **SMALL)
 def test_training(tmp_path):
     code = """
 import training
-training.MEAN, training.TREES, training.WIDTH, training.REPEATS, training.BUDGET = 16, 2, 4, 1, 512
+training.MEAN, training.TREES, training.WIDTH, training.REPEATS, training.BUDGET = 16, 2, 4, 1, 8192
 actor = training.build("none", training.write_model(folder / "model", "70b-layers", **SMALL | {"vocab_size": 2048}))
 packed = training.pack(32)
 row = training.describe(packed, training.in_turns(actor, packed), actor.arch)
