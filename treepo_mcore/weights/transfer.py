@@ -205,9 +205,11 @@ class Push:
                     part.slot.copy_(part.view)
                 else:
                     quantise_into(part.view, part.slot, part.scale_slot, self.dtype)
+                if sums is not None:
+                    sums.add(part.slot, part.scale_slot)
             operations.append(dist.P2POp(dist.isend, _span(out, message), message.peer))
             if sums is not None:
-                operations.append(dist.P2POp(dist.isend, sums.of_packed(message), message.peer))
+                operations.append(dist.P2POp(dist.isend, sums.of_sent(), message.peer))
         for message in current.receives:
             operations.append(dist.P2POp(dist.irecv, _span(inbox, message), message.peer))
             if sums is not None:
@@ -225,6 +227,8 @@ class Push:
                     part.view.copy_(part.slot)
                 if part.scale is not None and part.scale_slot is not None:
                     part.scale.copy_(part.scale_slot)
+                if sums is not None:  # of what stands in the parameter now; a cut FP8 block does not yet
+                    sums.add(part.view if part.edges is None else part.slot, part.scale)
             if sums is not None:
                 sums.arrived(message)
 
@@ -315,20 +319,28 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 class _Checksums:
-    """Per box of every message; the sender's travel behind the message, and nobody waits for them before the end."""
+    """Per box of every message; the sender's travel behind the message, and nobody waits for them before the end.
+
+    A box is added up right after it was copied, while caches still hold it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds = 0.0
+        self.current: list[Tensor] = []  # of the message being packed or unpacked
         self.outgoing: list[Tensor] = []  # alive while they are on the wire
         self.claimed: list[Tensor] = []  # of the messages to this rank, in the order of their rounds
         self.found: list[tuple[_Message, Tensor]] = []
 
-    def of_packed(self, message: _Message) -> Tensor:
-        """Of what stands in the staging buffer, int64 [parts]."""
+    def add(self, values: Tensor, scale: Tensor | None) -> None:
+        """The next box of the message."""
         begin = time.perf_counter()
-        self.outgoing.append(torch.stack([_sum(part.slot, part.scale_slot) for part in message.parts]))
+        self.current.append(checksum(values) if scale is None else checksum(values) + checksum(scale))
         self.seconds += time.perf_counter() - begin
+
+    def of_sent(self) -> Tensor:
+        """Those of the message just packed, int64 [parts]."""
+        self.outgoing.append(self._taken())
         return self.outgoing[-1]
 
     def to_come(self, message: _Message) -> Tensor:
@@ -337,11 +349,12 @@ class _Checksums:
         return self.claimed[-1]
 
     def arrived(self, message: _Message) -> None:
-        """Of what stands in the parameters now; of the parts of cut FP8 blocks, which do not, in the staging buffer."""
-        begin = time.perf_counter()
-        stands = [(p.view, p.scale) if p.edges is None else (p.slot, None) for p in message.parts]
-        self.found.append((message, torch.stack([_sum(*both) for both in stands])))
-        self.seconds += time.perf_counter() - begin
+        """The message was unpacked."""
+        self.found.append((message, self._taken()))
+
+    def _taken(self) -> Tensor:
+        sums, self.current = torch.stack(self.current), []
+        return sums
 
     def compare(self, rank: int) -> None:
         begin = time.perf_counter()
@@ -352,10 +365,6 @@ class _Checksums:
                     f"push: {bad.tensor} from rank {bad.source} arrived damaged in {bad.target_local} on rank {rank}"
                 )
         self.seconds += time.perf_counter() - begin
-
-
-def _sum(values: Tensor, scale: Tensor | None) -> Tensor:
-    return checksum(values) if scale is None else checksum(values) + checksum(scale)
 
 
 def _common_dtype(targets: dict[str, Tensor], quantised: Iterable[str]) -> torch.dtype:
