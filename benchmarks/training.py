@@ -255,11 +255,13 @@ def describe(
     tokens = {packing: sum(len(s.tokens) for s in sequences) for packing, sequences in packed.items()}
     median = {name: statistics.median(values) for name, values in times.items()}
     ratio = tokens["flat"] / tokens["tree"]
+    work = {packing: sum(arithmetic(s) for s in sequences) for packing, sequences in packed.items()}
     row: dict[str, Any] = {
         "leaves": sum(len(tree.leaves) for tree in trees),
         "answer_tokens_mean": sum(tree.logical_tokens for tree in trees) / sum(len(tree.leaves) for tree in trees),
         "tokens": tokens,
         "logical_over_unique": ratio,
+        "arithmetic_ratio": work["flat"] / work["tree"],
         "seconds": {
             name: {"median": median[name], "min": min(values), "max": max(values)} for name, values in times.items()
         },
@@ -272,9 +274,22 @@ def describe(
     return row
 
 
+def arithmetic(sequence: PackedSequence) -> int:
+    """Multiplications of a forward pass: layers, attention over what each token sees, output layer.
+
+    Shared tokens stand early in their paths and see little, so attention shrinks less than the tokens do.
+    """
+    hidden, heads, kv = SIZES["hidden_size"], SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
+    width = hidden // heads
+    layer = hidden * width * (2 * heads + 2 * kv) + 3 * hidden * SIZES["intermediate_size"]
+    tokens, seen = len(sequence.tokens), int((sequence.positions + 1).sum())
+    return SIZES["num_hidden_layers"] * (tokens * layer + 2 * seen * hidden) + len(sequence.target) * hidden * VOCAB
+
+
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
-    parts = [f"{row['layout']} {row['case']:28} tokens x{row['logical_over_unique']:.2f}"]
+    ratios = f"tokens x{row['logical_over_unique']:.2f} arithmetic x{row['arithmetic_ratio']:.2f}"
+    parts = [f"{row['layout']} {row['case']:28} {ratios}"]
     for what in ("logprob", "update"):
         seconds = " ".join(f"{p} {row['seconds'][f'{what}_{p}']['median']:.2f}" for p in PACKINGS)
         parts.append(f"{what}: {seconds} s, x{row[f'speedup_{what}']:.2f} = {row[f'share_{what}']:.0%}")
