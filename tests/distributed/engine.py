@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, out: str) 
         answers.append(push_and_answer(trainer, tokens, Path(out) / f"round_{number}"))
     result = {"answers": answers, "stopped": stopped(trainer, answers[-1], tokens)}
     result |= sampled(trainer, Path(out))
+    result |= {"one node": os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and trainer.heartbeat is None}
     trainer.close()
     return result
 

@@ -27,7 +27,7 @@ def configuration(directory: str, case: dict[str, Any], actor: dict[str, Any]) -
     return parse_config(
         {
             "model": {"path": directory},
-            "data": {"train": "none"},
+            "data": {"train": "none", "max_prompt_tokens": 12},
             "rollout": {"temperature": TEMPERATURE, "tree": {"segment_tokens": 6, "max_depth": 6}},
             "trainer": {"prompts_per_step": 3, "prompts_per_update": 2},
             "advantage": case.get("advantage", {}),

@@ -59,7 +59,7 @@ def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -
     """
     worth = advantages(trees, config.advantage, config.actor.loss.aggregation)
     count = math.ceil(len(trees) / config.trainer.prompts_per_update)
-    ends = [len(trees) * number // max(count, 1) for number in range(count + 1)]
+    ends = [math.ceil(len(trees) * number / max(count, 1)) for number in range(count + 1)]
     batches = []
     for begin, end in pairwise(ends):
         part, values = trees[begin:end], worth[begin:end]

@@ -60,7 +60,7 @@ class VllmEngine:
         if not torch.cuda.is_available():
             vllm_cpu.prepare(config.rollout.tp)
         # vLLM seeds the global generators while it starts.
-        with torch.random.fork_rng(devices=[]), _refusals():
+        with torch.random.fork_rng(devices=[]), _refusals(), _launcher_environment():
             self.llm = LLM(**arguments)
         # Requests go to the client of the engine core and outputs come from there: `LLMEngine` would build detokenised,
         # dictionary-shaped results of every token, at the price of a tenth of the time of a small step.
@@ -209,8 +209,20 @@ def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
     """
     if config.rollout.engine.get("quantization") == BLOCK_FP8:
         os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # on GPUs; it would round scales to powers of two after loading
-    with _refusals():
+    with _refusals(), _launcher_environment():
         EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
+
+
+@contextmanager
+def _launcher_environment() -> Iterator[None]:
+    """On a CPU vLLM sets LOCAL_WORLD_SIZE to the ranks of its engine; to all others it means the ranks of this node."""
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
+        if before is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = before
 
 
 @contextmanager
