@@ -4,8 +4,9 @@ A packed sequence lists trees depth first, so the whole mask is one number a tok
 when ``k <= q < subtree_end[k]``. Three ways of computing it, equal in value:
 
 - ``dense``: scaled dot-product attention with the [S, S] mask; the reference.
-- ``chain``: every maximal run of tokens that follow one another (one run a leaf) is one query block whose keys and
-  values are gathered along its ancestors; nothing masked is computed. The fastest of those tried on a CPU.
+- ``chain``: every maximal run of tokens that follow one another (one run a leaf) is one query block. It attends
+  causally to itself and, without a mask, to keys and values gathered along its ancestors; the two are merged by their
+  sums of exponentials. Nothing masked is computed. The fastest of those tried on a CPU.
 - ``flex``: FlexAttention with a block mask, for GPUs (`actor/flex.py`).
 """
 
@@ -32,12 +33,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class Chain:
-    """Queries [begin, end) and the packed indices of what they see."""
+    """Tokens [begin, end), each following the one before, and the packed indices of what all of them see."""
 
     begin: int
     end: int
-    keys: Tensor  # int64 [ancestors + (end - begin)]
-    bias: Tensor | None  # float32 [end - begin, len(keys)], 0 or -inf; None: no ancestors, plainly causal
+    ancestors: Tensor  # int64, empty below a root
 
 
 @dataclass
@@ -92,23 +92,13 @@ def find_chains(parent: Tensor, subtree_end: Tensor) -> list[Chain]:
     """Split a packed sequence into runs in which each token follows the one before."""
     size = len(parent)
     index = torch.arange(size, device=parent.device)
-    starts = (parent != index - 1).nonzero()[:, 0].tolist()
-    if not starts or starts[0] != 0:
-        starts = [0, *starts]
+    starts = [0, *(parent != index - 1).nonzero()[:, 0].tolist()]
     chains = []
     for begin, end in zip(starts, [*starts[1:], size], strict=True):
-        last = int(parent[begin]) if begin else -1
+        last = int(parent[begin])
         ancestors = (subtree_end[: last + 1] > last).nonzero()[:, 0]
-        keys = torch.cat([ancestors, index[begin:end]])
-        chains.append(Chain(begin, end, keys, _bottom_right_causal(end - begin, len(ancestors), parent.device)))
+        chains.append(Chain(begin, end, ancestors))
     return chains
-
-
-def _bottom_right_causal(queries: int, ancestors: int, device: torch.device) -> Tensor | None:
-    if not ancestors:
-        return None
-    hidden = torch.ones(queries, ancestors + queries, dtype=torch.bool, device=device).triu(ancestors + 1)
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
 class TreeAttention(MegatronModule):
@@ -155,20 +145,19 @@ class ChainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chains: list[Chain], scale: float) -> Tensor:
+        groups = k.shape[1]
         out = torch.empty_like(q)
-        sums = []
+        sums = []  # logarithms of the sums of exponentials, [groups, heads / groups, chain]
         for chain in chains:
-            rows = slice(chain.begin, chain.end)
-            part, sum_ = _forward(
-                _by_group(q[rows], k.shape[1]),
-                _shared_keys(k, chain, q.shape[1]),
-                _shared_keys(v, chain, q.shape[1]),
-                0.0,
-                chain.bias is None,
-                attn_mask=chain.bias,
-                scale=scale,
-            )
-            out[rows] = _from_groups(part)
+            own = slice(chain.begin, chain.end)
+            queries = _by_group(q[own], groups)
+            part, sum_ = _forward(queries, *_keys_and_values(k, v, own, queries), 0.0, True, scale=scale)
+            if len(chain.ancestors):
+                seen = _keys_and_values(k, v, chain.ancestors, queries)
+                above, sum_above = _forward(queries, *seen, 0.0, False, scale=scale)
+                part = torch.lerp(part.float(), above.float(), torch.sigmoid(sum_above - sum_)[..., None])
+                sum_ = torch.logaddexp(sum_, sum_above)
+            out[own] = _from_groups(part)
             sums.append(sum_)
         ctx.save_for_backward(q, k, v, out, *sums)
         ctx.chains, ctx.scale = chains, scale
@@ -176,26 +165,25 @@ class ChainAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        # With the output and the sum over all keys, the kernel's gradients of each part are those of the whole.
         q, k, v, out, *sums = ctx.saved_tensors
         groups = k.shape[1]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for chain, sum_ in zip(ctx.chains, sums, strict=True):
-            rows = slice(chain.begin, chain.end)
-            part_q, part_k, part_v = _backward(
-                _by_group(grad[rows], groups).contiguous(),
-                _by_group(q[rows], groups),
-                _shared_keys(k, chain, q.shape[1]),
-                _shared_keys(v, chain, q.shape[1]),
-                _by_group(out[rows], groups),
-                sum_,
-                0.0,
-                chain.bias is None,
-                attn_mask=chain.bias,
-                scale=ctx.scale,
-            )
-            grad_q[rows] = _from_groups(part_q)
-            _add_at_keys(grad_k, part_k, chain)
-            _add_at_keys(grad_v, part_v, chain)
+            own = slice(chain.begin, chain.end)
+            queries, output = _by_group(q[own], groups), _by_group(out[own], groups)
+            grad_out = _by_group(grad[own], groups).contiguous()
+            seen = _keys_and_values(k, v, own, queries)
+            part, *parts = _backward(grad_out, queries, *seen, output, sum_, 0.0, True, scale=ctx.scale)
+            for total, own_part in zip((grad_k, grad_v), parts, strict=True):
+                total[own] += _sum_over_queries(own_part)
+            if len(chain.ancestors):
+                seen = _keys_and_values(k, v, chain.ancestors, queries)
+                above, *parts = _backward(grad_out, queries, *seen, output, sum_, 0.0, False, scale=ctx.scale)
+                part += above
+                for total, part_above in zip((grad_k, grad_v), parts, strict=True):
+                    total.index_add_(0, chain.ancestors, _sum_over_queries(part_above))
+            grad_q[own] = _from_groups(part)
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -215,15 +203,11 @@ def _from_groups(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).flatten(1, 2)  # [groups, h / groups, S, d] -> [S, h, d]
 
 
-def _shared_keys(x: Tensor, chain: Chain, heads: int) -> Tensor:
-    """[S, groups, d] -> the chain's keys or values, [groups, heads / groups, keys, d]."""
-    rows = x[chain.begin : chain.end] if chain.bias is None else x.index_select(0, chain.keys)
-    return rows.transpose(0, 1)[:, None].expand(-1, heads // x.shape[1], -1, -1)
+def _keys_and_values(k: Tensor, v: Tensor, rows: slice | Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Two of [S, groups, d] -> their rows as [groups, heads / groups, rows, d]."""
+    shape = (-1, queries.shape[1], -1, -1)
+    return k[rows].transpose(0, 1)[:, None].expand(shape), v[rows].transpose(0, 1)[:, None].expand(shape)
 
 
-def _add_at_keys(total: Tensor, part: Tensor, chain: Chain) -> None:
-    summed = part.sum(1).transpose(0, 1)  # [keys, groups, d]
-    if chain.bias is None:
-        total[chain.begin : chain.end] += summed
-    else:
-        total.index_add_(0, chain.keys, summed)
+def _sum_over_queries(part: Tensor) -> Tensor:
+    return part.sum(1).transpose(0, 1)  # [groups, heads / groups, keys, d] -> [keys, groups, d]
