@@ -58,8 +58,9 @@ def test_supervised_loss_counts_leaves():
     assert nll_loss(torch.tensor([-1.0, -2.0]), torch.tensor([3, 1])).item() == 5.0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("columns", [330, 384])
-def test_log_probs_entropy_and_gradients(group, columns):
+def test_log_probs_entropy_and_gradients(group, columns, temperature):
     """Padded columns hold large logits, which would show."""
     vocab, edges = 330, 40
     draw = torch.Generator().manual_seed(0)
@@ -68,10 +69,10 @@ def test_log_probs_entropy_and_gradients(group, columns):
     target = torch.randint(0, vocab, (edges,), generator=draw)
     weights = torch.randn(2, edges, generator=draw)
     mine = logits.clone().requires_grad_()
-    logp, entropy = VocabParallelLogProb.apply(mine, target, vocab, group)
+    logp, entropy = VocabParallelLogProb.apply(mine, target, temperature, vocab, group)
     (weights[0] * logp + weights[1] * entropy).sum().backward()
     theirs = logits.double().requires_grad_()
-    full = theirs[:, :vocab].log_softmax(-1)
+    full = (theirs[:, :vocab] / temperature).log_softmax(-1)
     expected = full.gather(1, target[:, None])[:, 0]
     expected_entropy = -(full.exp() * full).sum(-1)
     (weights[0] * expected + weights[1] * expected_entropy).sum().backward()
@@ -84,13 +85,13 @@ def test_log_probs_entropy_and_gradients(group, columns):
 def test_logits_are_not_overwritten(group):
     logits = torch.randn(3, 8)
     before = logits.clone()
-    VocabParallelLogProb.apply(logits, torch.zeros(3, dtype=torch.int64), 5, group)
+    VocabParallelLogProb.apply(logits, torch.zeros(3, dtype=torch.int64), 1.0, 5, group)
     assert torch.equal(logits, before)
 
 
 def test_half_precision_logits_give_float32(group):
     logits = torch.randn(3, 8).bfloat16().requires_grad_()
-    logp, entropy = VocabParallelLogProb.apply(logits, torch.zeros(3, dtype=torch.int64), 5, group)
+    logp, entropy = VocabParallelLogProb.apply(logits, torch.zeros(3, dtype=torch.int64), 1.0, 5, group)
     assert logp.dtype == entropy.dtype == torch.float32
     logp.sum().backward()
     assert logits.grad.dtype == torch.bfloat16
@@ -99,7 +100,7 @@ def test_half_precision_logits_give_float32(group):
 
 def test_very_unlikely_tokens_stay_finite(group):
     logits = torch.tensor([[500.0, -500.0, 0.0]], requires_grad=True)
-    logp, entropy = VocabParallelLogProb.apply(logits, torch.tensor([1]), 3, group)
+    logp, entropy = VocabParallelLogProb.apply(logits, torch.tensor([1]), 1.0, 3, group)
     (logp + entropy).sum().backward()
     assert logp.item() == -1000
     assert entropy.item() == 0

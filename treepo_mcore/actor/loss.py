@@ -12,50 +12,55 @@ from torch import Tensor
 
 from treepo_mcore.config import LossConfig
 
+NOTHING = -1e30  # the logit of a padded column: its exponential is 0, and 0 times it is not NaN
+
 
 class VocabParallelLogProb(torch.autograd.Function):
     """log p(target) and entropy from logits whose columns are spread over the tensor-parallel group.
 
-    logits [E, V_padded / tp] (columns at and beyond `vocab` are padding and never enter the softmax), target int64
-    [E]. Returns float32 [E] twice. Keeps one float32 copy of the local probabilities for the backward pass.
+    logits [E, V_padded / tp], to be divided by temperature (columns at and beyond `vocab` are padding and never enter
+    the softmax), target int64 [E]. Returns float32 [E] twice. Makes two float32 copies of the logits and keeps one of
+    them, the exponentials, for the backward pass.
     (Megatron's `vocab_parallel_cross_entropy` counts padded columns, has no entropy, and overwrites its input.)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, vocab: int, group: dist.ProcessGroup
+        ctx: Any, logits: Tensor, target: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         columns = logits.shape[-1]
         first = group.rank() * columns
-        x = logits.float()
-        if first + columns > vocab:
-            x = x.clone() if x is logits else x
-            x[:, max(0, vocab - first) :] = float("-inf")
-        top = x.amax(-1)
+        real = min(max(0, vocab - first), columns)
+        top = logits[:, :real].amax(-1).float() if real else logits.new_full((len(logits),), NOTHING).float()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        x = x - top[:, None]
+        x = logits - top[:, None]  # in float32, as `top` is
+        if temperature != 1:
+            x /= temperature
+        x[:, real:] = NOTHING
         local = target - first
         elsewhere = (local < 0) | (local >= columns)
         local = local.masked_fill(elsewhere, 0)
         chosen = x.gather(1, local[:, None])[:, 0].masked_fill(elsewhere, 0.0)
-        p = x.exp()
-        sums = torch.stack([p.sum(-1), torch.where(p > 0, p * x, 0.0).sum(-1), chosen])
+        exps = x.exp()
+        sums = torch.stack([exps.sum(-1), x.mul_(exps).sum(-1), chosen])
         dist.all_reduce(sums, group=group)
         total, weighted, chosen = sums
-        p /= total[:, None]
         entropy = total.log() - weighted / total
-        ctx.save_for_backward(p, local, elsewhere, entropy)
+        ctx.save_for_backward(exps, total, local, elsewhere, entropy)
+        ctx.temperature = temperature
         return chosen - total.log(), entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
-        p, local, elsewhere, entropy = ctx.saved_tensors
-        grad = p * -grad_logp[:, None]
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        exps, total, local, elsewhere, entropy = ctx.saved_tensors
+        grad_logp = grad_logp / ctx.temperature
+        grad = exps * (-grad_logp / total)[:, None]
         grad.scatter_add_(1, local[:, None], (grad_logp * ~elsewhere)[:, None])
         if grad_entropy is not None and torch.any(grad_entropy != 0):
             # dH/dx_j = -p_j (log p_j + H)
-            grad -= grad_entropy[:, None] * (torch.xlogy(p, p) + p * entropy[:, None])
-        return grad, None, None, None
+            p = exps / total[:, None]
+            grad -= (grad_entropy / ctx.temperature)[:, None] * (torch.xlogy(p, p) + p * entropy[:, None])
+        return grad, None, None, None, None
 
 
 def edge_log_probs(
@@ -83,7 +88,7 @@ def edge_log_probs(
         tp_group=group,
     )[:, 0]
     logp, entropy = VocabParallelLogProb.apply(
-        logits / context["temperature"], context["target"], context["vocab"], group
+        logits, context["target"], context["temperature"], context["vocab"], group
     )
     return torch.stack([logp, entropy])
 

@@ -193,24 +193,29 @@ def in_flight(actor: ActorConfig, stage: int) -> float:
 
 
 def stage_activations(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> int:
-    """Kept by one micro-batch on one GPU between its forward and its backward pass, logits apart."""
-    total = stage.layers * layer_activations(actor, sizes, tokens, cpu=cpu)
-    if stage.head:  # the final norm's input (on a CPU also its result), and the rows for the output layer, in full
-        wide = (2 if cpu else 1) / spread(actor) + 1
-        total += round(ELEMENT[actor.dtype] * tokens * sizes.hidden * wide)
-    return total
+    """Kept by the layers for one micro-batch on one GPU between its forward and its backward pass."""
+    return stage.layers * layer_activations(actor, sizes, tokens, cpu=cpu)
 
 
 def working(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> dict[str, int]:
     """What comes and goes on top of kept activations: the largest of what is never there at the same time."""
-    parts = {"logits": logits(actor, sizes, tokens) if stage.head else 0}
+    parts = {}
+    if stage.head:
+        parts["logits"] = logits(actor, sizes, tokens) + head_activations(actor, sizes, tokens, cpu=cpu)
     layer = layer_gradients(actor, sizes, tokens)
     if actor.recompute == "full":
-        parts["recomputed layer"] = layer + layer_activations(actor, sizes, tokens, whole=True, cpu=cpu)
+        whole = layer_activations(actor, sizes, tokens, whole=True, cpu=cpu)
+        parts["recomputed layer"] = layer + whole - layer_activations(actor, sizes, tokens)  # its input was kept
     else:
         parts["layer gradients"] = layer
     name = max(parts, key=lambda part: parts[part])
     return {name: parts[name]}
+
+
+def head_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, cpu: bool = False) -> int:
+    """The final norm's input (on a CPU also its result), and the rows for the output layer, in full."""
+    wide = (2 if cpu else 1) / spread(actor) + 1
+    return round(ELEMENT[actor.dtype] * tokens * sizes.hidden * wide)
 
 
 def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: bool = False, cpu: bool = False) -> int:
@@ -250,13 +255,12 @@ def attention_mask(actor: ActorConfig, tokens: int) -> int:
 
 
 def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
-    """At the height of `VocabParallelLogProb`, in its forward pass, on one GPU of the last stage.
+    """At the height of `VocabParallelLogProb` on one GPU of the last stage.
 
-    Logits and tempered logits in the actor's type; then in float32 the shifted logits, their exponentials, and the two
-    products of the entropy with a mask.
+    Logits (or their gradient) in the actor's type; in float32 the exponentials and the shifted logits (or the gradient).
     """
     columns = vocabulary_parameters(sizes, actor.tp) // sizes.hidden
-    return rows * columns * (2 * ELEMENT[actor.dtype] + 4 * 4 + 1)
+    return rows * columns * (ELEMENT[actor.dtype] + 2 * 4)
 
 
 def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
