@@ -2,7 +2,7 @@
 
     nice python benchmarks/reshard.py --processes 2 4 --millions 50 --out benchmarks/results/reshard.json
 
-Starts itself under torchrun for every number of processes and size of an engine. The actor's side is a real Megatron
+Starts itself under torchrun for every row. The actor's side is a real Megatron
 model with random float32 weights and no optimizer, the engine's a real vLLM model in bfloat16. In every repetition the
 ways take turns; times are from barrier to barrier, medians over the repetitions with the range beside them. Rows of an
 earlier run that this one does not measure again are kept.
@@ -14,7 +14,6 @@ and copied out; and one contiguous cast copy of the bytes that stay. No plan can
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -50,19 +49,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rollout-tp", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reshard.json"))
-    parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        measure(options)
+        measure(options, options.rollout_tp[0])
         return
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows = {(row["processes"], row["millions"], row["case"]): row for row in old}
-    for processes, rollout_tp in LAYOUTS:
+    for (processes, rollout_tp), cases in LAYOUTS.items():
         if processes in options.processes and rollout_tp in options.rollout_tp:
-            for row in launch(options, processes, rollout_tp):
-                rows[row["processes"], row["millions"], row["case"]] = row
+            for case in cases:
+                row = launch(options, processes, rollout_tp, case)
+                rows[processes, options.millions, case] = row
                 print(line(row), flush=True)
-            save(options.out, list(rows.values()))
+                save(options.out, list(rows.values()))
 
 
 def save(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -71,18 +71,18 @@ def save(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
-def launch(options: argparse.Namespace, processes: int, rollout_tp: int) -> list[dict[str, Any]]:
-    """The layouts that share an engine, in one job."""
+def launch(options: argparse.Namespace, processes: int, rollout_tp: int, case: str) -> dict[str, Any]:
+    """One row, in a job of its own: what a job has freed is not all there again for the next row."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
+        out = Path(folder) / "row.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        arguments = ["--job", "--rollout-tp", str(rollout_tp), "--millions", str(options.millions)]
+        arguments = ["--job", case, "--rollout-tp", str(rollout_tp), "--millions", str(options.millions)]
         arguments += ["--repeats", str(options.repeats), "--out", str(out)]
         job = subprocess.run([*torchrun, __file__, *arguments], stderr=subprocess.PIPE, text=True)
         if job.returncode:
-            sys.exit(f"{processes} processes, rollout.tp {rollout_tp} failed:\n{job.stderr}")
-        rows: list[dict[str, Any]] = json.loads(out.read_text())
-        return rows
+            sys.exit(f"{processes} processes, {case} failed:\n{job.stderr}")
+        row: dict[str, Any] = json.loads(out.read_text())
+        return row
 
 
 def line(row: dict[str, Any]) -> str:
@@ -108,37 +108,28 @@ def machine() -> dict[str, Any]:
     return {"cpu": models[0], "cores": os.cpu_count(), "torch": torch.__version__, "load": load}
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Inside a rank: one engine, one actor after the other."""
+def measure(options: argparse.Namespace, rollout_tp: int) -> None:
+    """Inside a rank."""
     from treepo_mcore.environment import prepare_environment
 
     prepare_environment()
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from treepo_mcore.actor.parallel import init_process_group
 
     init_process_group()
-    rollout_tp = options.rollout_tp[0]
     with tempfile.TemporaryDirectory() as folder:
         directory = _write_config(Path(folder), SIZES[options.millions] | HEADS)
-        engine: list[Any] = []
-        rows = []
-        for case, settings in LAYOUTS[dist.get_world_size(), rollout_tp].items():
-            parallel_state.destroy_model_parallel()
-            bench = _Bench(directory, settings, rollout_tp, engine)
-            row = {"case": case, "millions": options.millions, "processes": dist.get_world_size()}
-            rows.append(row | bench.run(options.repeats) | {"machine": machine()})
-            del bench
-            gc.collect()
+        settings = LAYOUTS[dist.get_world_size(), rollout_tp][options.job]
+        row = {"case": options.job, "millions": options.millions, "processes": dist.get_world_size()}
+        row |= _Bench(directory, settings, rollout_tp).run(options.repeats) | {"machine": machine()}
         if dist.get_rank() == 0:
-            options.out.write_text(json.dumps(rows))
+            options.out.write_text(json.dumps(row))
         dist.barrier()
 
 
 class _Bench:
-    def __init__(self, directory: Path, settings: dict[str, int], rollout_tp: int, engine: list[Any]) -> None:
-        """engine: made by the first layout, after its process groups; empty before that."""
+    def __init__(self, directory: Path, settings: dict[str, int], rollout_tp: int) -> None:
         from treepo_mcore.actor.parallel import build_grid
         from treepo_mcore.architecture import read_architecture
         from treepo_mcore.config import parse_config
@@ -154,9 +145,7 @@ class _Bench:
             }
         )
         self.grid = build_grid(self.config.actor, rollout_tp, 0)
-        if not engine:
-            engine.append(VllmEngine(self.config, self.arch, directory, ()))
-        self.engine = engine[0]
+        self.engine = VllmEngine(self.config, self.arch, directory, ())
         self._build()
 
     def _build(self) -> None:
@@ -261,34 +250,29 @@ class _Floor:
         moved = [[0] * world for _ in range(world)]
         for transfer in plan:
             moved[transfer.source][transfer.target] += transfer.numel
-        self.local = (torch.ones(moved[rank][rank]), torch.empty(moved[rank][rank], dtype=dtype))
-        self.out = [_Buffers(peer, n, dtype) for peer, n in enumerate(moved[rank]) if n and peer != rank]
-        self.inbox = [_Buffers(peer, row[rank], dtype) for peer, row in enumerate(moved) if row[rank] and peer != rank]
+        sent = {peer: n for peer, n in enumerate(moved[rank]) if n and peer != rank}
+        received = {peer: row[rank] for peer, row in enumerate(moved) if row[rank] and peer != rank}
+        # All copies read one array and all write one, so that 500M parameters fit into 24 GiB on four processes.
+        self.source = torch.ones(max(moved[rank]))
+        self.target = torch.empty(max(row[rank] for row in moved), dtype=dtype)
+        self.local = moved[rank][rank]
+        self.out = {peer: torch.empty(n, dtype=dtype) for peer, n in sent.items()}
+        self.inbox = {peer: torch.empty(n, dtype=dtype) for peer, n in received.items()}
 
     def run(self) -> None:
         """Cast, send, receive, copy."""
         import torch.distributed as dist
 
-        for buffers in self.out:
-            buffers.wire.copy_(buffers.full)
-        operations = [dist.P2POp(dist.isend, b.wire, b.peer) for b in self.out]
-        operations += [dist.P2POp(dist.irecv, b.wire, b.peer) for b in self.inbox]
+        for wire in self.out.values():
+            wire.copy_(self.source[: len(wire)])
+        operations = [dist.P2POp(dist.isend, wire, peer) for peer, wire in self.out.items()]
+        operations += [dist.P2POp(dist.irecv, wire, peer) for peer, wire in self.inbox.items()]
         works = dist.batch_isend_irecv(operations) if operations else []
-        self.local[1].copy_(self.local[0])
+        self.target[: self.local].copy_(self.source[: self.local])
         for work in works:
             work.wait()
-        for buffers in self.inbox:
-            buffers.target.copy_(buffers.wire)
-
-
-class _Buffers:
-    def __init__(self, peer: int, numel: int, dtype: Any) -> None:
-        import torch
-
-        self.peer = peer
-        self.full = torch.ones(numel)
-        self.wire = torch.empty(numel, dtype=dtype)
-        self.target = torch.empty(numel, dtype=dtype)
+        for wire in self.inbox.values():
+            self.target[: len(wire)].copy_(wire)
 
 
 def _write_config(folder: Path, sizes: dict[str, Any]) -> Path:

@@ -2,13 +2,15 @@
 
     nice python benchmarks/training.py --layouts tp1 tp2 pp2 --out benchmarks/results/training.json
     python benchmarks/training.py --quick --json
+    python benchmarks/training.py --layouts pp2 --cases "b2 prompt 64" --out benchmarks/results/training.json
     python benchmarks/training.py --trees runs/quickstart/trees/step_000020.jsonl
 
 Every layout is a job of its own under torchrun. In every repetition the three packings take turns at a log-prob pass
 and an update of all trees, with one attention kernel and one token budget; times are from barrier to barrier, medians
 over the repetitions with the range beside them. The speedup is the time of the flat packing over that of the tree, to
 be compared with ``logical_over_unique``: the tokens that go through the network flat, prompts included, over those that
-do as trees. Generated trees come from the real sampler; each token of an answer ends it with probability 1 / mean.
+do as trees. Rows that --out has already and that are not measured again stay. Generated trees come from the real
+sampler; each token of an answer ends it with probability 1 / mean.
 """
 
 from __future__ import annotations
@@ -65,18 +67,18 @@ class Case:
     prompt: int
     answer: int
     segment: int
+    count: int  # trees; few where they are long, although a pipeline then runs half empty
     width: int = 16
-    count: int = 2  # trees
 
     @property
     def name(self) -> str:
         return f"b{self.factor} prompt {self.prompt} answer {self.answer}"
 
 
-PAPER = Case(factor=2, prompt=16, answer=128, segment=32)  # 14 segments of 512 tokens, answers near 2048, by 16
+PAPER = Case(factor=2, prompt=16, answer=128, segment=32, count=8)  # 14 x 512 tokens, answers near 2048, by 16
 QUICK = [Case(factor=2, prompt=64, answer=128, segment=32, count=8)]
 CASES = [
-    Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4)
+    Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4, count=8 if prompt + answer < 1024 else 2)
     for b in (2, 4)
     for prompt in (64, 512, 2048)
     for answer in (256, 1024)
@@ -88,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small case")
     parser.add_argument("--json", action="store_true", help="print one object instead of the table")
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="TEXT", help="how names begin")
     parser.add_argument("--layouts", nargs="+", default=["tp1"], choices=LAYOUTS)
     parser.add_argument("--trees", type=Path, help="trees saved by a run, in place of generated ones")
     parser.add_argument("--repeats", type=int, default=3)
@@ -97,25 +100,26 @@ def main() -> None:
     if options.job:
         measure(options.job)
         return
-    rows = []
+    known = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
+    rows = {(row["case"], row["layout"], row["trees"]): row for row in known}
     for name, trees in cases(options):
         for layout in options.layouts:
-            rows.append({"case": name, "layout": layout} | launch(trees, layout, options.repeats))
+            row = {"case": name, "layout": layout, "trees": len(trees)} | launch(trees, layout, options.repeats)
+            rows[name, layout, len(trees)] = row
             if not options.json:
-                print(line(rows[-1]), flush=True)
-    result = summary(rows)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+                print(line(row), flush=True)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(summary(list(rows.values())), indent=1) + "\n")
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(summary(list(rows.values()))))
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, list[Tree]]]:
     """Names and trees."""
     if options.trees:
         return [(options.trees.name, list(read_trees(options.trees)))]
-    chosen = QUICK if options.quick else CASES
+    chosen = [case for case in (QUICK if options.quick else CASES) if case.name.startswith(tuple(options.cases))]
     return [(case.name, [generate(case, seed) for seed in range(case.count)]) for case in chosen]
 
 

@@ -246,6 +246,7 @@ class Actor:
                 "target": sequence.target,
                 "temperature": self.temperature,
                 "vocab": self.arch.vocab,
+                "entropy_grad": bool(self.config.loss.entropy_coef),
             },
         )
         return output, partial(loss, batch)

@@ -6,7 +6,8 @@ when ``k <= q < subtree_end[k]``. Three ways of computing it, equal in value:
 - ``dense``: scaled dot-product attention with the [S, S] mask; the reference.
 - ``chain``: every maximal run of tokens that follow one another (one run a leaf) is one query block. It attends
   causally to itself and, without a mask, to keys and values gathered along its ancestors; the two are merged by their
-  sums of exponentials. Nothing masked is computed. The fastest of those tried on a CPU.
+  sums of exponentials. Nothing masked is computed. A short chain takes both at once, with a small mask: for it the
+  calls cost more than the arithmetic. The fastest of those tried on a CPU.
 - ``flex``: FlexAttention with a block mask, for GPUs (`actor/flex.py`).
 """
 
@@ -27,17 +28,28 @@ from treepo_mcore.config import ConfigError
 
 Implementation = Literal["dense", "chain", "flex"]
 
+SHORT = 64  # tokens of a chain that is not split (benchmarks/training.py on the quickstart's trees, and on longer ones)
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
+class Part:
+    """Keys of a chain, of which every query sees all, those up to itself (causal), or what the bias says."""
+
+    keys: slice | Tensor  # packed indices, int64
+    causal: bool = False
+    bias: Tensor | None = None  # float32 [queries, keys], 0 or -inf
+
+
+@dataclass(frozen=True)
 class Chain:
-    """Tokens [begin, end), each following the one before, and the packed indices of what all of them see."""
+    """Tokens [begin, end), each following the one before, and what they see."""
 
     begin: int
     end: int
-    ancestors: Tensor  # int64, empty below a root
+    parts: tuple[Part, ...]
 
 
 @dataclass
@@ -88,8 +100,11 @@ def ancestor_mask(subtree_end: Tensor) -> Tensor:
     return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
 
 
-def find_chains(parent: Tensor, subtree_end: Tensor) -> list[Chain]:
-    """Split a packed sequence into runs in which each token follows the one before."""
+def find_chains(parent: Tensor, subtree_end: Tensor, short: int = SHORT) -> list[Chain]:
+    """Split a packed sequence into runs in which each token follows the one before.
+
+    short: tokens up to which a chain attends to itself and to its ancestors at once.
+    """
     size = len(parent)
     index = torch.arange(size, device=parent.device)
     starts = [0, *(parent != index - 1).nonzero()[:, 0].tolist()]
@@ -97,8 +112,21 @@ def find_chains(parent: Tensor, subtree_end: Tensor) -> list[Chain]:
     for begin, end in zip(starts, [*starts[1:], size], strict=True):
         last = int(parent[begin])
         ancestors = (subtree_end[: last + 1] > last).nonzero()[:, 0]
-        chains.append(Chain(begin, end, ancestors))
+        own = slice(begin, end)
+        if not len(ancestors):
+            parts: tuple[Part, ...] = (Part(own, causal=True),)
+        elif end - begin <= short:
+            parts = (Part(torch.cat([ancestors, index[own]]), bias=_causal_bias(end - begin, len(ancestors))),)
+        else:
+            parts = (Part(own, causal=True), Part(ancestors))
+        chains.append(Chain(begin, end, parts))
     return chains
+
+
+def _causal_bias(queries: int, ancestors: int) -> Tensor:
+    """The queries are the last of their keys."""
+    hidden = torch.ones(queries, ancestors + queries, dtype=torch.bool).triu(ancestors + 1)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 class TreeAttention(MegatronModule):
@@ -149,15 +177,14 @@ class ChainAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         sums = []  # logarithms of the sums of exponentials, [groups, heads / groups, chain]
         for chain in chains:
-            own = slice(chain.begin, chain.end)
-            queries = _by_group(q[own], groups)
-            part, sum_ = _forward(queries, *_keys_and_values(k, v, own, queries), 0.0, True, scale=scale)
-            if len(chain.ancestors):
-                seen = _keys_and_values(k, v, chain.ancestors, queries)
-                above, sum_above = _forward(queries, *seen, 0.0, False, scale=scale)
-                part = torch.lerp(part.float(), above.float(), torch.sigmoid(sum_above - sum_)[..., None])
-                sum_ = torch.logaddexp(sum_, sum_above)
-            out[own] = _from_groups(part)
+            rows = slice(chain.begin, chain.end)
+            queries = _by_group(q[rows], groups)
+            done, sum_ = _attend(queries, k, v, chain.parts[0], scale)
+            for part in chain.parts[1:]:
+                more, sum_of_more = _attend(queries, k, v, part, scale)
+                done = torch.lerp(done.float(), more.float(), torch.sigmoid(sum_of_more - sum_)[..., None])
+                sum_ = torch.logaddexp(sum_, sum_of_more)
+            out[rows] = _from_groups(done)
             sums.append(sum_)
         ctx.save_for_backward(q, k, v, out, *sums)
         ctx.chains, ctx.scale = chains, scale
@@ -165,25 +192,22 @@ class ChainAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        # With the output and the sum over all keys, the kernel's gradients of each part are those of the whole.
+        # Given the output and the sum over all keys, the kernel's gradients of a part are those of the whole.
         q, k, v, out, *sums = ctx.saved_tensors
         groups = k.shape[1]
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for chain, sum_ in zip(ctx.chains, sums, strict=True):
-            own = slice(chain.begin, chain.end)
-            queries, output = _by_group(q[own], groups), _by_group(out[own], groups)
-            grad_out = _by_group(grad[own], groups).contiguous()
-            seen = _keys_and_values(k, v, own, queries)
-            part, *parts = _backward(grad_out, queries, *seen, output, sum_, 0.0, True, scale=ctx.scale)
-            for total, own_part in zip((grad_k, grad_v), parts, strict=True):
-                total[own] += _sum_over_queries(own_part)
-            if len(chain.ancestors):
-                seen = _keys_and_values(k, v, chain.ancestors, queries)
-                above, *parts = _backward(grad_out, queries, *seen, output, sum_, 0.0, False, scale=ctx.scale)
-                part += above
-                for total, part_above in zip((grad_k, grad_v), parts, strict=True):
-                    total.index_add_(0, chain.ancestors, _sum_over_queries(part_above))
-            grad_q[own] = _from_groups(part)
+            rows = slice(chain.begin, chain.end)
+            queries, done = _by_group(q[rows], groups), _by_group(out[rows], groups)
+            grad_done = _by_group(grad[rows], groups).contiguous()
+            for part in chain.parts:
+                seen = _keys_and_values(k, v, part, queries)
+                own, *shared = _backward(
+                    grad_done, queries, *seen, done, sum_, 0.0, part.causal, attn_mask=part.bias, scale=ctx.scale
+                )
+                grad_q[rows] += _from_groups(own)
+                for total, more in zip((grad_k, grad_v), shared, strict=True):
+                    _add(total, part.keys, more.sum(1).transpose(0, 1))
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -203,11 +227,20 @@ def _from_groups(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).flatten(1, 2)  # [groups, h / groups, S, d] -> [S, h, d]
 
 
-def _keys_and_values(k: Tensor, v: Tensor, rows: slice | Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Two of [S, groups, d] -> their rows as [groups, heads / groups, rows, d]."""
+def _attend(queries: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    seen = _keys_and_values(k, v, part, queries)
+    result: tuple[Tensor, Tensor] = _forward(queries, *seen, 0.0, part.causal, attn_mask=part.bias, scale=scale)
+    return result
+
+
+def _keys_and_values(k: Tensor, v: Tensor, part: Part, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Two of [S, groups, d] -> their rows as [groups, heads / groups, keys, d]."""
     shape = (-1, queries.shape[1], -1, -1)
-    return k[rows].transpose(0, 1)[:, None].expand(shape), v[rows].transpose(0, 1)[:, None].expand(shape)
+    return k[part.keys].transpose(0, 1)[:, None].expand(shape), v[part.keys].transpose(0, 1)[:, None].expand(shape)
 
 
-def _sum_over_queries(part: Tensor) -> Tensor:
-    return part.sum(1).transpose(0, 1)  # [groups, heads / groups, keys, d] -> [keys, groups, d]
+def _add(total: Tensor, keys: slice | Tensor, more: Tensor) -> None:
+    if isinstance(keys, slice):
+        total[keys] += more
+    else:
+        total.index_add_(0, keys, more)

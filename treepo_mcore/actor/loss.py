@@ -48,15 +48,16 @@ class VocabParallelLogProb(torch.autograd.Function):
         entropy = total.log() - weighted / total
         ctx.save_for_backward(exps, total, local, elsewhere, entropy)
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
         return chosen - total.log(), entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         exps, total, local, elsewhere, entropy = ctx.saved_tensors
         grad_logp = grad_logp / ctx.temperature
         grad = exps * (-grad_logp / total)[:, None]
         grad.scatter_add_(1, local[:, None], (grad_logp * ~elsewhere)[:, None])
-        if grad_entropy is not None and torch.any(grad_entropy != 0):
+        if grad_entropy is not None:
             # dH/dx_j = -p_j (log p_j + H)
             p = exps / total[:, None]
             grad -= (grad_entropy / ctx.temperature)[:, None] * (torch.xlogy(p, p) + p * entropy[:, None])
@@ -69,7 +70,8 @@ def edge_log_probs(
     """Megatron's `output_processor`: hidden states -> float32 [2, E], log-probs and entropies of the edges.
 
     Rows are gathered by edge source before the output layer, so that prompt tokens cost no logits and a branch
-    point gives one row for each child. context: source and target int64 [E], temperature, vocab.
+    point gives one row for each child. context: source and target int64 [E], temperature, vocab, and whether the
+    entropy needs a gradient (`entropy_grad`).
     """
     config = output_layer.config
     group = parallel_state.get_tensor_model_parallel_group()
@@ -90,7 +92,7 @@ def edge_log_probs(
     logp, entropy = VocabParallelLogProb.apply(
         logits, context["target"], context["temperature"], context["vocab"], group
     )
-    return torch.stack([logp, entropy])
+    return torch.stack([logp, entropy if context["entropy_grad"] else entropy.detach()])
 
 
 def policy_loss(

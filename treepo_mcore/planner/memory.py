@@ -257,7 +257,7 @@ def attention_mask(actor: ActorConfig, tokens: int) -> int:
 def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
     """At the height of `VocabParallelLogProb` on one GPU of the last stage.
 
-    Logits (or their gradient) in the actor's type; in float32 the exponentials and the shifted logits (or the gradient).
+    Logits (or their gradient) in the actor's type; the exponentials and the shifted logits (the gradient) in float32.
     """
     columns = vocabulary_parameters(sizes, actor.tp) // sizes.hidden
     return rows * columns * (ELEMENT[actor.dtype] + 2 * 4)
