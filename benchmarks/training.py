@@ -67,8 +67,8 @@ class Case:
     prompt: int
     answer: int
     segment: int
-    count: int  # trees; few where they are long, although a pipeline then runs half empty
     width: int = 16
+    count: int = 2  # trees; few where they are long, although a pipeline then runs half empty
 
     @property
     def name(self) -> str:

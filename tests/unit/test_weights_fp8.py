@@ -163,9 +163,12 @@ def cuts_no_block(piece, shape):
 
 
 @settings(max_examples=20, deadline=None)
-@given(fp8_cases(), st.sampled_from([70_000, 10**9]))
+@given(fp8_cases(), st.sampled_from([90_000, 10**9]))
 def test_pushed_blocks_equal_quantising_the_engine_shard(case, limit):
-    """vLLM quantises its own fused shard; whole HF blocks are those of the full tensor too."""
+    """vLLM quantises its own fused shard; whole HF blocks are those of the full tensor too.
+
+    90,000 bytes have room for 128 rows of 640 columns, which cannot be sent in parts.
+    """
     arch, tp, stages, dp, rollout_tp = case
     hf = random_tensors(arch)
     shards, sources = megatron_side(arch, hf, tp, stages, dp, 16)
