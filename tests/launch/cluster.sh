@@ -6,12 +6,13 @@ action=$1 folder=$2
 export SLURM_CONF=$folder/slurm.conf
 
 end() {
-    kill "$1" || return 0
-    for _ in $(seq 50); do
-        if ! kill -0 "$1" 2>/dev/null; then return; fi
+    # Whether it is gone is asked with kill -0; a kill that finds nobody is no error.
+    kill "$1" 2>/dev/null || return 0
+    for _ in $(seq 200); do
+        if ! kill -0 "$1" 2>/dev/null; then return 0; fi
         sleep 0.1
     done
-    kill -KILL "$1"
+    kill -KILL "$1" 2>/dev/null || true
 }
 
 down() {
