@@ -25,6 +25,7 @@ FAMILIES = {
     "LlamaForCausalLM": ("llama", False, False),
     "MistralForCausalLM": ("mistral", False, False),
 }
+SIZE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the sequence's length
 
 
@@ -107,23 +108,42 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
         raise ConfigError(f"{directory}/config.json: architecture {names[0]}; supported: {', '.join(FAMILIES)}")
     family, bias_default, qk_norm = FAMILIES[names[0]]
     _refuse_unsupported(directory, raw, family)
-    heads = raw["num_attention_heads"]
+    given = {key: _size(directory, raw, key) for key in SIZE_KEYS}
+    heads, hidden = given["num_attention_heads"], given["hidden_size"]
     return Sizes(
         family=family,
-        hidden=raw["hidden_size"],
-        ffn=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
+        hidden=hidden,
+        ffn=given["intermediate_size"],
+        layers=given["num_hidden_layers"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        vocab=raw["vocab_size"],
+        # Where the keys are absent, what transformers assumes.
+        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+        vocab=given["vocab_size"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         qkv_bias=bias_default,
         qk_norm=qk_norm,
-        tied=raw.get("tie_word_embeddings", family == "qwen3"),
-        max_positions=raw.get("max_position_embeddings", 32768),
+        tied=raw.get("tie_word_embeddings", False),
+        max_positions=_longest(raw),
         initializer_range=raw.get("initializer_range", 0.02),
     )
+
+
+def _size(directory: Path, raw: dict[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{directory}/config.json: expected {key} to be a positive number, found {value!r}")
+    return value
+
+
+def _longest(raw: dict[str, Any]) -> int:
+    """Positions that the rotary embedding is made for, as vLLM derives them: scaled where the checkpoint scales it."""
+    longest: int = raw.get("max_position_embeddings", 32768)
+    rope = _rope_settings(raw)
+    kind, factor = _rope_kind(rope), rope.get("factor") or 1.0
+    if kind == "yarn":
+        return int(rope.get("original_max_position_embeddings", longest) * factor)
+    return int(longest * factor) if kind == "linear" else longest
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
@@ -134,7 +154,10 @@ def weight_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
-        where = {name: directory / file for name, file in _read_json(index)["weight_map"].items()}
+        placed = _read_json(index).get("weight_map")
+        if not isinstance(placed, dict):
+            raise ConfigError(f"{index}: expected a weight_map from tensors to files, found {placed!r}")
+        where = {name: directory / file for name, file in placed.items()}
     elif single.is_file():
         where = dict.fromkeys(safetensors_header(single), single)
     else:
@@ -170,9 +193,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{file}: missing")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: str) -> None:
@@ -198,16 +224,24 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: str) -> No
         raise ConfigError(f"{where}: the checkpoint is quantised; training needs bf16, fp16 or fp32 weights")
 
 
+def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
+    """Of both spellings; the newer one wins."""
+    return (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+
+
+def _rope_kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
 def _rope(directory: Path, raw: dict[str, Any], head_dim: int) -> tuple[torch.Tensor, float]:
     """Inverse frequencies and the factor on cosine and sine, as `transformers` computes them."""
     import torch
 
-    new = raw.get("rope_parameters") or {}
-    old = raw.get("rope_scaling") or {}
-    kind = new.get("rope_type") or new.get("type") or old.get("rope_type") or old.get("type") or "default"
+    rope = _rope_settings(raw)
+    kind = _rope_kind(rope)
     if kind not in STATIC_ROPE:
         raise ConfigError(f"{directory}/config.json: rope type {kind!r}; supported: {', '.join(STATIC_ROPE)}")
-    theta = new.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (theta**exponents), 1.0

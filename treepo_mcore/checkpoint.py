@@ -35,12 +35,14 @@ def newest(directory: Path) -> Path | None:
 def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: int) -> None:
     """Write ``iter_<step>`` and then move the tracker to it; a job killed in between finds the previous one.
 
-    state must be JSON; it comes back from `load`. Collective.
+    state must be JSON; it comes back from `read_state`. Collective.
     """
     target = directory / f"iter_{step:07d}"
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)  # left behind by a job that died while it wrote
-    _write(target, _sharded_state(actor, loading=False))
+    with _torch_adam(actor.optimizer):  # without state, if no step so far had an informative prompt
+        sharded = _sharded_state(actor, loading=False)
+    _write(target, sharded)
     if dist.get_rank() == 0:
         (target / STATE).write_text(json.dumps(state, indent=1))
         tracker = directory / TRACKER
@@ -54,16 +56,20 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
     dist.barrier()
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state as it was given to `save`."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
 @on_megatron_device
-def load(checkpoint: Path, actor: Actor) -> dict[str, Any]:
-    """Fill model and optimizer; returns the trainer's state. The layout may differ from the one that saved."""
+def load(checkpoint: Path, actor: Actor) -> None:
+    """Fill model and optimizer. The layout may differ from the one that saved."""
     with _torch_adam(actor.optimizer):
         loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint))
         for index, chunk in enumerate(actor.chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
         actor.optimizer.load_state_dict(loaded["optimizer"])
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    return state
 
 
 def save_weights(directory: Path, chunks: list[nn.Module]) -> None:
@@ -109,9 +115,9 @@ def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
 
 
 class _torch_adam:
-    """Lets Megatron 0.19.2's distributed optimizer load into torch's AdamW, which serves where apex and TE are absent.
+    """Lets Megatron 0.19.2's distributed optimizer save and load torch's AdamW, which stands in for apex's and TE's.
 
-    Three things differ from the fused Adam that Megatron has in mind: a fresh optimizer has no state to load into,
+    Three things differ from the fused Adam that Megatron has in mind: a fresh optimizer has no state to load or save,
     the step is a tensor in every parameter's state, and loading gives all of them one and the same tensor.
     """
 

@@ -79,7 +79,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         raise ConfigError("data.eval: found null, eval needs a file of held-out prompts")
     from treepo_mcore.trainer import Trainer
 
-    _print(Trainer(settings).evaluate_newest())
+    _print(Trainer(settings, trains=False).evaluate_newest())
 
 
 @app.command()

@@ -216,6 +216,14 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(1.0, gt=0)
     distributed: bool = True  # Megatron's distributed optimizer
 
+    @model_validator(mode="after")
+    def _ranges(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: expected at most lr = {self.lr}, found {self.min_lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), found {list(self.betas)}")
+        return self
+
 
 class ActorConfig(Section):
     """The policy in Megatron-Core: sizes of the process grid and what an update costs."""
@@ -366,8 +374,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file")
     try:
-        raw = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping at the top, found {type(raw).__name__}")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.parallel import build_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
 from treepo_mcore.config import Config, check_grid, dump_config
-from treepo_mcore.data.prompts import PromptStream, load_prompts
+from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.machine import this_machine
 from treepo_mcore.observe.heartbeat import listen_to_nodes
@@ -31,6 +32,7 @@ from treepo_mcore.phases import Phases, check_allocator, check_host_memory, loca
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
+from treepo_mcore.tree.pruning import make_pruner
 from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.fp8 import quantisers
@@ -42,10 +44,11 @@ from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 class Trainer:
     """A run from its configuration. Every rank makes one and calls `run`."""
 
-    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None, *, trains: bool = True) -> None:
         """Check everything that can be checked, then build. Raises `ConfigError` before any model is built.
 
-        stop: looked at between steps; on which ranks it was asked does not matter.
+        stop: looked at between steps; on which ranks it was asked does not matter. trains: False where
+        `evaluate_newest` is called in place of `run`, and prompts to train on are not needed.
         """
         self.config = config
         self.stop = stop or StopRequest()
@@ -53,11 +56,15 @@ class Trainer:
         self.directory = resolve_model(config.model)
         self.arch = read_architecture(self.directory)
         check_weights(self.directory, self.arch)
-        tokenizer = load_tokenizer(self.directory)
-        self.prompts = PromptStream(
-            load_prompts(config.data.train, config.data, tokenizer), config.run.seed, config.data.shuffle
-        )
-        self.held_out = load_prompts(config.data.eval, config.data, tokenizer) if config.data.eval else []
+        tokenizer = self.tokenizer = load_tokenizer(self.directory)
+        self.held_out = self._load_prompts(config.data.eval) if config.data.eval else []
+        self.checkpoint = checkpoint.newest(config.run.dir / "checkpoints") if config.run.resume else None
+        self.state = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
+        if trains:
+            self.prompts = PromptStream(self._load_prompts(config.data.train), config.run.seed, config.data.shuffle)
+            if self.state:
+                self.prompts.load_state_dict(self.state["prompts"])
+        make_pruner(config.rollout.tree.pruning)
         engine_arguments(config, self.arch, self.directory)
         megatron_configs(config.actor, self.arch)
         check_allocator(os.environ)
@@ -69,7 +76,6 @@ class Trainer:
         self.heartbeat = listen_to_nodes(dist.get_rank(), dist.get_world_size(), store)
         self.rewards = RewardPool(config.reward) if dist.get_rank() % config.rollout.tp == 0 else None
         self.grid = build_grid(config.actor, config.rollout.tp, config.run.seed)
-        self.tokenizer = tokenizer
         self.actor = Actor(
             config.actor,
             self.arch,
@@ -111,12 +117,16 @@ class Trainer:
             self.progress.step(self.step, values)
             self._write(values)
             self.step += 1
-            if trainer.eval_every and self.step % trainer.eval_every == 0 and self.step < trainer.steps:
+            if self.held_out and self._due(trainer.eval_every):
                 self._evaluate_and_say(f"after {self.step} steps")
-            if trainer.save_every and self.step % trainer.save_every == 0 and self.step < trainer.steps:
+            if self._due(trainer.save_every):
                 self._save()
         seconds = time.perf_counter() - begin
         return self._finish(seconds)
+
+    def _due(self, every: int) -> bool:
+        """Between steps; the end has its own evaluation and checkpoint."""
+        return every > 0 and self.step % every == 0 and self.step < self.config.trainer.steps
 
     def train_step(self) -> dict[str, Any]:
         """One rollout phase and its updates."""
@@ -145,11 +155,11 @@ class Trainer:
 
     def evaluate_newest(self) -> dict[str, Any]:
         """Instead of `run`: evaluate the newest checkpoint, or the model; the result is also in ``eval.json``."""
-        state = self._load()
+        self._load()
         values = self.evaluate()
         result = {
             "step": self.step,
-            "checkpoint": state is not None,
+            "checkpoint": self.checkpoint is not None,
             "prompts": len(self.held_out),
             "samples": self.config.trainer.eval_samples,
             **values,
@@ -177,30 +187,30 @@ class Trainer:
             some = f", the first {cut[0]}" if cut else ""
             self.progress.say(f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}")
 
-    def _load(self) -> dict[str, Any] | None:
-        """The newest checkpoint's weights and optimizer into the actor; the trainer's state, None without one."""
-        run = self.config.run
-        found = checkpoint.newest(run.dir / "checkpoints") if run.resume else None
-        if found is None:
-            return None
+    def _load_prompts(self, file: Path) -> list[Prompt]:
+        prompts = load_prompts(file, self.config.data, self.tokenizer)
+        check_token_ids(prompts, self.arch.vocab)
+        return prompts
+
+    def _load(self) -> None:
+        """Weights, optimizer and state of the newest checkpoint, if there is one."""
+        if self.checkpoint is None or self.state is None:
+            return
         with self.phases.train():
-            state = checkpoint.load(found, self.actor)
-        self.step = self.saved = state["step"]
-        return state
+            checkpoint.load(self.checkpoint, self.actor)
+        self.step = self.saved = self.state["step"]
+        self.accuracy_before = self.state["accuracy_before"]
 
     def _resume(self) -> None:
         run = self.config.run
-        state = self._load()
-        if state is not None:
-            self.accuracy_before = state["accuracy_before"]
-            self.prompts.load_state_dict(state["prompts"])
+        self._load()
         if self.grid.rank == 0:
             run.dir.mkdir(parents=True, exist_ok=True)
             (run.dir / "config.yaml").write_text(dump_config(self.config))
             (run.dir / "versions.json").write_text(json.dumps(versions(), indent=1))
             self.metrics = MetricsLog(run.dir, self.step)
             self.trackers = open_trackers(self.config, self.step)
-        where = "resumed at" if state else "start at"
+        where = "resumed at" if self.checkpoint else "start at"
         self.progress.say(f"{where} step {self.step}  {self._layout()}  -> {run.dir}")
         if torch.cuda.is_available():
             self.progress.say(self.phases.describe())
@@ -229,7 +239,8 @@ class Trainer:
 
     def _stop(self, asked: str) -> dict[str, Any]:
         self._save()
-        self.progress.say(f"{asked}: saved at step {self.step}, exit status {STOPPED}; the same command goes on")
+        done = f"saved at step {self.step}" if self.step else "nothing to save yet"
+        self.progress.say(f"{asked}: {done}, exit status {STOPPED}; the same command goes on")
         self.close()
         return {"stopped": asked, "steps": self.step, "seed": self.config.run.seed, "layout": self._layout()}
 
@@ -243,8 +254,11 @@ class Trainer:
             tracker.close()
 
     def _save(self) -> None:
-        """Unless this very step is saved: the tracker must not name a checkpoint that is being rewritten."""
-        if self.saved == self.step:
+        """Unless this very step is saved: the tracker must not name a checkpoint that is being rewritten.
+
+        Before the first step there is nothing that the same command would not make again.
+        """
+        if self.step in (0, self.saved):
             return
         trainer = self.config.trainer
         state = {

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from treepo_mcore.config import load_config
+from treepo_mcore.config import Config, ConfigError, load_config
 from treepo_mcore.environment import prepare_environment
 
 HERE = Path(__file__).resolve().parent
@@ -56,16 +56,36 @@ def prepare(nproc: int) -> float:
     return seconds
 
 
+def read_config(overrides: list[str]) -> Config:
+    """The trainer would find a bad key too, but only behind the warm-up."""
+    try:
+        return load_config(HERE / "config.yaml", overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def start_over(config: Config, overrides: list[str]) -> list[str]:
+    """Overrides with which a run that has ended begins anew; one that was cut off goes on."""
+    summary = config.run.dir / "summary.json"
+    if not summary.is_file() or any(override.startswith("run.resume=") for override in overrides):
+        return overrides
+    print(f"quickstart: {config.run.dir} holds a finished run, starting over", flush=True)
+    summary.unlink()
+    return [*overrides, "run.resume=false"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="processes of the training run")
     parser.add_argument("overrides", nargs="*", help="key=value for the trainer")
     arguments = parser.parse_args()
     prepare_environment()
-    config = load_config(HERE / "config.yaml", arguments.overrides)
+    config = read_config(arguments.overrides)
     warmup_seconds = prepare(2)
+    overrides = start_over(config, arguments.overrides)
     begin = time.perf_counter()
-    torchrun(arguments.nproc, "-m", "treepo_mcore", "train", str(HERE / "config.yaml"), *arguments.overrides)
+    torchrun(arguments.nproc, "-m", "treepo_mcore", "train", str(HERE / "config.yaml"), *overrides)
     file = config.run.dir / "summary.json"
     summary = json.loads(file.read_text())
     summary["warmup_seconds"] = round(warmup_seconds, 1)

@@ -99,7 +99,7 @@ def test_other_recipes_pass_through():
     ("settings", "words"),
     [
         ({"megatron": {"fp8": "e4m3", "fp8_recipe": "tensor"}}, ["fp8_recipe", "tensorwise", "'tensor'"]),
-        ({"megatron": {"fp8": "e5m2"}}, ["actor.megatron.fp8:", "e4m3 or hybrid", "'e5m2'"]),
+        ({"megatron": {"fp8": "e5m2"}}, ["actor.megatron.fp8:", "'e4m3' or 'hybrid'", "'e5m2'"]),
         ({"megatron": {"fp8_recipe": "tensorwise"}}, ["no effect without actor.megatron.fp8"]),
         ({"fp8": "current", "megatron": {"fp8_recipe": "blockwise"}}, ["set by actor.fp8: current"]),
         ({"fp8": "current", "megatron": {"fp8_param": True}}, ["fp8_param, fp8_param_gather", "go together"]),

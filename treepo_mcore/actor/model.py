@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from treepo_mcore.actor.attention import TreeAttention, choose_attention
@@ -38,6 +40,12 @@ from treepo_mcore.machine import Machine, this_machine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+_MODEL = "model.path"
+_NO_CONTEXT = "nothing: trees are not split over ranks by their tokens"
+_NO_EXPERTS = "nothing: mixtures of experts are not supported"
+_NO_FSDP = "nothing: Megatron's FSDP is not supported"
+_OTHER_MODEL = "nothing: the engine would sample from another model than the actor trains"
+
 # Fields that the trainer sets itself -> the key to use instead.
 OWNED = {
     "tensor_model_parallel_size": "actor.tp",
@@ -46,11 +54,14 @@ OWNED = {
     "num_layers_in_first_pipeline_stage": "actor.first_stage_layers",
     "num_layers_in_last_pipeline_stage": "actor.last_stage_layers",
     "sequence_parallel": "actor.sequence_parallel",
-    "context_parallel_size": "nothing: trees are not split over ranks by their tokens",
-    "hierarchical_context_parallel_sizes": "nothing: trees are not split over ranks by their tokens",
-    "expert_model_parallel_size": "nothing: mixtures of experts are not supported",
-    "expert_tensor_parallel_size": "nothing: mixtures of experts are not supported",
-    "num_moe_experts": "nothing: mixtures of experts are not supported",
+    "context_parallel_size": _NO_CONTEXT,
+    "hierarchical_context_parallel_sizes": _NO_CONTEXT,
+    "hybrid_context_parallel": _NO_CONTEXT,
+    "expert_model_parallel_size": _NO_EXPERTS,
+    "expert_tensor_parallel_size": _NO_EXPERTS,
+    "num_moe_experts": _NO_EXPERTS,
+    "use_megatron_fsdp": _NO_FSDP,
+    "use_custom_fsdp": _NO_FSDP,
     "bf16": "actor.dtype",
     "fp16": "actor.dtype",
     "params_dtype": "actor.dtype",
@@ -64,22 +75,42 @@ OWNED = {
     "adam_beta2": "actor.optimizer.betas",
     "adam_eps": "actor.optimizer.eps",
     "use_distributed_optimizer": "actor.optimizer.distributed",
-    "num_layers": "model.path",
-    "hidden_size": "model.path",
-    "ffn_hidden_size": "model.path",
-    "num_attention_heads": "model.path",
-    "num_query_groups": "model.path",
-    "kv_channels": "model.path",
-    "layernorm_epsilon": "model.path",
-    "normalization": "model.path",
-    "gated_linear_unit": "model.path",
-    "activation_func": "model.path",
-    "add_bias_linear": "model.path",
-    "add_qkv_bias": "model.path",
-    "qk_layernorm": "model.path",
-    "init_method_std": "model.path",
-    "layernorm_zero_centered_gamma": "model.path",
-    "rotary_interleaved": "model.path",
+    "optimizer": "nothing: the optimizer is Adam",
+    "num_layers": _MODEL,
+    "hidden_size": _MODEL,
+    "ffn_hidden_size": _MODEL,
+    "num_attention_heads": _MODEL,
+    "num_query_groups": _MODEL,
+    "kv_channels": _MODEL,
+    "layernorm_epsilon": _MODEL,
+    "normalization": _MODEL,
+    "gated_linear_unit": _MODEL,
+    "activation_func": _MODEL,
+    "add_bias_linear": _MODEL,
+    "add_qkv_bias": _MODEL,
+    "qk_layernorm": _MODEL,
+    "init_method_std": _MODEL,
+    "layernorm_zero_centered_gamma": _MODEL,
+    "rotary_interleaved": _MODEL,
+    "activation_func_clamp_value": _OTHER_MODEL,
+    "apply_query_key_layer_scaling": _OTHER_MODEL,
+    "apply_residual_connection_post_layernorm": _OTHER_MODEL,
+    "attention_output_gate": _OTHER_MODEL,
+    "experimental_attention_variant": _OTHER_MODEL,
+    "glu_linear_offset": _OTHER_MODEL,
+    "linear_attention_freq": _OTHER_MODEL,
+    "mtp_num_layers": _OTHER_MODEL,
+    "multi_latent_attention": _OTHER_MODEL,
+    "no_rope_freq": _OTHER_MODEL,
+    "qk_l2_norm": _OTHER_MODEL,
+    "softmax_scale": _OTHER_MODEL,
+    "softmax_type": _OTHER_MODEL,
+    "use_mup": _OTHER_MODEL,
+    "window_attn_skip_freq": _OTHER_MODEL,
+    "window_size": _OTHER_MODEL,
+    "attention_backend": "actor.attention",
+    "fp8_dot_product_attention": "nothing: attention stays in actor.dtype",
+    "fp8_multi_head_attention": "nothing: attention stays in actor.dtype",
     "calculate_per_token_loss": "actor.loss.aggregation",
     "variable_seq_lengths": "actor.packing (packed sequences always vary)",
     "attention_dropout": "nothing: ratios need the same network in every pass",
@@ -138,6 +169,8 @@ def megatron_configs(actor: ActorConfig, arch: Architecture, machine: Machine | 
         _check_stages(configs.transformer)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"actor: Megatron-Core refuses this: {' '.join(str(error).split())}") from error
+    if configs.ddp.overlap_param_gather and not actor.optimizer.distributed:
+        raise ConfigError("actor.megatron.overlap_param_gather: needs actor.optimizer.distributed")
     if configs.transformer.gradient_accumulation_fusion and not machine.fused_wgrad:
         raise ConfigError(
             "actor.megatron.gradient_accumulation_fusion: the output layer needs apex's extension "
@@ -244,23 +277,25 @@ def _sort_pass_through(settings: dict[str, Any]) -> dict[type, dict[str, Any]]:
             raise ConfigError(f"unknown key actor.megatron.{key}{hint}")
         for cls in classes:
             if key in fields[cls]:
-                result[cls][key] = _typed(key, value, str(fields[cls][key].type))
+                result[cls][key] = _typed(key, value, typing.get_type_hints(cls)[key])
     return result
 
 
-def _typed(key: str, value: Any, annotation: str) -> Any:
-    """Check a YAML value against the simple part of a field's annotation; dtypes are written as names."""
-    if "dtype" in annotation and isinstance(value, str):
+def _typed(key: str, value: Any, annotation: Any) -> Any:
+    """A YAML value as the field's annotation wants it; dtypes are written as names, 1e-5 may come as a string."""
+    kinds = {annotation, *typing.get_args(annotation)}
+    if torch.dtype in kinds and isinstance(value, str):
         dtype = getattr(torch, value, None)
         if not isinstance(dtype, torch.dtype):
             raise ConfigError(f"actor.megatron.{key}: expected the name of a torch dtype, found {value!r}")
         return dtype
-    checks: list[tuple[str, Any]] = [("bool", bool), ("int", int), ("float", (int, float)), ("str", str)]
-    for name, types in checks:
-        wrong = not isinstance(value, types) or (name != "bool" and isinstance(value, bool))
-        if annotation in (f"<class '{name}'>", name) and wrong:
-            raise ConfigError(f"actor.megatron.{key}: expected {name}, found {value!r}")
-    return value
+    if isinstance(value, bool) and bool not in kinds:  # which pydantic would take for 0 or 1
+        raise ConfigError(f"actor.megatron.{key}: input should not be a boolean, found {value!r}")
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise ConfigError(f"actor.megatron.{key}: {said[0].lower()}{said[1:]}, found {value!r}") from error
 
 
 class RMSNorm(nn.Module):

@@ -25,7 +25,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # One scale for 128 elements of an activation and 128 x 128 of a weight: E4M3 has range enough for gradients.
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": True},
 }
-FORMATS = ("e4m3", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,6 @@ def precision_fields(actor: ActorConfig, arch: Architecture, machine: Machine) -
     where = f"actor.fp8: {actor.fp8}" if named else "actor.megatron.fp8"
     if actor.dtype != "bfloat16":
         raise ConfigError(f"{where}: needs actor.dtype: bfloat16, found {actor.dtype}")
-    if fields["fp8"] not in FORMATS:
-        raise ConfigError(f"actor.megatron.fp8: expected {' or '.join(FORMATS)}, found {fields['fp8']!r}")
     recipe = _recipe(fields)
     _check_quantised_parameters(actor, recipe)
     check_recipe(recipe, machine, where)

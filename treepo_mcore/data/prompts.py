@@ -62,6 +62,16 @@ def load_prompts(path: str | Path, config: DataConfig, tokenizer: Tokenizer) -> 
     return prompts
 
 
+def check_token_ids(prompts: Sequence[Prompt], vocab: int) -> None:
+    """Raise `ConfigError` for a prompt with a token that the model, of `vocab` words, has no embedding of."""
+    for prompt in prompts:
+        highest = max(prompt.tokens)
+        if highest >= vocab:
+            raise ConfigError(
+                f"prompt {prompt.id}: token id {highest} of the tokenizer, the model's vocabulary has {vocab} words"
+            )
+
+
 class PromptStream:
     """Prompts without end: every epoch is a permutation of all, drawn from (seed, epoch), or the file's order."""
 
@@ -158,7 +168,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ConfigError(f"{file}: not valid parquet: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{file}: row {number}", row
@@ -171,7 +181,10 @@ def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer
         expected = f"expected {config.answer_key} to be a string or a number"
         raise ConfigError(f"{place}: {expected}, found {type(answer).__name__}")
     messages = _messages(content, place, config)
-    text = content if messages is None else tokenizer.render_chat(messages)
+    try:
+        text = content if messages is None else tokenizer.render_chat(messages)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
     tokens = tokenizer.encode(text, start=messages is None)
     if not tokens:
         raise ConfigError(f"{place}: the prompt is empty")
@@ -199,7 +212,9 @@ def _messages(content: Any, place: str, config: DataConfig) -> list[Message] | N
             return None
         messages = [{"role": "user", "content": content}]
     elif not _is_message_list(content):
-        expected = f"expected {config.prompt_key} to be a string or a list of messages with role and content"
+        expected = (
+            f"expected {config.prompt_key} to be a string or a list of messages whose role and content are strings"
+        )
         raise ConfigError(f"{place}: {expected}, found {str(content)[:80]}")
     elif config.chat_template == "never":
         raise ConfigError(f"{place}: {config.prompt_key} is a list of messages, but data.chat_template is never")
@@ -216,5 +231,5 @@ def _is_message_list(content: Any) -> bool:
     return (
         isinstance(content, list)
         and len(content) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in content)
+        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in content)
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jinja2
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,7 +34,9 @@ class Tokenizer(Protocol):
         ...
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """Messages in the chat template, up to where the assistant speaks. Raises `ConfigError` without a template.
+        """Messages in the chat template, up to where the assistant speaks.
+
+        Raises `ConfigError` without a template, and with what the template says where it refuses the messages.
 
         The text brings its own special tokens: encode it without `start`.
         """
@@ -82,7 +85,10 @@ class HuggingFaceTokenizer:
     def render_chat(self, messages: Sequence[Message]) -> str:
         if self.inner.chat_template is None:
             raise _no_template(self.folder)
-        return str(self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ConfigError(f"the chat template of {self.folder} refuses the messages: {error}") from error
 
 
 class SentencePieceTokenizer:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from treepo_mcore.architecture import Architecture, read_architecture, resolve_model
 from treepo_mcore.config import Config
-from treepo_mcore.data.prompts import load_prompts
+from treepo_mcore.data.prompts import check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.observe.trackers import check_trackers
 from treepo_mcore.planner.hardware import GPUS, NETWORKS
 from treepo_mcore.planner.paper import PaperJob, put_on_paper
 from treepo_mcore.planner.reshard import describe, reshard_report
 from treepo_mcore.rewards.pool import check_function
+from treepo_mcore.tree.pruning import make_pruner
 from treepo_mcore.weights.hf import check_weights
 from treepo_mcore.weights.layout import hf_shapes
 
@@ -29,6 +30,7 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     directory = resolve_model(config.model, weights=False)
     arch = read_architecture(directory)
     check_function(config.reward)
+    make_pruner(config.rollout.tree.pruning)
     check_trackers(config.run.trackers)
     files = _check_files(config, arch, directory)
     job = put_on_paper(config, arch, directory, nodes, gpus_per_node)
@@ -54,7 +56,7 @@ def _check_files(config: Config, arch: Architecture, directory: Path) -> str:
         for file in filter(None, (config.data.train, config.data.eval)):
             there[str(file)] = file.is_file()
             if file.is_file():
-                load_prompts(file, config.data, tokenizer)
+                check_token_ids(load_prompts(file, config.data, tokenizer), arch.vocab)
     checked, missing = ([name for name, found in there.items() if found is wanted] for wanted in (True, False))
     return "; ".join(
         f"{what}: {', '.join(names)}" for what, names in (("checked", checked), ("not here", missing)) if names

@@ -40,8 +40,8 @@ def resolve(name: str) -> RewardFunction:
         raise ValueError(f'expected "math" or "package.module:name", found {name!r}')
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name}: {error}") from error
+    except Exception as error:  # of the user's module: whatever it raises while it is imported
+        raise ValueError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     function: RewardFunction | None = getattr(module, attribute, None)
     if function is None or not callable(function):
         raise ValueError(f"{module_name} has no function {attribute!r}")

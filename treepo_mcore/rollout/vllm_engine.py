@@ -22,7 +22,7 @@ from treepo_mcore.rollout import vllm_cpu
 from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
 from treepo_mcore.weights.fp8 import check_whole_columns
-from treepo_mcore.weights.vllm import fp8_shapes
+from treepo_mcore.weights.vllm import fp8_shapes, vllm_shapes
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -40,6 +40,10 @@ OWNED = {
     "load_format": "nothing: weights are pushed from the actor",
     "async_scheduling": "nothing: the sampler decides on the tokens of the step just done",
     "enable_sleep_mode": "nothing: on wherever the device can",
+    "max_model_len": "data.max_prompt_tokens and rollout.tree.max_response_tokens",
+    "hf_overrides": "nothing: the engine would sample from another model than the actor trains",
+    "logits_processors": "nothing: ratios need log-probs of the tempered distribution",
+    "speculative_config": "nothing: the sampler feeds on single tokens",
 }
 BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
@@ -179,8 +183,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
             f"data.max_prompt_tokens + the longest response = {longest} is more than the model's "
             f"max_position_embeddings = {arch.max_positions}"
         )
-    if arch.heads % config.rollout.tp:
-        raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide the model's {arch.heads} attention heads")
+    vllm_shapes(arch, config.rollout.tp)  # refuses what vLLM only asserts, once it builds the model
     _check_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
@@ -230,7 +233,7 @@ def _refusals() -> Iterator[None]:
     """What vLLM says to its arguments, as one line of ours."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
         raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from treepo_mcore.config import PruningConfig
+from treepo_mcore.config import ConfigError, PruningConfig
 from treepo_mcore.tree.tree import PROMPT, Tree
 
 
@@ -33,7 +33,7 @@ Prune = Callable[[PathView], bool]
 
 
 def make_pruner(config: PruningConfig) -> Prune | None:
-    """The configured rules as one function, or None. Raises ValueError when `function` cannot be imported."""
+    """The configured rules as one function, or None. Raises `ConfigError` when `function` cannot be imported."""
     rules: list[Prune] = []
     minimum = config.min_mean_logprob
     if minimum is not None:
@@ -47,10 +47,13 @@ def make_pruner(config: PruningConfig) -> Prune | None:
 
 def _import(name: str) -> Prune:
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ConfigError(f"rollout.tree.pruning.function: expected package.module:name, found {name!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"rollout.tree.pruning.function: cannot import {name!r}: {error}") from error
+    except Exception as error:  # of the user's module: whatever it raises while it is imported
+        what = f"cannot import {name!r}: {type(error).__name__}: {error}"
+        raise ConfigError(f"rollout.tree.pruning.function: {what}") from error
     if not callable(function):
-        raise ValueError(f"rollout.tree.pruning.function: {name!r} is not callable")
+        raise ConfigError(f"rollout.tree.pruning.function: {name!r} is not callable")
     return function
