@@ -43,7 +43,7 @@ def launch(function: str, processes: int, arguments: dict[str, Any], limit: floa
 
 def _run(command: list[str], log: Path, limit: float) -> tuple[str, str]:
     """Why the command failed ("" when it did not) and what it printed."""
-    path = os.pathsep.join([str(TESTS), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(HERE), os.environ.get("PYTHONPATH", "")])
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -83,6 +83,16 @@ def main() -> None:
     module, name = job["function"].split(":")
     result = getattr(importlib.import_module(module), name)(**job["arguments"])
     (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+    _leave()
+
+
+def _leave() -> None:
+    """Under load a rank was seen to abort on its way out, with gloo's threads still there. vLLM ends its own."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and "vllm" not in sys.modules:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

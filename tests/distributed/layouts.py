@@ -134,6 +134,15 @@ def shares_of_two_ranks(directory: str, trees: str) -> dict[str, Any]:
     return {"counts": counts, "said": _not_finite(actor, batch)}
 
 
+def idle_rank(directory: str, trees: str, megatron: dict[str, Any]) -> float:
+    """A first step in which the second rank has no tree; the mini-batch's tokens as it reports them."""
+    actor = make_actor(Path(directory), {"optimizer": {"distributed": True}, "megatron": megatron})
+    (batch,) = mini_batches(actor, trees, 8, "tree")
+    assert bool(batch) == (actor.grid.rank == 0)
+    old = [out[0] for out in actor.log_probs(batch)]
+    return actor.update(batch, old)["tokens"]
+
+
 def _not_finite(actor: Actor, batch: list[PackedSequence]) -> str:
     if actor.grid.rank == 0:
         batch[0].adv_pos[:] = float("nan")

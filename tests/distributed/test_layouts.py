@@ -175,3 +175,10 @@ def test_ranks_with_unequal_shares(directories, tmp_path):
     assert (one["counts"], two["counts"]) == ([1, 2], [2, 2])
     assert one["said"] == two["said"]
     assert one["said"].startswith("the gradient's norm is nan")
+
+
+def test_a_rank_without_trees_in_the_first_step(directories, tmp_path):
+    """Megatron gathers overlapped parameters with the first forward pass, which that rank does not make."""
+    write_trees(tmp_path / "trees.jsonl", [random_tree(0, leaves=4)])
+    arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl"), "megatron": OVERLAP}
+    assert launch("layouts:idle_rank", 2, arguments, limit=120) == [random_tree(0, leaves=4).logical_tokens] * 2

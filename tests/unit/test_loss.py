@@ -54,6 +54,15 @@ def test_clipping_stops_the_gradient_on_the_right_side():
         torch.testing.assert_close(logp.grad.abs(), ratios * torch.tensor(alive))
 
 
+def test_a_ratio_beyond_all_bounds_has_a_finite_gradient():
+    logp = torch.tensor([-0.1, -95.0]).requires_grad_()
+    old, one = torch.tensor([-95.0, -0.1]), torch.ones(2)
+    loss = policy_loss(logp, old, one, -one, torch.zeros(2), one, LossConfig())
+    loss.backward()
+    assert loss.isfinite()
+    assert logp.grad.isfinite().all()
+
+
 def test_supervised_loss_counts_leaves():
     assert nll_loss(torch.tensor([-1.0, -2.0]), torch.tensor([3, 1])).item() == 5.0
 

@@ -184,9 +184,10 @@ def test_a_pipeline_gets_more_and_shorter_sequences():
     worth = [plain(tree, [1.0]) for tree in trees]
     for pack in (pack_trees, pack_flat):
         assert [len(s.tokens) for s in pack(trees, worth, 100)] == [31]
-        assert [len(s.tokens) for s in pack(trees, worth, 100, 2)] == [11, 15, 5]
-        assert [len(s.tokens) for s in pack(trees, worth, 100, 4)] == [11, 10, 10]  # no tree is split
-        assert [len(s.tokens) for s in pack(trees, worth, 12, 1)] == [11, 10, 10]
+        assert [len(s.tokens) for s in pack(trees, worth, 100, 2)] == [15, 16]
+        assert [len(s.tokens) for s in pack(trees, worth, 100, 4)] == [5, 10, 11, 5]  # short ones at both ends
+        assert [len(s.tokens) for s in pack(trees, worth, 100, 9)] == [5, 5, 5, 11, 5]  # no tree is split
+        assert [len(s.tokens) for s in pack(trees, worth, 12, 1)] == [10, 11, 10]
 
 
 def test_a_path_longer_than_the_budget_is_named():
@@ -222,3 +223,9 @@ def test_balance_is_even_and_deterministic():
     loads = [sum(attention_work(trees[index]) for index in share) for share in shares]
     assert max(loads) < 1.1 * min(loads)
     assert balance(trees[:1], 3) == [[0], [], []]
+
+
+def test_balance_weighs_what_is_packed():
+    tree = by_hand([(0, 2), (0, 700), (2, 1)], [1])
+    (packed,) = pack_trees([tree], [plain(tree, [1.0])], 100)
+    assert attention_work(tree) == int((packed.positions + 1).sum())

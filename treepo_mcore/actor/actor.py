@@ -80,6 +80,8 @@ class Actor:
         self.kept = HostTensors(self.tensors) if config.reference == "host" else None  # while the reference is in
         self.megatron = configs.transformer
         self.implementation = choose_attention(config.attention, torch.cuda.is_available())
+        # Otherwise the first forward pass would begin with a gather, which ranks without trees do not take part in.
+        self.finish_updates()
 
     @on_megatron_device
     @torch.no_grad()
@@ -132,7 +134,10 @@ class Actor:
         """
         batches = self._micro_batches(sequences, old_logp, reference_logp, least=self._most(len(sequences)))
         if normaliser is None:
-            normaliser = self._total_weight(sequences)
+            # 1 where no rank has an edge
+            normaliser = (
+                self.sum_over_replicas(sum(float(s.weight.sum(dtype=torch.float64)) for s in sequences))[0] or 1.0
+            )
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -144,7 +149,7 @@ class Actor:
 
     @on_megatron_device
     def finish_updates(self) -> None:
-        """Make `tensors` whole behind the last `update`, before anybody but the next one reads them.
+        """Make `tensors` whole behind the last `update`, before anybody but the next one reads them. Collective.
 
         Under `overlap_param_gather` Megatron gathers the parameters of the distributed optimizer behind the next
         forward pass; until then a rank has only its own share of the new values.
@@ -191,12 +196,11 @@ class Actor:
     def _device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
 
-    def _total_weight(self, sequences: list[PackedSequence]) -> float:
-        """Sum of the weights of all edges of all ranks; 1 when there is none."""
-        mine = sum(float(s.weight.sum(dtype=torch.float64)) for s in sequences)
+    def sum_over_replicas(self, *mine: float) -> list[float]:
+        """Of the numbers that each data-parallel rank has from its share."""
         total = torch.tensor(mine, dtype=torch.float64, device=self._device())
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return float(total) or 1.0
+        return total.tolist()
 
     def _micro_batches(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 from torch import Tensor
 
 from treepo_mcore.actor.actor import Actor
@@ -41,11 +42,15 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
     for batch in batches:
         old_logp = [next(old) for _ in batch.sequences]
         reference_logp = [next(reference) for _ in batch.sequences] if config.actor.reference == "host" else None
+        factors = None
         if config.actor.correction.startswith("sequence"):
-            batch = _corrected(batch, old_logp, config)
+            factors = leaf_factors(batch.trees, batch.sequences, old_logp, config.actor)
+            batch = _corrected(batch, factors, config)
         results.append(
             actor.update(batch.sequences, old_logp, reference_logp=reference_logp, normaliser=batch.normaliser)
         )
+        if factors is not None:  # which are in the advantages, where the actor does not see them
+            results[-1]["correction"] = _mean_factor(actor, batch.trees, factors)
         if config.actor.old_logprobs == "recompute" or len(results) == 1:
             check_mismatch(results[-1]["mismatch/logprob_abs_mean"], config.actor, step)
     actor.finish_updates()
@@ -87,11 +92,18 @@ def _old_log_probs(actor: Actor, sequences: list[PackedSequence], config: Config
     return [output[0] for output in actor.log_probs(sequences)]
 
 
-def _corrected(batch: MiniBatch, old: list[Tensor], config: Config) -> MiniBatch:
+def _corrected(batch: MiniBatch, factors: list[np.ndarray], config: Config) -> MiniBatch:
     """Packed anew with scaled advantages; sequences and edges come out in the same order."""
-    factors = leaf_factors(batch.trees, batch.sequences, old, config.actor)
     worth = [value.scaled(factor) for value, factor in zip(batch.worth, factors, strict=True)]
     return replace(batch, worth=worth, sequences=_pack(batch.trees, worth, config))
+
+
+def _mean_factor(actor: Actor, trees: Sequence[Tree], factors: list[np.ndarray]) -> float:
+    """Over the logical tokens of the mini-batch, on all ranks."""
+    lengths = [np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))]) for tree in trees]
+    scaled = sum(float((length * factor).sum()) for length, factor in zip(lengths, factors, strict=True))
+    scaled, tokens = actor.sum_over_replicas(scaled, sum(float(length.sum()) for length in lengths))
+    return scaled / max(tokens, 1.0)
 
 
 def _step_metrics(results: list[dict[str, float]], config: Config) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treepo_mcore.config import LossConfig
 
+BOUND = 20.0  # nats, of differences of log-probs before they are exponentiated, as in verl
 NOTHING = -1e30  # the logit of a padded column: its exponential is 0, and 0 times it is not NaN
 
 
@@ -110,7 +111,7 @@ def policy_loss(
     All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
     and of their negative advantages. Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.
     """
-    ratio = (logp - old_logp).exp()
+    ratio = likelihood_ratio(logp, old_logp)
     gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
     loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
     total = -(gain + loss).sum()
@@ -121,13 +122,18 @@ def policy_loss(
     return total
 
 
+def likelihood_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """p(new) / p(old) at each sampled token, float32 [E]; bounded, as an infinite one times a zero gradient is NaN."""
+    return (logp - old_logp).clamp(-BOUND, BOUND).exp()
+
+
 def reference_kl(logp: Tensor, reference_logp: Tensor) -> Tensor:
     """The k3 estimate of KL(policy || reference) at each sampled token: >= 0, unbiased on the policy's own samples.
 
-    float32 [E]; http://joschu.net/blog/kl-approx.html. The difference is bounded as in verl, so that one token the
-    policy has given up cannot make the loss infinite.
+    float32 [E]; http://joschu.net/blog/kl-approx.html. The difference is bounded, so that one token the policy has
+    given up cannot make the loss infinite.
     """
-    difference = (reference_logp - logp).clamp(-20, 20)
+    difference = (reference_logp - logp).clamp(-BOUND, BOUND)
     return difference.exp() - 1 - difference
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from treepo_mcore.actor.loss import likelihood_ratio
 from treepo_mcore.config import LossConfig
 from treepo_mcore.tree.packing import PackedSequence
 
@@ -42,7 +43,7 @@ def edge_sums(
 
     own: log-probs of the policy that the engine should have sampled from, as the actor computes them.
     """
-    ratio = (logp - old).exp()
+    ratio = likelihood_ratio(logp, old)
     clipped = (ratio > 1 + limits.clip_high) & (sequence.adv_pos > 0)
     clipped |= (ratio < 1 - limits.clip_low) & (sequence.adv_neg < 0)
     gap = own - sequence.behaviour_logprob

@@ -8,6 +8,7 @@ predictions are edges: from the packed index of the last token of the context to
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -117,11 +118,12 @@ def balance(trees: Sequence[Tree], ranks: int) -> list[list[int]]:
 
 
 def attention_work(tree: Tree) -> int:
-    """Query-key pairs of the packed tree: the sum over unique tokens of the tokens they see, themselves included."""
+    """Query-key pairs of the packed tree: the sum over its tokens of the tokens they see, themselves included."""
     work = 0
-    for node in tree.nodes:
-        size = len(node.tokens)
-        work += size * node.start + size * (size + 1) // 2
+    for node, leaves in zip(tree.nodes, tree.leaf_counts(), strict=True):
+        if leaves:
+            size = len(node.tokens)
+            work += size * node.start + size * (size + 1) // 2
     return work
 
 
@@ -191,20 +193,23 @@ def _check_fits(tree: Tree, leaf: int, budget_tokens: int) -> None:
 
 
 def _fill(pieces: Sequence[_Piece], budget_tokens: int, least: int) -> list[list[_Piece]]:
-    """First fit, largest first; below the budget where that makes `least` groups."""
-    largest = max((piece.tokens for piece in pieces), default=0)
-    capacity = min(budget_tokens, max(largest, sum(piece.tokens for piece in pieces) // least))
-    groups: list[list[_Piece]] = []
-    free: list[int] = []
+    """Largest first, each into the group with most room; `least` groups, if there are as many pieces, and as many more
+    as the budget takes. The smallest group comes first and the next one last: a pipeline fills and drains with them.
+    """
+    total = sum(piece.tokens for piece in pieces)
+    count = max(math.ceil(total / budget_tokens), min(least, len(pieces)))
+    groups: list[list[_Piece]] = [[] for _ in range(count)]
+    loads = [0] * count
     for piece in sorted(pieces, key=lambda piece: -piece.tokens):
-        fits = (group for group, room in enumerate(free) if room >= piece.tokens)
-        group = next(fits, len(groups))
-        if group == len(groups):
+        group = loads.index(min(loads))
+        if loads[group] + piece.tokens > budget_tokens:
+            group = len(groups)
             groups.append([])
-            free.append(capacity)
+            loads.append(0)
         groups[group].append(piece)
-        free[group] -= piece.tokens
-    return groups
+        loads[group] += piece.tokens
+    ordered = [groups[i] for i in sorted(range(len(groups)), key=lambda i: loads[i])]
+    return ordered[:1] + ordered[2:] + ordered[1:2]
 
 
 def _lay_out(trees: Sequence[Tree], pieces: Sequence[_Piece]) -> PackedSequence:
