@@ -47,7 +47,8 @@ def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             below += list(_section(kind, f"{prefix}{name}."))
         else:
-            rows.append(f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {comments.get(name, '')} |\n")
+            comment = comments.get(name, "").replace("|", "\\|")
+            rows.append(f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {comment} |\n")
     if prefix:
         yield f"\n## `{prefix[:-1]}`\n\n{inspect.getdoc(model)}\n"
     if rows:

@@ -22,6 +22,15 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     return Trainer(parse_config(config)).run()
 
 
+def train_without_a_step(config: dict[str, Any], unlearned: str) -> dict[str, Any]:
+    """A run of no steps, and a checkpoint of an actor that never made an update."""
+    trainer = Trainer(parse_config(config))
+    summary = trainer.run()
+    checkpoint.save(Path(unlearned), 1, trainer.actor, {}, keep=1)
+    checkpoint.load(Path(unlearned) / "iter_0000001", trainer.actor)
+    return summary
+
+
 def steps(actor: Actor, trees: str, out: Path) -> None:
     """Two updates, from where the optimizer stands; rank 0 saves the weights."""
     metrics = []
@@ -58,7 +67,8 @@ def change_layout(
         begin = time.perf_counter()
         found = checkpoint.newest(folder / "checkpoints")
         assert found is not None
-        assert checkpoint.load(found, actor) == {"step": 2}
+        assert checkpoint.read_state(found) == {"step": 2}
+        checkpoint.load(found, actor)
         seconds[name] = time.perf_counter() - begin
         save_weights(actor, folder / f"before {name}.pt")
         steps(actor, trees, folder / f"after {name}.pt")

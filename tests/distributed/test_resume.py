@@ -64,6 +64,18 @@ def distance(one, other):
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
+def test_a_run_of_no_steps_evaluates_and_exports(model_directory, tmp_path):
+    """And there is nothing to save before the first update, which may also come later than the first step."""
+    config = configuration(model_directory("qwen2"), tmp_path, {}, 1)
+    config["run"] = {"dir": str(tmp_path / "run")}
+    config["trainer"] = {"steps": 0}
+    arguments = {"config": config, "unlearned": str(tmp_path / "unlearned")}
+    (summary,) = launch("resume:train_without_a_step", 1, arguments)
+    assert summary["steps"] == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert equal_files(tmp_path / "run" / "policy", model_directory("qwen2"))
+
+
 @pytest.mark.long
 def test_a_resumed_run_is_bit_identical(model_directory, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

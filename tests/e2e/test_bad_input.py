@@ -19,6 +19,7 @@ from reward_functions import last_number
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ActorConfig, ConfigError, load_config
+from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.trainer import Trainer
 from treepo_mcore.tree.tree import read_trees
 
@@ -120,12 +121,13 @@ def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
         ("actor.tp=3", "actor.tp: 3 does not divide the model's 4 attention heads"),
         ("actor.pp=3", "actor: Megatron-Core refuses this: "),
         ("actor.first_stage_layers=1", "actor: Megatron-Core refuses this: "),
-        ("rollout.tp=3", "rollout.tp: 3 does not divide the model's 4 attention heads"),
+        ("rollout.tp=3", "rollout.tp: 3 does not divide the model's attention heads of 4"),
         ("rollout.tree.max_depth=64", "= 528 is more than the model's max_position_embeddings = 256"),
         ("actor.sequence_parallel=true", "actor.sequence_parallel: needs actor.tp > 1"),
         ("rollout.engine.max_num_seqs=many", "rollout: vLLM refuses this: "),
         ("rollout.engine.kv_cache_dtype=int3", "rollout: vLLM refuses this: "),
         ("actor.vpp=2", "actor.vpp: virtual pipeline stages need actor.pp > 1"),
+        ("rollout.engine.nnodes=2", "rollout: vLLM refuses this: "),
     ],
 )
 def test_layouts_that_megatron_or_vllm_refuse(config, override, words):
@@ -198,6 +200,23 @@ def test_prompt_files(config, tmp_path, content, words):
         assert words in text
 
 
+def test_a_token_that_the_model_does_not_have(config, tmp_path):
+    directory = make_model(tmp_path / "small", "qwen2", vocab_size=300)  # its tokenizer knows 330 words
+    prompts = tmp_path / "words.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w4 w310", "answer": "1"}))
+    text = refused(config, f"model.path={directory}", f"data.train={prompts}")
+    assert text == "prompt words-0: token id 310 of the tokenizer, the model's vocabulary has 300 words"
+
+
+def test_messages_that_the_chat_template_refuses(config, tmp_path):
+    directory = broken_model(tmp_path)
+    make_tokenizer(directory, template="{{ raise_exception('roles must alternate') }}")
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": "w4 w5"}], "answer": "1"}))
+    text = refused(config, f"model.path={directory}", f"data.train={file}")
+    assert text.startswith(f"{file}: line 1: the chat template of {directory} refuses the messages: roles must")
+
+
 def test_messages_without_a_chat_template(config, tmp_path):
     directory = broken_model(tmp_path)
     make_tokenizer(directory, template=None)
@@ -206,6 +225,16 @@ def test_messages_without_a_chat_template(config, tmp_path):
     text = refused(config, f"model.path={directory}", f"data.train={file}")
     assert f"{directory}: the tokenizer has no chat template" in text
     assert "no chat template" in refused(config, f"model.path={directory}", "data.chat_template=always")
+
+
+def test_a_run_continued_with_other_prompts(config):
+    checkpoint = config.parent / "run" / "checkpoints" / "iter_0000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("3")
+    stream = PromptStream([Prompt("a", [4], "w4", "1")], seed=7, shuffle=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"step": 3, "prompts": stream.state_dict()}))
+    assert refused(config) == "cannot resume the prompts: seed is 0, the checkpoint has 7"
+    assert "prompts_sha256 is" in refused(config, "run.seed=7")
 
 
 # Pass-through.
@@ -233,11 +262,34 @@ def test_messages_without_a_chat_template(config, tmp_path):
         ),
         ("actor.megatron.lr=1", "use actor.optimizer.lr"),
         ("actor.megatron.hidden_size=64", "use model.path"),
-        ("actor.megatron.overlap_grad_reduce=3", "actor.megatron.overlap_grad_reduce: expected bool, found 3"),
+        ("actor.megatron.overlap_grad_reduce=3", "actor.megatron.overlap_grad_reduce: input should be a valid boolean"),
+        ("actor.megatron.bucket_size=many", "actor.megatron.bucket_size: input should be a valid integer"),
+        ("actor.megatron.bucket_size=true", "actor.megatron.bucket_size: input should not be a boolean, found True"),
+        ("actor.megatron.recompute_modules=3", "actor.megatron.recompute_modules: input should be a valid list"),
+        ("actor.megatron.grad_scale_func=x", "actor.megatron.grad_scale_func: input should be callable"),
+        ("actor.megatron.exp_avg_dtype=half8", "actor.megatron.exp_avg_dtype: expected the name of a torch dtype"),
+        ("actor.megatron.optimizer=sgd", "actor.megatron.optimizer: set by the trainer"),
+        ("actor.megatron.softmax_scale=0.1", "the engine would sample from another model"),
+        ("actor.megatron.window_size=[16,0]", "the engine would sample from another model"),
+        ("rollout.engine.hf_overrides={rope_theta: 5}", "the engine would sample from another model"),
+        ("rollout.engine.max_model_len=8", "rollout.engine.max_model_len: set by the trainer; use data.max_prompt"),
     ],
 )
 def test_pass_through_keys(config, override, words):
     assert words in refused(config, override)
+
+
+def test_overlapped_gathers_need_the_distributed_optimizer(config):
+    overlap = ("actor.megatron.overlap_param_gather=true", "actor.megatron.overlap_grad_reduce=true")
+    text = refused(config, *overlap, "actor.optimizer.distributed=false")
+    assert text == "actor.megatron.overlap_param_gather: needs actor.optimizer.distributed"
+
+
+def test_heads_that_an_engine_cannot_share(config, tmp_path):
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2}
+    directory = make_model(tmp_path / "heads", "qwen2", **sizes, head_dim=16)
+    text = refused(config, f"model.path={directory}", "rollout.tp=3")
+    assert text == "rollout.tp: 3 and the model's 2 key/value heads: neither divides the other"
 
 
 def test_fp8_of_shards_that_are_not_whole_blocks(config):
@@ -247,7 +299,7 @@ def test_fp8_of_shards_that_are_not_whole_blocks(config):
 
 
 def test_pass_through_reaches_all_three_classes_of_megatron(model):
-    settings = {"recompute_modules": ["mlp"], "adam_beta1": 0.5, "bucket_size": 1000}
+    settings = {"recompute_modules": ["mlp"], "adam_beta1": 0.5, "bucket_size": 1000, "decoupled_lr": "1e-5"}
     with pytest.raises(ConfigError, match=r"actor\.optimizer\.betas"):
         megatron_configs(ActorConfig(megatron=settings), read_architecture(model))
     del settings["adam_beta1"]
@@ -257,9 +309,24 @@ def test_pass_through_reaches_all_three_classes_of_megatron(model):
     assert configs.transformer.recompute_modules == ["mlp"]
     assert configs.ddp.bucket_size == 1000
     assert configs.optimizer.log_num_zeros_in_grad is True
+    assert configs.optimizer.decoupled_lr == 1e-5  # which YAML takes for a string
 
 
-# Rewards.
+# Functions of the user.
+
+
+@pytest.mark.parametrize("name", ["reward_functions:nothing", "no_such_module:f", "nonsense"])
+def test_pruning_function_that_does_not_exist(config, name):
+    assert refused(config, f"rollout.tree.pruning.function={name}").startswith("rollout.tree.pruning.function: ")
+
+
+@pytest.mark.parametrize("key", ["reward", "rollout.tree.pruning"])
+def test_a_module_that_fails_while_it_is_imported(config, tmp_path, monkeypatch, key):
+    (tmp_path / f"bad_{key[0]}.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = refused(config, f"{key}.function=bad_{key[0]}:f")
+    assert text.startswith(f"{key}.function: cannot import")
+    assert "SyntaxError" in text
 
 
 @pytest.mark.parametrize("name", ["reward_functions:nothing", "no_such_module:f", "nonsense"])

@@ -94,7 +94,8 @@ def test_eval_of_a_run(run: Path) -> None:
 
 def test_eval_alone_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
     """One process, one greedy answer."""
-    result = command("eval", run, "trainer.eval_samples=1", f"run.dir={tmp_path / 'new'}")
+    new = ("trainer.eval_samples=1", f"run.dir={tmp_path / 'new'}", "data.train=not_needed.jsonl")
+    result = command("eval", run, *new)
     assert (result["step"], result["checkpoint"], result["samples"]) == (0, False, 1)
     assert [name for name in result if name.startswith("eval/")] == ["eval/accuracy", "eval/score"]
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["eval.json"]

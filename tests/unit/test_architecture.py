@@ -69,6 +69,45 @@ def test_what_megatron_would_ignore_is_refused(directory, values, words):
     assert f"{directory}/config.json" in text
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size"])
+@pytest.mark.parametrize("value", [None, "many", 0, True])
+def test_sizes_that_are_missing_or_no_numbers(directory, key, value):
+    text = refused(read_architecture, edit(directory, **{key: value}))
+    assert text == f"{directory}/config.json: expected {key} to be a positive number, found {value!r}"
+
+
+def test_files_that_hold_something_else(directory):
+    (directory / "config.json").write_text("[1]")
+    assert refused(read_architecture, directory) == f"{directory}/config.json: expected a JSON object, found list"
+    index = directory / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert refused(weight_files, directory) == f"{index}: expected a weight_map from tensors to files, found None"
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default"}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),  # Qwen2.5's recipe
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "linear", "factor": 2.0}, 512),
+        (LLAMA3, 256),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_longest_sequence_of_a_scaled_rotary_embedding(directory, rope, longest, spelling):
+    """As vLLM derives it."""
+    other = {"rope_parameters": None, "rope_scaling": None}
+    edit(directory, **other | {spelling: rope | {"rope_theta": 1e4}})
+    assert read_architecture(directory).max_positions == longest
+
+
+def test_qwen3_where_the_keys_are_absent(tmp_path):
+    made = make_model(tmp_path, "qwen3", head_dim=128, tokenizer=False)
+    arch = read_architecture(edit(made, remove=("head_dim", "tie_word_embeddings")))
+    assert (arch.head_dim, arch.tied) == (128, False)
+
+
 def test_attention_bias_of_other_families_is_refused(tmp_path):
     text = refused(read_architecture, edit(make_model(tmp_path, "llama"), attention_bias=True))
     assert "biases on llama attention" in text

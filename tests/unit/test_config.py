@@ -124,12 +124,25 @@ def test_an_override_that_is_not_yaml(file):
     assert "not valid YAML" in message(file, "rollout.tp=[1")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor.optimizer.min_lr=1", "actor.optimizer: min_lr: expected at most lr = 1e-06, found 1.0"),
+        ("actor.optimizer.betas=[0.9, 7]", "actor.optimizer: betas: expected two numbers in [0, 1), found [0.9, 7.0]"),
+    ],
+)
+def test_optimizer_settings_out_of_range(file, override, words):
+    assert words in message(file, override)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "run.yaml"
     assert message(path) == f"{path}: no such configuration file"
     path.write_text("- a\n- b\n")
     assert "expected a mapping at the top, found list" in message(path)
     path.write_text("model: {path: m\n")
+    assert "not valid YAML" in message(path)
+    path.write_bytes(b"model: {path: \xff}\n")
     assert "not valid YAML" in message(path)
 
 

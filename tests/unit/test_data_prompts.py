@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from treepo_mcore.config import ConfigError, DataConfig
-from treepo_mcore.data.prompts import Prompt, PromptStream, load_prompts
+from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 
 
 class Words:
@@ -78,6 +78,23 @@ def test_chat_template_modes(tmp_path):
         load(file, [{"prompt": system, "answer": "1"}], system_prompt="think")
 
 
+def test_parquet_that_is_damaged(tmp_path):
+    file = tmp_path / "data.parquet"
+    load(file, [{"prompt": "a b c", "answer": "1"}] * 50)
+    whole = file.read_bytes()
+    for content in (whole[:40] + bytes(60) + whole[100:], whole[:-200]):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"data.parquet: not valid parquet: "):
+            load_prompts(file, DataConfig(train=file), Words())
+
+
+def test_ids_beyond_the_embedding(tmp_path):
+    prompts = load(tmp_path / "data.jsonl", [{"prompt": "a bb", "answer": "1"}])
+    check_token_ids(prompts, 5)
+    with pytest.raises(ConfigError, match=r"prompt data-0: token id 4 .* vocabulary has 4 words"):
+        check_token_ids(prompts, 4)
+
+
 GOOD = {"prompt": "a", "answer": "1"}
 
 
@@ -95,6 +112,8 @@ GOOD = {"prompt": "a", "answer": "1"}
         ([{"prompt": 3, "answer": "1"}], "line 1: expected prompt to be a string or a list of messages"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], "line 1: expected prompt to be"),
         ([{"prompt": [], "answer": "1"}], "line 1: expected prompt to be"),
+        ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "whose role and content are strings"),
+        ([{"prompt": [{"role": "user", "content": [{"text": "a"}]}], "answer": "1"}], "whose role and content"),
         ([{**GOOD, "id": 5}, {**GOOD, "id": "5"}], "line 2: id '5' is already used at .*line 1"),
         (
             [GOOD, {"prompt": "a a a a a", "answer": "1"}],
