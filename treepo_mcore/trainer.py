@@ -117,6 +117,8 @@ class Trainer:
             self.progress.step(self.step, values)
             self._write(values)
             self.step += 1
+            if self._asked_to_stop():
+                continue  # an evaluation would keep it waiting
             if self.held_out and self._due(trainer.eval_every):
                 self._evaluate_and_say(f"after {self.step} steps")
             if self._due(trainer.save_every):
