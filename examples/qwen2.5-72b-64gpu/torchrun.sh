@@ -2,7 +2,8 @@
 # Made by: treepo-mcore launch torchrun examples/qwen2.5-72b-64gpu/config.yaml --nodes 8 --nvlinks 18 --memory-gib 192 --head node001
 # Run it on each of the 8 nodes with the node's number, 0 (on node001) to 7, from the directory that
 # relative paths start from; that directory is shared by all nodes. Run it again and it continues.
-# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end; exit status 75.
+# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end. Exit status 75 on the
+# nodes that got the signal, 1 on the others, where torchrun does not tell this end from an error.
 
 set -euo pipefail
 
@@ -32,7 +33,11 @@ asked=
 ask() {
     asked=yes
     read -r -a ranks <"/proc/$torchrun/task/$torchrun/children" || true # no newline at its end
-    kill -USR1 "${ranks[@]}" || true # they may just have ended
+    if [ -n "${ranks[*]-}" ]; then
+        kill -USR1 "${ranks[@]}" || true # they may just have ended
+    else
+        kill -TERM "$torchrun" || true # no ranks yet: nothing to save
+    fi
 }
 trap ask USR1 TERM
 

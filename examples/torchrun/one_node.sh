@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Made by: treepo-mcore launch torchrun examples/presets/paper.yaml actor.tp=2
 # Run it from the directory that relative paths start from. Run it again and it continues.
-# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end; exit status 75.
+# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end. Exit status 75.
 
 set -euo pipefail
 
@@ -28,7 +28,11 @@ asked=
 ask() {
     asked=yes
     read -r -a ranks <"/proc/$torchrun/task/$torchrun/children" || true # no newline at its end
-    kill -USR1 "${ranks[@]}" || true # they may just have ended
+    if [ -n "${ranks[*]-}" ]; then
+        kill -USR1 "${ranks[@]}" || true # they may just have ended
+    else
+        kill -TERM "$torchrun" || true # no ranks yet: nothing to save
+    fi
 }
 trap ask USR1 TERM
 

@@ -110,13 +110,20 @@ def test_a_batch_script_has_what_was_asked_for():
         "export NCCL_IB_HCA=mlx5_0,mlx5_1 #",
         "export NCCL_SOCKET_IFNAME=eth0 #",
         "MASTER_PORT=23456 #",
-        "--nvlinks 18",
+        "--nvlinks 18 --ib-hca mlx5_0,mlx5_1 ",
         "actor.tp=2 'data.train=a file.jsonl'",
     ):
         assert words in script
     bare = render(JOBS["slurm"])
     for words in ("account", "qos", "partition", "container", "NCCL_IB_HCA", "IFNAME"):
         assert words not in bare
+
+
+def test_a_port_that_is_none_is_refused():
+    for port in ("0", "65536"):
+        result = CliRunner().invoke(app, ["launch", "torchrun", str(CONFIG), "--port", port])
+        assert result.exit_code == 2
+        assert "--port" in result.output
 
 
 def test_the_script_says_how_it_was_made():
