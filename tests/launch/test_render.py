@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from treepo_mcore.architecture import read_sizes, resolve_model
 from treepo_mcore.cli import app
-from treepo_mcore.config import ConfigError
-from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render
+from treepo_mcore.config import ConfigError, load_config
+from treepo_mcore.launch.preflight import GIB
+from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of
+from treepo_mcore.phases import HOST_SHARE
+from treepo_mcore.planner.hardware import make_cluster
+from treepo_mcore.planner.plan import make_plan
+from treepo_mcore.planner.workload import Assumptions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"
@@ -79,6 +85,30 @@ def test_examples_are_what_the_command_prints(example, monkeypatch):
     result = CliRunner().invoke(app, shlex.split(made_by[1]), catch_exceptions=False)
     assert result.exit_code == 0
     assert result.output == example.read_text()
+
+
+@pytest.mark.parametrize("example", EXAMPLES + RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_limits_of_examples_are_those_of_their_plans(example, monkeypatch):
+    """Host memory, of which a run takes 90 %; room for the checkpoints that are kept and the one that is written; and,
+    under Slurm, a warning that is longer than a step, and checkpoints that come within the time limit."""
+    monkeypatch.chdir(ROOT)
+    script = example.read_text()
+    words = shlex.split(re.search("^# Made by: treepo-mcore launch [a-z]+ (.*)$", script, re.MULTILINE)[1])
+    overrides = [word for word in words if "=" in word]
+    if "presets" in words[0]:  # which name a model on the hub
+        overrides.append("model.path=examples/models/Qwen2.5-7B")
+    config = load_config(words[0], overrides)
+    nodes = int(words[words.index("--nodes") + 1]) if "--nodes" in words else 1
+    cluster, means = make_cluster("h100", "ib400", nodes, 8), Assumptions(256, 1792)
+    plan = make_plan(config, read_sizes(resolve_model(config.model, weights=False)), cluster, means)
+    disk, memory = (int(n) for n in re.search(r"--disk-gib (\d+) --memory-gib (\d+)", script).groups())
+    assert memory >= sum(plan.memory.host.values()) / GIB / HOST_SHARE
+    assert disk >= (config.trainer.keep_checkpoints + 1) * plan.memory.checkpoint / GIB
+    if example.name == "slurm.sh" or example.parent.name == "slurm":
+        warning = int(re.search(r"B:USR1@(\d+)", script)[1])
+        limit = seconds_of(re.search("--time=(.*)", script)[1])
+        assert warning > 1.5 * plan.total  # answers get longer, and a checkpoint is written
+        assert config.trainer.save_every * plan.total < min(limit - warning, 3 * 3600)
 
 
 def test_there_are_examples_of_both():
