@@ -38,7 +38,7 @@ PACKAGES = (
 )
 QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 BUSY_MIB = 2048  # a GPU that nobody uses holds a few hundred MiB of driver and fabric state
-NVIDIA_SMI_SECONDS = 60.0  # a broken driver or GPU can make it hang
+NVIDIA_SMI_SECONDS = 45.0  # a broken driver or GPU can make it hang; twice that is still in time for the meeting
 SHARED_MEMORY_GIB = 1  # NCCL's and torch's segments; a container's default of 64 MB is too little
 MEET_SECONDS = 120.0  # nodes start at different times
 STRANGER_SECONDS = 5.0  # by which one who connects has said what nodes say
