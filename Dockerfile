@@ -48,7 +48,8 @@ ENV LD_LIBRARY_PATH=${CUDNN_PATH}/lib:${LD_LIBRARY_PATH}
 RUN --mount=type=bind,from=transformer-engine,source=/wheels,target=/wheels \
     pip install --no-deps --no-cache-dir /wheels/*.whl
 # Fails the build, not the first job, when these do not load together.
-RUN python -c 'import torch, transformer_engine.pytorch, megatron.core, vllm'
+# `import vllm` alone loads next to nothing: its names are looked up when they are asked for.
+RUN python -c 'import torch, transformer_engine.pytorch; from megatron.core.models.gpt import GPTModel; from vllm import LLM'
 RUN useradd --uid 10001 --create-home --shell /bin/bash treepo && \
     install --directory --owner treepo --group treepo /workspace
 WORKDIR /opt/treepo_mcore

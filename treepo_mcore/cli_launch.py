@@ -21,7 +21,10 @@ Nodes = Annotated[int, typer.Option(min=1)]
 Gpus = Annotated[int, typer.Option(min=0, help="0: train on CPUs")]
 Processes = Annotated[int | None, typer.Option(min=1, help="[default: one per GPU]")]
 Python = Annotated[str, typer.Option(help="interpreter on the nodes, or in the container")]
-Port = Annotated[int | None, typer.Option(help="where the ranks meet [default: 29500, under Slurm from the job's id]")]
+Port = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, help="where the ranks meet [default: 29500, under Slurm from the job's id]"),
+]
 Interface = Annotated[str | None, typer.Option(help="network interface by which nodes find each other, e.g. eth0")]
 IbHca = Annotated[str | None, typer.Option(help="InfiniBand adapters for NCCL, e.g. mlx5_0,mlx5_1 [default: all]")]
 NvLinks = Annotated[int | None, typer.Option(help="preflight: active NVLinks on each GPU, 18 on HGX H100")]

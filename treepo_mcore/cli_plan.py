@@ -87,21 +87,27 @@ def suggest(
     best: Annotated[int, typer.Option(min=1, help="layouts to show")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Search layouts, show the best, and why their neighbours lose."""
+    """Search layouts, show the best, and why their neighbours lose; exit status 1 when none fits."""
     from treepo_mcore.planner.hardware import make_cluster
-    from treepo_mcore.planner.suggest import base_config, print_suggestions, suggest_layouts, suggestions_json
+    from treepo_mcore.planner.suggest import (
+        base_config,
+        print_suggestions,
+        starting_point,
+        suggest_layouts,
+        suggestions_json,
+    )
     from treepo_mcore.planner.workload import Assumptions
 
-    settings = base_config(str(model), prompt_tokens, response_tokens, overrides or [])
-    sizes = read_sizes(resolve_model(settings.model, weights=False))
+    given = starting_point(str(model), prompt_tokens, response_tokens, overrides or [])
+    sizes = read_sizes(resolve_model(base_config(given).model, weights=False))
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
     assumed = Assumptions(prompt_tokens, response_tokens, informative)
-    found = suggest_layouts(settings, sizes, cluster, assumed, best)
+    found = suggest_layouts(given, sizes, cluster, assumed, best)
     if as_json:
         print(json.dumps(suggestions_json(found), indent=1))
     else:
         print_suggestions(found, Console(width=None if Console().is_terminal else 120))
-    if not found.best:
+    if not found.plans or not found.plans[0].fits:
         raise typer.Exit(1)
 
 
@@ -126,7 +132,7 @@ def reshard(
     from treepo_mcore.planner.paper import put_on_paper
     from treepo_mcore.planner.reshard import describe, reshard_report
 
-    hardware = find_gpu(gpu), find_network(network)
+    hardware = find_gpu(gpu), find_network(network, gpus_per_node)
     directory = resolve_model(settings.model, weights=False)
     job = put_on_paper(settings, read_architecture(directory), directory, nodes, gpus_per_node)
     report = {"model": directory.name} | reshard_report(job, *hardware, settings.rollout.push_staging_mb << 20)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch slurm examples/llama-3.1-405b-256gpu/config.yaml --nodes 32 --nvlinks 18 --memory-gib 320 --job-name treepo-llama-405b --partition h100 --time 1-00:00:00 --signal-seconds 3600
+# Made by: treepo-mcore launch slurm examples/llama-3.1-405b-256gpu/config.yaml --nodes 32 --nvlinks 18 --disk-gib 16000 --memory-gib 1330 --job-name treepo-llama-405b --partition h100 --time 1-00:00:00 --signal-seconds 3600
 # Submit it with `sbatch` from the directory that relative paths start from. Submit it again and it continues.
 #
 #SBATCH --job-name=treepo-llama-405b
@@ -50,7 +50,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     bash -c 'exec "$@" --node "$SLURM_NODEID"' - \
     python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
-    --disk runs/llama-3.1-405b-treepo --disk-gib 100 --memory-gib 320 \
+    --disk runs/llama-3.1-405b-treepo --disk-gib 16000 --memory-gib 1330 \
     --meet "$MASTER_ADDR:$MASTER_PORT" --nodes "$SLURM_JOB_NUM_NODES"; then
     say "preflight failed, see above; leave a bad node out with: sbatch --exclude=NODE"
     exit 1

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch torchrun examples/llama-3.1-405b-256gpu/config.yaml --nodes 32 --nvlinks 18 --memory-gib 320 --head node001
+# Made by: treepo-mcore launch torchrun examples/llama-3.1-405b-256gpu/config.yaml --nodes 32 --nvlinks 18 --disk-gib 16000 --memory-gib 1330 --head node001
 # Run it on each of the 32 nodes with the node's number, 0 (on node001) to 31, from the directory that
 # relative paths start from; that directory is shared by all nodes. Run it again and it continues.
-# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end; exit status 75.
+# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end. Exit status 75 on the
+# nodes that got the signal, 1 on the others, where torchrun does not tell this end from an error.
 
 set -euo pipefail
 
@@ -23,7 +24,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 
 # --- A look at this node before anything is loaded ---
 python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
-    --disk runs/llama-3.1-405b-treepo --disk-gib 100 --memory-gib 320 \
+    --disk runs/llama-3.1-405b-treepo --disk-gib 16000 --memory-gib 1330 \
     --meet node001:29500 --node "$node" --nodes 32
 
 # --- Ranks finish their step and save when asked; they are torchrun's children, and torchrun itself would die of it ---
@@ -32,7 +33,11 @@ asked=
 ask() {
     asked=yes
     read -r -a ranks <"/proc/$torchrun/task/$torchrun/children" || true # no newline at its end
-    kill -USR1 "${ranks[@]}" || true # they may just have ended
+    if [ -n "${ranks[*]-}" ]; then
+        kill -USR1 "${ranks[@]}" || true # they may just have ended
+    else
+        kill -TERM "$torchrun" || true # no ranks yet: nothing to save
+    fi
 }
 trap ask USR1 TERM
 

@@ -13,7 +13,7 @@ options=(
     --ulimit stack=67108864
     --stop-timeout=1800    # after `docker stop`: time to finish a step and save before it is killed
     --user "$(id -u):$(id -g)" # what the run writes belongs to you
-    --env HOME=/tmp
+    --env HOME=/tmp --env USER="$(id -un)" # who the image does not know has no name; torch asks for one
     --volume "$PWD:/workspace/here" --workdir /workspace/here
 )
 script=$(docker run "${options[@]}" "$image" treepo-mcore launch torchrun --gpus-per-node "$gpus" "$@")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch slurm examples/qwen2.5-72b-64gpu/config.yaml --nodes 8 --nvlinks 18 --memory-gib 192 --job-name treepo-qwen-72b --partition h100 --time 12:00:00 --signal-seconds 2400
+# Made by: treepo-mcore launch slurm examples/qwen2.5-72b-64gpu/config.yaml --nodes 8 --nvlinks 18 --disk-gib 2900 --memory-gib 510 --job-name treepo-qwen-72b --partition h100 --time 12:00:00 --signal-seconds 2400
 # Submit it with `sbatch` from the directory that relative paths start from. Submit it again and it continues.
 #
 #SBATCH --job-name=treepo-qwen-72b
@@ -50,7 +50,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     bash -c 'exec "$@" --node "$SLURM_NODEID"' - \
     python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
-    --disk runs/qwen2.5-72b-treepo --disk-gib 100 --memory-gib 192 \
+    --disk runs/qwen2.5-72b-treepo --disk-gib 2900 --memory-gib 510 \
     --meet "$MASTER_ADDR:$MASTER_PORT" --nodes "$SLURM_JOB_NUM_NODES"; then
     say "preflight failed, see above; leave a bad node out with: sbatch --exclude=NODE"
     exit 1

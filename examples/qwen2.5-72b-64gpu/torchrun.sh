@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch torchrun examples/qwen2.5-72b-64gpu/config.yaml --nodes 8 --nvlinks 18 --memory-gib 192 --head node001
+# Made by: treepo-mcore launch torchrun examples/qwen2.5-72b-64gpu/config.yaml --nodes 8 --nvlinks 18 --disk-gib 2900 --memory-gib 510 --head node001
 # Run it on each of the 8 nodes with the node's number, 0 (on node001) to 7, from the directory that
 # relative paths start from; that directory is shared by all nodes. Run it again and it continues.
-# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end; exit status 75.
+# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end. Exit status 75 on the
+# nodes that got the signal, 1 on the others, where torchrun does not tell this end from an error.
 
 set -euo pipefail
 
@@ -23,7 +24,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 
 # --- A look at this node before anything is loaded ---
 python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
-    --disk runs/qwen2.5-72b-treepo --disk-gib 100 --memory-gib 192 \
+    --disk runs/qwen2.5-72b-treepo --disk-gib 2900 --memory-gib 510 \
     --meet node001:29500 --node "$node" --nodes 8
 
 # --- Ranks finish their step and save when asked; they are torchrun's children, and torchrun itself would die of it ---
@@ -32,7 +33,11 @@ asked=
 ask() {
     asked=yes
     read -r -a ranks <"/proc/$torchrun/task/$torchrun/children" || true # no newline at its end
-    kill -USR1 "${ranks[@]}" || true # they may just have ended
+    if [ -n "${ranks[*]-}" ]; then
+        kill -USR1 "${ranks[@]}" || true # they may just have ended
+    else
+        kill -TERM "$torchrun" || true # no ranks yet: nothing to save
+    fi
 }
 trap ask USR1 TERM
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch slurm examples/qwen2.5-7b-8gpu/config.yaml --nvlinks 18 --memory-gib 160 --job-name treepo-qwen-7b --partition h100
+# Made by: treepo-mcore launch slurm examples/qwen2.5-7b-8gpu/config.yaml --nvlinks 18 --disk-gib 300 --memory-gib 480 --job-name treepo-qwen-7b --partition h100 --time 12:00:00 --signal-seconds 1800
 # Submit it with `sbatch` from the directory that relative paths start from. Submit it again and it continues.
 #
 #SBATCH --job-name=treepo-qwen-7b
@@ -9,14 +9,14 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --time=04:00:00
+#SBATCH --time=12:00:00
 #SBATCH --output=%x-%j.out
 # A requeued job goes on in the same log.
 #SBATCH --open-mode=append
 # Back into the queue when a node is lost, and when this script asks for it.
 #SBATCH --requeue
-# To this script, 600 s before the end: a step and a checkpoint must fit into that.
-#SBATCH --signal=B:USR1@600
+# To this script, 1800 s before the end: a step and a checkpoint must fit into that.
+#SBATCH --signal=B:USR1@1800
 
 set -euo pipefail
 
@@ -50,7 +50,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     bash -c 'exec "$@" --node "$SLURM_NODEID"' - \
     python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
-    --disk runs/qwen2.5-7b-treepo --disk-gib 100 --memory-gib 160 \
+    --disk runs/qwen2.5-7b-treepo --disk-gib 300 --memory-gib 480 \
     --meet "$MASTER_ADDR:$MASTER_PORT" --nodes "$SLURM_JOB_NUM_NODES"; then
     say "preflight failed, see above; leave a bad node out with: sbatch --exclude=NODE"
     exit 1

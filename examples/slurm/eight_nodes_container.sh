@@ -64,7 +64,7 @@ in_container=(
 # shellcheck disable=SC2016 # $SLURM_NODEID is each node's own
 if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${in_container[@]}" \
     bash -c 'exec "$@" --node "$SLURM_NODEID"' - \
-    python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
+    python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 --ib-hca mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11 \
     --disk runs/treepo --disk-gib 1000 --memory-gib 512 \
     --meet "$MASTER_ADDR:$MASTER_PORT" --nodes "$SLURM_JOB_NUM_NODES"; then
     say "preflight failed, see above; leave a bad node out with: sbatch --exclude=NODE"

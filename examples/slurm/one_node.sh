@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch slurm examples/presets/paper.yaml actor.tp=2 --nvlinks 18 --account post-training --partition h100
+# Made by: treepo-mcore launch slurm examples/presets/paper.yaml actor.tp=2 trainer.save_every=10 --nvlinks 18 --disk-gib 300 --memory-gib 480 --account post-training --partition h100 --time 12:00:00 --signal-seconds 1800
 # Submit it with `sbatch` from the directory that relative paths start from. Submit it again and it continues.
 #
 #SBATCH --job-name=treepo
@@ -10,14 +10,14 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --time=04:00:00
+#SBATCH --time=12:00:00
 #SBATCH --output=%x-%j.out
 # A requeued job goes on in the same log.
 #SBATCH --open-mode=append
 # Back into the queue when a node is lost, and when this script asks for it.
 #SBATCH --requeue
-# To this script, 600 s before the end: a step and a checkpoint must fit into that.
-#SBATCH --signal=B:USR1@600
+# To this script, 1800 s before the end: a step and a checkpoint must fit into that.
+#SBATCH --signal=B:USR1@1800
 
 set -euo pipefail
 
@@ -51,7 +51,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     bash -c 'exec "$@" --node "$SLURM_NODEID"' - \
     python -m treepo_mcore.launch.preflight --gpus 8 --nvlinks 18 \
-    --disk runs/treepo --disk-gib 100 --memory-gib 64 \
+    --disk runs/treepo --disk-gib 300 --memory-gib 480 \
     --meet "$MASTER_ADDR:$MASTER_PORT" --nodes "$SLURM_JOB_NUM_NODES"; then
     say "preflight failed, see above; leave a bad node out with: sbatch --exclude=NODE"
     exit 1
@@ -74,7 +74,7 @@ before=$(saved_step)
 srun --kill-on-bad-exit=1 --cpu-bind=none --label --open-mode=append --output="$logs/%n-%N.log" \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
              export LOCAL_WORLD_SIZE=8; exec "$@"' - \
-    python -m treepo_mcore train examples/presets/paper.yaml actor.tp=2 &
+    python -m treepo_mcore train examples/presets/paper.yaml actor.tp=2 trainer.save_every=10 &
 step=$!
 
 # A signal ends `wait` early with a status of its own: wait until the step is gone, then ask for its status.

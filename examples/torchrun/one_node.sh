@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Made by: treepo-mcore launch torchrun examples/presets/paper.yaml actor.tp=2
+# Made by: treepo-mcore launch torchrun examples/presets/paper.yaml actor.tp=2 --disk-gib 300 --memory-gib 480
 # Run it from the directory that relative paths start from. Run it again and it continues.
-# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end; exit status 75.
+# SIGUSR1 or SIGTERM to this script, on any node: all ranks finish their step, save and end. Exit status 75.
 
 set -euo pipefail
 
@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED=1 # what a rank said before it died is in the log
 
 # --- A look at this node before anything is loaded ---
 python -m treepo_mcore.launch.preflight --gpus 8 \
-    --disk runs/treepo --disk-gib 100 --memory-gib 64
+    --disk runs/treepo --disk-gib 300 --memory-gib 480
 
 # --- Ranks finish their step and save when asked; they are torchrun's children, and torchrun itself would die of it ---
 asked=
@@ -28,7 +28,11 @@ asked=
 ask() {
     asked=yes
     read -r -a ranks <"/proc/$torchrun/task/$torchrun/children" || true # no newline at its end
-    kill -USR1 "${ranks[@]}" || true # they may just have ended
+    if [ -n "${ranks[*]-}" ]; then
+        kill -USR1 "${ranks[@]}" || true # they may just have ended
+    else
+        kill -TERM "$torchrun" || true # no ranks yet: nothing to save
+    fi
 }
 trap ask USR1 TERM
 

@@ -43,7 +43,7 @@ def command(*arguments):
         cwd=EXAMPLES.parent,  # paths in the recipes
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=600,  # of the longest, all ranks of 256 GPUs on paper
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
 

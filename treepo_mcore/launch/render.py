@@ -105,7 +105,7 @@ def render(job: SlurmJob | TorchrunJob) -> str:
 def _check_slurm(job: SlurmJob) -> None:
     if job.container_mounts and not job.container_image:
         raise ConfigError("--container-mounts: needs --container-image")
-    limit = _seconds(job.time)
+    limit = seconds_of(job.time)
     if job.signal_seconds >= limit - EARLY_SECONDS:
         raise ConfigError(
             f"--signal-seconds: {job.signal_seconds} leaves nothing of --time {job.time} ({limit} s), of which Slurm "
@@ -113,7 +113,7 @@ def _check_slurm(job: SlurmJob) -> None:
         )
 
 
-def _seconds(limit: str) -> int:
+def seconds_of(limit: str) -> int:
     """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", limit):
         raise ConfigError(f"--time: expected MINUTES, H:M:S or D-H:M:S, found {limit!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treepo_mcore.config import ConfigError
 
@@ -29,6 +29,7 @@ class Network:
 
     name: str
     bandwidth: float  # bytes/s of one GPU, one direction, when all GPUs of a node send
+    shared: bool = False  # `bandwidth` is that of a node's one port: see `find_network`
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,18 @@ class Cluster:
         """GPUs, and processes."""
         return self.nodes * self.gpus_per_node
 
+    def crosses(self, ranks: int) -> bool:
+        """Whether some block of `ranks` consecutive ranks lies in more than one node."""
+        return self.nodes > 1 and self.gpus_per_node % ranks != 0
+
     def link(self, ranks: int, stride: int = 1) -> float:
         """Bytes/s of each member in collectives of `ranks` ranks, every `stride`-th one.
 
         Across nodes a group sends through the ports of all its members in a node.
         """
-        if ranks * stride <= self.gpus_per_node:
+        if not self.crosses(ranks * stride):
             return self.gpu.nvlink
-        return min(self.gpu.nvlink, self.network.bandwidth * max(1, self.gpus_per_node // stride))
+        return min(self.gpu.nvlink, self.network.bandwidth * min(ranks, max(1, self.gpus_per_node // stride)))
 
 
 # Data sheets: NVIDIA A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024), HGX B200 (2025); PCIe generation 4 for
@@ -64,19 +69,19 @@ GPUS = {
     "b200": Gpu("B200-SXM-180GB", 183359 * MIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, (10, 0)),
 }
 
-# One network port a GPU, as in a DGX; eth100 is one port a node of eight.
+# One network port a GPU, as in a DGX; eth100 is one port a node.
 NETWORKS = {
     "ib200": Network("InfiniBand HDR 200 Gb/s", 25e9),
     "ib400": Network("InfiniBand NDR 400 Gb/s", 50e9),
     "ib800": Network("InfiniBand XDR 800 Gb/s", 100e9),
     "roce400": Network("RoCE 400 Gb/s", 50e9),
-    "eth100": Network("Ethernet 100 Gb/s a node", 100e9 / 8 / 8),
+    "eth100": Network("Ethernet 100 Gb/s a node", 100e9 / 8, shared=True),
 }
 
 
 def make_cluster(gpu: str, network: str, nodes: int, gpus_per_node: int) -> Cluster:
     """Raises `ConfigError` that lists what is known."""
-    return Cluster(find_gpu(gpu), find_network(network), nodes, gpus_per_node)
+    return Cluster(find_gpu(gpu), find_network(network, gpus_per_node), nodes, gpus_per_node)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -86,10 +91,14 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
-def find_network(name: str) -> Network:
-    """By its name in `NETWORKS`, or by a number: GB/s of one GPU and direction. Raises `ConfigError`."""
+def find_network(name: str, gpus_per_node: int) -> Network:
+    """By its name in `NETWORKS`, a node's one port shared by its GPUs, or by a number: GB/s of one GPU and direction.
+
+    Raises `ConfigError`.
+    """
     if name in NETWORKS:
-        return NETWORKS[name]
+        network = NETWORKS[name]
+        return replace(network, bandwidth=network.bandwidth / gpus_per_node) if network.shared else network
     try:
         rate = float(name)
     except ValueError:

@@ -19,6 +19,7 @@ from treepo_mcore.planner.shards import (
     Stage,
     engine_parameters,
     matrix_parameters,
+    model_parameters,
     stage_parameters,
     stages,
     vocabulary_parameters,
@@ -28,6 +29,7 @@ ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 PHASES = ("update", "log_probs", "push", "rollout")
 DEFAULT_UTILISATION = 0.6  # of GPU memory for the engine (rollout/vllm_engine.py)
 DEFAULT_REQUESTS = {True: 1024, False: 256}  # vLLM's max_num_seqs: GPUs of 70 GiB and more but the A100; others
+BLOCK_FP8 = "fp8_per_block"  # the one quantization of an engine that pushes know (rollout/vllm_engine.py)
 DEFAULT_BATCHED_TOKENS = {True: 16384, False: 8192}  # vLLM's max_num_batched_tokens, likewise
 BLOCK = 16  # tokens of a KV block
 
@@ -44,6 +46,11 @@ class EngineMemory:
     requests: int  # that may run at once
     utilisation: float
 
+    @property
+    def bytes(self) -> int:
+        """On the GPU while it generates, CUDA graphs apart."""
+        return self.weights + self.working + self.cache
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -52,6 +59,7 @@ class Memory:
     stages: dict[str, int]  # phase -> pipeline stage of that GPU
     phases: dict[str, dict[str, int]]  # phase -> item -> bytes there in that phase
     host: dict[str, int]  # of one node
+    checkpoint: int  # on disk
     engine: EngineMemory
     available: int
 
@@ -72,7 +80,7 @@ def in_fp8(actor: ActorConfig) -> bool:
 
 def engine_in_fp8(config: Config) -> bool:
     """Whether the engine's linear layers have FP8 weights."""
-    return str(config.rollout.engine.get("quantization", "")).startswith("fp8")
+    return config.rollout.engine.get("quantization") == BLOCK_FP8
 
 
 def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> Memory:
@@ -85,7 +93,8 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> 
     phases = {phase: all_phases[i][phase] for phase, i in fullest.items()}
     dp = cluster.world // (actor.tp * actor.pp)
     state = max((actor_state(actor, sizes, s, dp) for s in split), key=lambda state: state["parameters"])
-    return Memory(fullest, phases, host_memory(config, state, cluster), engine, cluster.gpu.memory)
+    host, disk = host_memory(config, state, cluster), checkpoint_bytes(actor, sizes)
+    return Memory(fullest, phases, host, disk, engine, cluster.gpu.memory)
 
 
 def _stage_phases(
@@ -274,7 +283,9 @@ def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
     batched = settings.get("max_num_batched_tokens") or DEFAULT_BATCHED_TOKENS[large]
     working = batched * size * (3 * sizes.ffn // rollout.tp + 4 * sizes.hidden) + 3 * 4 * requests * sizes.vocab
     utilisation = settings.get("gpu_memory_utilization") or DEFAULT_UTILISATION
-    cache = max(0, round(utilisation * cluster.gpu.memory) - weights - working)
+    # As vLLM: bytes that are said outright are what the cache gets, whatever the share of the GPU.
+    said = settings.get("kv_cache_memory_bytes")
+    cache = said or max(0, round(utilisation * cluster.gpu.memory) - weights - working)
     per_token = cache_bytes(sizes, rollout.tp, str(settings.get("kv_cache_dtype", "auto")), size)
     blocks = cache // (per_token * BLOCK)
     return EngineMemory(weights, working, cache, blocks * BLOCK, per_token, requests, utilisation)
@@ -288,7 +299,7 @@ def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:
 
 def host_memory(config: Config, state: dict[str, int], cluster: Cluster) -> dict[str, int]:
     """Of one node: the reference policy, the actor's weights while they change places, the offload (all pinned), and
-    what checkpoints pass through."""
+    what checkpoints pass through (not pinned)."""
     weights = state["parameters"]
     copies = {"reference": weights, "swap": weights} if config.actor.reference == "host" else {}
     copies |= {name: state[name] for name in offloaded(config) if name != "gradients"}
@@ -297,3 +308,8 @@ def host_memory(config: Config, state: dict[str, int], cluster: Cluster) -> dict
     # As `phases.checkpoint_bytes`: saving, the first data-parallel ranks gather; loading, every rank reads its shard.
     checkpoint = mine * max(20 * min(ranks, config.actor.tp), 12 * ranks)
     return {name: size * ranks for name, size in copies.items()} | {"checkpoint": checkpoint}
+
+
+def checkpoint_bytes(actor: ActorConfig, sizes: Sizes) -> int:
+    """Of one checkpoint on disk: weights, two moments, and float32 weights where the parameters are not that."""
+    return model_parameters(sizes) * (ELEMENT[actor.dtype] + (8 if actor.dtype == "float32" else 12))

@@ -6,10 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from treepo_mcore.architecture import Sizes
-from treepo_mcore.config import Config, ConfigError, check_grid
+from treepo_mcore.config import Config, check_grid
 from treepo_mcore.planner import constants
-from treepo_mcore.planner.hardware import Cluster
-from treepo_mcore.planner.memory import PHASES, Memory, engine_in_fp8, in_fp8, offloaded, plan_memory
+from treepo_mcore.planner.hardware import Cluster, Gpu
+from treepo_mcore.planner.memory import (
+    BLOCK_FP8,
+    PHASES,
+    EngineMemory,
+    Memory,
+    engine_in_fp8,
+    in_fp8,
+    offloaded,
+    plan_memory,
+)
 from treepo_mcore.planner.rollout import RolloutTime, rollout_time
 from treepo_mcore.planner.seconds import (
     PushTime,
@@ -20,7 +29,7 @@ from treepo_mcore.planner.seconds import (
     update_time,
     wake_seconds,
 )
-from treepo_mcore.planner.shards import check_tensor_parallel, model_parameters, stages
+from treepo_mcore.planner.shards import check_split, check_tensor_parallel, model_parameters, stages
 from treepo_mcore.planner.workload import Assumptions, Workload, make_workload
 
 BUBBLE = 0.2  # share of the update that is worth a warning
@@ -28,6 +37,7 @@ TAIL = 0.5  # share of the rollout
 WAITING = 0.2  # share of the admitted prompts
 FEW_REQUESTS = 32  # at once, on an engine: it then reads its weights for little
 FP8_BLOCK = 128  # weights/fp8.py
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -101,22 +111,29 @@ def make_plan(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptio
 
 
 def _check_layout(config: Config, sizes: Sizes, cluster: Cluster) -> None:
-    actor, tp = config.actor, config.rollout.tp
     check_grid(config, cluster.world)
-    check_tensor_parallel(sizes, actor)
-    if sizes.heads % tp or sizes.ffn % tp:
-        raise ConfigError(f"rollout.tp: {tp} does not divide {sizes.heads} attention heads and FFN width {sizes.ffn}")
-    stages(actor, sizes.layers)
+    check_tensor_parallel(sizes, config.actor)
+    check_split(sizes, "rollout.tp", config.rollout.tp)
+    stages(config.actor, sizes.layers)
 
 
 def _warnings(plan: Plan) -> list[Finding]:
-    found = [*_memory_errors(plan), *_cache_errors(plan), *_precision_errors(plan)]
+    errors = errors_of(plan.config, plan.sizes, plan.cluster, plan.work, plan.memory)
     messages = [*_starving(plan), *_waiting(plan)]
-    return [Finding("error", text) for text in found] + [Finding("warning", text) for text in messages]
+    return [Finding("error", text) for text in errors] + [Finding("warning", text) for text in messages]
 
 
-def _memory_errors(plan: Plan) -> list[str]:
-    memory = plan.memory
+def errors_of(config: Config, sizes: Sizes, cluster: Cluster, work: Workload, memory: Memory) -> list[str]:
+    """Why a run cannot start, or will stop."""
+    return [
+        *_memory_errors(config, memory),
+        *_cache_errors(memory.engine, work.longest),
+        *_precision_errors(config, sizes, cluster.gpu),
+        *_length_errors(sizes, work.longest),
+    ]
+
+
+def _memory_errors(config: Config, memory: Memory) -> list[str]:
     found = []
     for phase in PHASES:
         total = memory.total(phase)
@@ -124,33 +141,44 @@ def _memory_errors(plan: Plan) -> list[str]:
             largest = sorted(memory.phases[phase].items(), key=lambda item: -item[1])[:3]
             named = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
             found.append(f"{phase} needs {_gib(total)} of {_gib(memory.available)} GiB a GPU: {named}")
+    host, allowed = sum(memory.host.values()), config.memory.host_gib
+    if allowed is not None and host > allowed * GIB:  # phases.check_host_memory
+        named = ", ".join(f"{name} {_gib(size)}" for name, size in memory.host.items())
+        found.append(f"memory.host_gib: a node needs {_gib(host)} GiB of host memory, {allowed:g} are allowed: {named}")
     return found
 
 
-def _cache_errors(plan: Plan) -> list[str]:
-    engine = plan.memory.engine
-    if engine.cache_tokens < plan.work.longest:
+def _cache_errors(engine: EngineMemory, longest: int) -> list[str]:
+    if engine.cache_tokens < longest:
         return [
-            f"the KV cache of an engine holds {engine.cache_tokens} tokens, one path may have {plan.work.longest}: "
+            f"the KV cache of an engine holds {engine.cache_tokens} tokens, one path may have {longest}: "
             "raise rollout.tp or rollout.engine.gpu_memory_utilization"
         ]
     return []
 
 
-def _precision_errors(plan: Plan) -> list[str]:
-    config, gpu = plan.config, plan.cluster.gpu
-    found = []
+def _precision_errors(config: Config, sizes: Sizes, gpu: Gpu) -> list[str]:
+    rollout, found = config.rollout, []
+    quantization = rollout.engine.get("quantization")
+    if quantization not in (None, BLOCK_FP8):
+        found.append(f"rollout.engine.quantization: found {quantization}, pushes know {BLOCK_FP8} (or none)")
     fp8_engine = engine_in_fp8(config)
     if gpu.fp8 is None and (fp8_engine or in_fp8(config.actor)):
         found.append(f"{gpu.name} has no FP8 tensor cores")
-    if fp8_engine and (plan.sizes.ffn // config.rollout.tp) % FP8_BLOCK:
+    if fp8_engine and rollout.dtype == "float32":
+        found.append(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
+    if fp8_engine and (sizes.ffn // rollout.tp) % FP8_BLOCK:
         found.append(
-            f"rollout.engine.quantization: the FFN shard {plan.sizes.ffn} / {config.rollout.tp} is not a multiple of "
+            f"rollout.engine.quantization: the FFN shard {sizes.ffn} / {rollout.tp} is not a multiple of "
             f"{FP8_BLOCK}: block-scaled FP8 weights cannot be pushed (weights/fp8.py)"
         )
-    if plan.work.longest > plan.sizes.max_positions:
-        found.append(f"a path may have {plan.work.longest} tokens, the model has {plan.sizes.max_positions} positions")
     return found
+
+
+def _length_errors(sizes: Sizes, longest: int) -> list[str]:
+    if longest > sizes.max_positions:
+        return [f"a path may have {longest} tokens, the model has {sizes.max_positions} positions"]
+    return []
 
 
 def _starving(plan: Plan) -> list[str]:
@@ -196,13 +224,13 @@ def _waiting(plan: Plan) -> list[str]:
             f"on actor.pp = {config.actor.pp}; fewer stages, actor.vpp, or more prompts an update"
         )
     for key, ranks in (("actor.tp", config.actor.tp), ("rollout.tp", config.rollout.tp)):
-        if ranks > cluster.gpus_per_node:
+        if cluster.crosses(ranks):
             found.append(f"{key} = {ranks} crosses nodes of {cluster.gpus_per_node} GPUs: every layer waits for it")
     return found
 
 
 def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f}"
+    return f"{size / GIB:.1f}"
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -248,6 +276,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 for phase, items in memory.phases.items()
             },
             "host_per_node": memory.host,
+            "checkpoint": memory.checkpoint,
             "engine": asdict(engine),
         },
         "seconds": plan.seconds | {"total": plan.total},

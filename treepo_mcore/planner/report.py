@@ -66,9 +66,10 @@ def memory_table(plan: Plan) -> Table:
     table.add_row("total", *(f"[red]{_gib(t)}[/]" if t > memory.available else _gib(t) for t in totals))
     if plan.config.actor.pp > 1:
         table.add_row("of pipeline stage", *(str(memory.stages[phase]) for phase in PHASES))
+    host = _gib(sum(memory.host.values())) or "0"
     table.caption = (
-        f"KV cache of an engine: {memory.engine.cache_tokens} tokens. "
-        f"Pinned host memory of a node: {_gib(sum(memory.host.values())) or '0'} GiB"
+        f"KV cache of an engine: {memory.engine.cache_tokens} tokens\n"
+        f"Host memory of a node: {host} GiB; a checkpoint: {_gib(memory.checkpoint)} GiB"
     )
     return table
 

@@ -60,8 +60,7 @@ def step_cost(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
         size = ELEMENT[config.rollout.dtype]
         moved = 2 * (tp - 1) / tp * sizes.hidden * size
         per_request += 2 * sizes.layers * moved / (cluster.link(tp) * LINK_EFFICIENCY)
-        inside = tp <= cluster.gpus_per_node
-        once = constants.ALL_REDUCE_SECONDS if inside else constants.NETWORK_ALL_REDUCE_SECONDS
+        once = constants.NETWORK_ALL_REDUCE_SECONDS if cluster.crosses(tp) else constants.ALL_REDUCE_SECONDS
         latency += 2 * sizes.layers * once
     return StepCost(
         fixed=(engine.weights - table) / bandwidth,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +15,17 @@ from rich.table import Table
 from treepo_mcore.architecture import Sizes
 from treepo_mcore.config import Config, ConfigError, apply_override, parse_config
 from treepo_mcore.planner.hardware import Cluster
-from treepo_mcore.planner.memory import PHASES, EngineMemory, plan_engine, plan_memory
-from treepo_mcore.planner.plan import Plan, make_plan
-from treepo_mcore.planner.report import GIB
+from treepo_mcore.planner.memory import EngineMemory, plan_memory
+from treepo_mcore.planner.plan import Plan, errors_of, make_plan
 from treepo_mcore.planner.rollout import rollout_time
 from treepo_mcore.planner.seconds import log_prob_time, offload_seconds, push_time, update_time, wake_seconds
+from treepo_mcore.planner.shards import split_problem
 from treepo_mcore.planner.workload import Assumptions, Workload, make_workload
 
 SEGMENT = 512
-FILL = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)  # gpu_memory_utilization
+MICRO_BATCH = "actor.micro_batch_tokens"
+FILL_KEY = "gpu_memory_utilization"
+FILL = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 
 
 @dataclass(frozen=True)
@@ -73,42 +77,85 @@ class Suggestions:
     sizes: Sizes
     best: list[Verdict]
     plans: list[Plan]
+    given: dict[str, str]  # overrides that the search started from: model, lengths, the user's
     neighbours: list[tuple[str, Verdict]]  # what is changed in the best one
     tried: int
 
 
-def base_config(model: str, prompt_tokens: int, response_tokens: int, overrides: list[str]) -> Config:
-    """The defaults with lengths four times their means."""
-    raw: dict[str, Any] = {
-        "model": {"path": model},
-        "data": {"train": "data.jsonl", "max_prompt_tokens": 4 * prompt_tokens},
-        "rollout": {"tree": {"segment_tokens": SEGMENT, "max_depth": max(1, math.ceil(4 * response_tokens / SEGMENT))}},
+def starting_point(model: str, prompt_tokens: int, response_tokens: int, overrides: list[str]) -> dict[str, str]:
+    """Key -> value of what a search starts from: lengths four times their means, and what the user says.
+
+    Raises `ConfigError` for an override that is not key=value.
+    """
+    assumed = {
+        "model.path": model,
+        "data.max_prompt_tokens": str(4 * prompt_tokens),
+        "rollout.tree.segment_tokens": str(SEGMENT),
+        "rollout.tree.max_depth": str(max(1, math.ceil(4 * response_tokens / SEGMENT))),
     }
     for override in overrides:
-        apply_override(raw, override)
-    return parse_config(raw, "plan suggest")
+        apply_override({}, override)  # refuses what is not key=value
+    return assumed | {key: value for key, _, value in (override.partition("=") for override in overrides)}
 
 
-def suggest_layouts(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions, best: int) -> Suggestions:
-    """Try every layout of the search space. Raises `ConfigError` when none has a meaning on this cluster."""
+def base_config(given: dict[str, str]) -> Config:
+    """The defaults with `starting_point`; micro-batches hold the longest path where nothing else is said."""
+    raw: dict[str, Any] = {"data": {"train": "data.jsonl"}}
+    for key, value in given.items():
+        apply_override(raw, f"{key}={value}")
+    if MICRO_BATCH in given:
+        return parse_config(raw, "plan suggest")
+    apply_override(raw, f"{MICRO_BATCH}={sys.maxsize}")  # the length of a path is known when the rest has been read
+    config = parse_config(raw, "plan suggest")
+    return with_overrides(config, {MICRO_BATCH: _longest_path(config)})
+
+
+def _longest_path(config: Config) -> int:
+    return config.data.max_prompt_tokens + config.rollout.tree.response_tokens
+
+
+def suggest_layouts(
+    given: dict[str, str], sizes: Sizes, cluster: Cluster, assumed: Assumptions, best: int
+) -> Suggestions:
+    """Try every layout of the search space that has what `given` (a `starting_point`) says.
+
+    Raises `ConfigError` when none has a meaning on this cluster.
+    """
+    config = base_config(given)
     search = _Search(config, sizes, cluster, assumed)
-    verdicts = [search.judge(layout) for layout in layouts(config, sizes, cluster)]
+    verdicts = [search.judge(layout) for layout in layouts(config, sizes, cluster, given)]
     if not verdicts:
-        raise ConfigError(f"no layout of {sizes.layers} layers and {sizes.heads} heads fills {cluster.world} GPUs")
+        raise ConfigError(
+            f"no layout of {sizes.layers} layers and {sizes.heads} heads that is searched fills {cluster.world} GPUs "
+            "and agrees with the overrides"
+        )
     fitting = sorted((v for v in verdicts if not v.misfit), key=lambda v: v.total)
     shown = _distinct(fitting)[:best]
     plans = [make_plan(v.config, sizes, cluster, assumed) for v in shown]
     around = list(_neighbours(shown[0].layout, verdicts)) if shown else []
-    return Suggestions(sizes, shown, plans, around, len(verdicts))
+    return Suggestions(sizes, shown, plans, given, around, len(verdicts))
 
 
-def layouts(config: Config, sizes: Sizes, cluster: Cluster) -> Iterator[Layout]:
+def layouts(config: Config, sizes: Sizes, cluster: Cluster, given: dict[str, str]) -> Iterator[Layout]:
+    """Those of the search space that have the values that `given` names."""
+    for layout in _layouts(config, sizes, cluster, MICRO_BATCH in given):
+        chosen = layout.overrides(sizes)
+        if all(chosen[key] == _value(config, key) for key in chosen.keys() & given.keys()):
+            yield layout
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _layouts(config: Config, sizes: Sizes, cluster: Cluster, one_batch: bool) -> Iterator[Layout]:
     """Tensor parallelism within a node, pipelines that come out even, micro-batches that hold a path."""
-    longest = config.data.max_prompt_tokens + config.rollout.tree.response_tokens
-    batches = [longest, 2 * longest]
-    engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and sizes.heads % n == sizes.ffn % n == 0]
+    least = config.actor.micro_batch_tokens
+    batches = [least] if one_batch else [least, 2 * least]
+    engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and not split_problem(sizes, n)]
     for tp in (1, 2, 4, 8):
-        if tp > cluster.gpus_per_node or sizes.heads % tp or sizes.ffn % tp:
+        if cluster.crosses(tp) or split_problem(sizes, tp):
             continue
         for pp in (1, 2, 4, 8, 16, 32):
             if cluster.world % (tp * pp) or pp > sizes.layers or not _splits(sizes.layers, pp):
@@ -146,27 +193,23 @@ class _Search:
     def __init__(self, config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> None:
         self.config, self.sizes, self.cluster = config, sizes, cluster
         self.work: Workload = make_workload(config, assumed)
-        self.rollouts: dict[tuple[int, float], float] = {}
+        self.rollouts: dict[tuple[int, int], float] = {}
 
     def judge(self, layout: Layout) -> Verdict:
         """With the engine filling what the actor leaves."""
         config = with_overrides(self.config, layout.overrides(self.sizes))
         sizes, cluster = self.sizes, self.cluster
-        tokens = config.actor.micro_batch_tokens
-        given = config.rollout.engine.get("gpu_memory_utilization")
-        config = _filled(config, given or FILL[-1])
-        memory = plan_memory(config, sizes, cluster, tokens)
-        for phase in PHASES:
-            if memory.total(phase) > memory.available:
-                return Verdict(layout, config, {}, f"{phase} needs {memory.total(phase) / GIB:.0f} GiB")
-        if not given:
+        if not config.rollout.engine.keys() & {FILL_KEY, "kv_cache_memory_bytes"}:
+            config = _filled(config, FILL[-1])
+            memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens)
             engine = memory.engine
             others = memory.total("rollout") - engine.weights - engine.working - engine.cache
             room = 1 - others / memory.available
-            config = _filled(config, max(f for f in FILL if f <= room))
-        engine = plan_engine(config, sizes, cluster)
-        if engine.cache_tokens < self.work.longest:
-            return Verdict(layout, config, {}, f"an engine's KV cache holds {engine.cache_tokens} tokens")
+            config = _filled(config, max((fill for fill in FILL if fill <= room), default=FILL[-1]))
+        memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens)
+        engine = memory.engine
+        if errors := errors_of(config, sizes, cluster, self.work, memory):
+            return Verdict(layout, config, {}, errors[0])
         seconds = {
             "push": push_time(config, sizes, cluster, engine).seconds,
             "rollout": self._rollout(config, engine),
@@ -177,7 +220,7 @@ class _Search:
         return Verdict(layout, config, seconds)
 
     def _rollout(self, config: Config, engine: EngineMemory) -> float:
-        key = (config.rollout.tp, engine.utilisation)
+        key = (config.rollout.tp, engine.cache_tokens)
         if key not in self.rollouts:
             self.rollouts[key] = rollout_time(config, self.sizes, self.cluster, engine, self.work).seconds
         return self.rollouts[key]
@@ -195,7 +238,7 @@ def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
 
 
 def _filled(config: Config, utilisation: float) -> Config:
-    engine = config.rollout.engine | {"gpu_memory_utilization": utilisation}
+    engine = config.rollout.engine | {FILL_KEY: utilisation}
     return with_overrides(config, {"rollout.engine": engine})
 
 
@@ -255,7 +298,7 @@ def print_suggestions(found: Suggestions, console: Console) -> None:
         table.add_row(
             f"tp{layout.tp} pp{layout.pp}{interleaved} dp{plan.data_parallel}",
             str(layout.rollout_tp),
-            str(verdict.config.rollout.engine["gpu_memory_utilization"]),
+            f"{plan.memory.engine.bytes / plan.memory.available:.2f}",
             layout.recompute,
             str(layout.micro_batch_tokens),
             f"{verdict.total:.1f}",
@@ -268,14 +311,16 @@ def print_suggestions(found: Suggestions, console: Console) -> None:
         console.print(f"  {change}: {reason(verdict, best)}", highlight=False)
     for warning in found.plans[0].warnings:
         console.print(f"  {warning.level} for the first: {warning.message}", highlight=False)
-    console.print("As overrides: " + " ".join(as_overrides(best, found.sizes)), highlight=False, soft_wrap=True)
+    line = shlex.join(as_overrides(best, found))
+    console.print(f"As overrides: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def as_overrides(verdict: Verdict, sizes: Sizes) -> list[str]:
-    """`key=value` for the command line, defaults left out."""
-    values = {k: v for k, v in verdict.layout.overrides(sizes).items() if v is not None}
+def as_overrides(verdict: Verdict, found: Suggestions) -> list[str]:
+    """`key=value` for the command line: what the search started from, and what it chose."""
+    values = found.given | {k: v for k, v in verdict.layout.overrides(found.sizes).items() if v is not None}
     values["actor.sequence_parallel"] = str(values["actor.sequence_parallel"]).lower()
-    values["rollout.engine.gpu_memory_utilization"] = verdict.config.rollout.engine["gpu_memory_utilization"]
+    if FILL_KEY in verdict.config.rollout.engine:
+        values[f"rollout.engine.{FILL_KEY}"] = verdict.config.rollout.engine[FILL_KEY]
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -285,7 +330,7 @@ def suggestions_json(found: Suggestions) -> dict[str, Any]:
         "tried": found.tried,
         "best": [
             {
-                "overrides": as_overrides(verdict, found.sizes),
+                "overrides": as_overrides(verdict, found),
                 "seconds": verdict.seconds | {"total": verdict.total},
                 "warnings": [warning.message for warning in plan.warnings],
             }
