@@ -180,6 +180,8 @@ def test_the_accepted_set_is_not_biased_towards_fast_prompts():
         engine = FakeEngine(length_draw(short), max_requests=24)
         result = collect(engine, make_prompts(200), rewards=rewards, wanted=24, step=trial)
         kept = [tree.meta["number"] for tree in result.trees if informative(tree)]
+        assert len(kept) == 24
+        assert [tree.meta["number"] for tree in result.trees] == list(range(kept[-1] + 1))  # nobody was passed over
         share.append(sum(number in short for number in kept) / len(kept))
     assert abs(np.mean(share) - 0.5) < 3 * np.std(share) / np.sqrt(len(share)) + 0.01
 
@@ -313,7 +315,7 @@ def test_no_replacement_after_a_tail_was_cut():
 # Host time (acceptance 9 of spec 2.14).
 
 
-@pytest.mark.parametrize("boxed", ["none", "boxed_and_eos"])
+@pytest.mark.parametrize("boxed", ["none", "boxed_and_eos", "boxed"])
 def test_host_time_of_a_step(boxed):
     """At most 2 ms for 384 live requests with one token each, the engine's own time left out."""
     config = make_config(
