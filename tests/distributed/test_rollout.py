@@ -95,6 +95,7 @@ def test_two_engines_repeat_a_run_token_for_token(model_directory, tmp_path):
         config["rollout"]["engine"] = {"max_num_seqs": 4}
         config |= {"filter": {"max_prompts_factor": 2.0}, "trainer": {"prompts_per_step": 6, "prompts_per_update": 6}}
         config["run"]["deterministic"] = True
+        config["reward"]["function"] = "reward_functions:last_word_is_even_in_a_while"
         out = tmp_path / name / "trees.jsonl"
         (first, second) = launch("rollout:collect", 2, {"config": config, "out": str(out)})
         timed = {"idle_seconds"}
