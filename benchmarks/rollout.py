@@ -1,11 +1,15 @@
 """Trees against flat sampling and against the released design: one engine, one law of answer lengths.
 
     python benchmarks/rollout.py [--quick | --full] [--fresh] [--out FILE]
+    python benchmarks/rollout.py --profile '{"prompt": 1024, "prompts": 24}'
 
 The model is random with all logits nearly equal, so a token ends an answer with probability (EOS ids) / (vocabulary)
 whatever came before: every sampler draws from the same memoryless law, cut at depth x segment, through the same stop
 as in a real run. Counts (steps, tokens, requests) come from vLLM's scheduler and do not depend on the machine; seconds
 do. The step-time models say what the traces cost where a step takes a + c x live requests milliseconds.
+
+`--profile` runs flat sampling and ours on one cell, the paper's setting with the keys given, under torch's profiler and
+writes where the operators' time goes to benchmarks/results/rollout_profile.txt.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 512
+PROFILE = Path("benchmarks/results/rollout_profile.txt")
 PAPER = {"width": 16, "factor": 2, "depth": 8, "segment": 32, "prompt": 64, "tp": 1, "ends": 5, "prompts": 48}
 STEP_MODELS = {
     "small GPU batch": (10.0, 0.02),
@@ -68,6 +74,36 @@ def cells(mode: str) -> list[dict[str, Any]]:
 def run_cell(cell: dict[str, Any], repeats: int, out: Path) -> None:
     """All methods, interleaved `repeats` times, on one engine."""
     import torch.distributed as dist
+
+    setup = prepare(cell)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for repeat, (name, options) in itertools.product(range(repeats), METHODS.items()):
+        rows[name].append(measure(*setup, options, repeat))
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps({name: merge(runs) for name, runs in rows.items()}))
+
+
+def profile_cell(cell: dict[str, Any], out: Path) -> None:
+    """Flat sampling and ours, each once and warm, with the operators' own time."""
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+
+    setup = prepare(cell)
+    parts = []
+    for name in ("flat, all queued", "ours, streaming"):
+        measure(*setup, METHODS[name], 0)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            row = measure(*setup, METHODS[name], 0)
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=50)
+        counts = f"{row['physical_tokens']} physical tokens in {row['engine_steps']} steps, mean leaf"
+        parts.append(f"{name}: {counts} {row['mean_leaf_tokens']:.1f} tokens\n{table}")
+    if dist.get_rank() == 0:
+        out.write_text("\n".join(parts))
+
+
+def prepare(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """The first arguments of `measure`: engine, prompts, configuration, the engine's ranks, its traces."""
+    import torch.distributed as dist
     from samplers import watch
 
     from treepo_mcore.actor.parallel import init_process_group
@@ -87,16 +123,11 @@ def run_cell(cell: dict[str, Any], repeats: int, out: Path) -> None:
         Prompt(str(i), [draw.randrange(cell["ends"], VOCABULARY) for _ in range(cell["prompt"])], "", "")
         for i in range(cell["prompts"])
     ]
-    traces = watch(engine)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
-    for repeat, (name, options) in itertools.product(range(repeats), METHODS.items()):
-        rows[name].append(measure(engine, prompts, config, options, group, repeat, traces))
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps({name: merge(runs) for name, runs in rows.items()}))
+    return engine, prompts, config, group, watch(engine)
 
 
 def measure(
-    engine: Any, prompts: Any, config: Any, options: dict[str, Any], group: Any, seed: int, traces: list[Any]
+    engine: Any, prompts: Any, config: Any, group: Any, traces: list[Any], options: dict[str, Any], seed: int
 ) -> dict[str, Any]:
     """One method once."""
     import torch
@@ -212,21 +243,28 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the paper's setting; the other cells run once")
     parser.add_argument("--fresh", action="store_true", help="forget what is in FILE; without it, only what it lacks")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout.json"))
+    parser.add_argument("--profile", type=json.loads, metavar="KEYS", help="a cell's keys as JSON, see above")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         from treepo_mcore.environment import prepare_environment
 
         prepare_environment()
-        run_cell(json.loads(options.cell), options.repeats, options.out)
+        cell = json.loads(options.cell)
+        if options.profile is None:
+            run_cell(cell, options.repeats, options.out)
+        else:
+            profile_cell(cell, options.out)
+        return
+    if options.profile is not None:
+        cell, where = PAPER | options.profile, machine()
+        tables = launch(cell, "--profile", "{}")
+        text = f"{json.dumps(cell)}\n{json.dumps(where)}\n\n{tables}\n"
+        PROFILE.write_text(text)
+        print(text)
         return
     mode = "quick" if options.quick else "full" if options.full else "default"
-    results = {
-        "machine": machine(),
-        "mode": mode,
-        "step_models_ms": STEP_MODELS,
-        "cells": [],
-    }
+    results: dict[str, Any] = {"step_models_ms": STEP_MODELS, "cells": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.is_file() and not options.fresh:
         results["cells"] = json.loads(options.out.read_text())["cells"]
@@ -234,22 +272,23 @@ def main() -> None:
     for cell in cells(mode):
         if cell in known:
             continue
-        rows = launch(cell, options.repeats if cell == PAPER or mode == "quick" else 1)
-        results["cells"].append({"cell": cell, "methods": rows})
-        results["machine"]["load_after"] = os.getloadavg()[0]
+        where = machine()
+        repeats = options.repeats if cell == PAPER or mode == "quick" else 1
+        rows = json.loads(launch(cell, "--repeats", str(repeats)))
+        # With each cell, because a later call may add to the file on another machine or under another load.
+        where |= {"load_after": os.getloadavg()[0], "repeats": repeats}
+        results["cells"].append({"cell": cell, "machine": where, "methods": rows})
         options.out.write_text(json.dumps(results, indent=1) + "\n")
         print_table(cell, rows)
 
 
-def launch(cell: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Run one cell under torchrun."""
+def launch(cell: dict[str, Any], *options: str) -> str:
+    """Run one cell under torchrun; what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
+        out = Path(folder) / "out"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell['tp']}"]
-        arguments = ["--cell", json.dumps(cell), "--repeats", str(repeats), "--out", str(out)]
-        subprocess.run([*command, __file__, *arguments], check=True)
-        rows: dict[str, Any] = json.loads(out.read_text())
-        return rows
+        subprocess.run([*command, __file__, "--cell", json.dumps(cell), "--out", str(out), *options], check=True)
+        return out.read_text()
 
 
 def machine() -> dict[str, Any]:
@@ -257,6 +296,7 @@ def machine() -> dict[str, Any]:
     from treepo_mcore.observe.versions import versions
 
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],

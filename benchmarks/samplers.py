@@ -16,6 +16,7 @@ from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
 from treepo_mcore.rollout.vllm_engine import VllmEngine
+from treepo_mcore.tree.branching import first_children
 
 
 @dataclass
@@ -135,10 +136,9 @@ def depth_synchronous(
 
 def _wave(engine: VllmEngine, prompts: Sequence[Prompt], config: Config, rng: random.Random, result: Leaves) -> None:
     tree = config.rollout.tree
-    low, high = tree.branching.first or tree.branching.factor
     queries = []
     for prompt in prompts:
-        first = min(rng.randint(low, high), tree.width)
+        first = first_children(tree.branching, tree.width, rng)
         queries.append(_Query(prompt, [_Path([], 1 / first) for _ in range(first)]))
     while any(query.live for query in queries):
         _segment(engine, queries, config, result)

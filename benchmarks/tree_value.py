@@ -145,21 +145,20 @@ def _weights(model: Path) -> Any:
 
 
 def frontier(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """n_eff per 1000 physical tokens against sharing, as an SVG."""
-    xs, ys = [r["sharing"] for r in rows.values()], [r["n_eff_per_1000_physical"] for r in rows.values()]
+    """n_eff without restarts per 1000 physical tokens against sharing, as an SVG."""
+    xs = [row["sharing"] for row in rows.values()]
+    ys = [1000 * row["n_eff_without_fallback"] / row["physical_tokens"] for row in rows.values()]
     right, top = max(xs) * 1.1, max(ys) * 1.15
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 420" font-family="Helvetica" font-size="12">',
         '<rect width="720" height="420" fill="#fff"/><path d="M60 20V370H700" stroke="#555" fill="none"/>',
         '<text x="300" y="408">logical / physical tokens</text>',
-        '<text x="16" y="280" transform="rotate(-90 16 280)">n_eff per 1000 physical tokens</text>',
+        '<text x="16" y="330" transform="rotate(-90 16 330)">n_eff without restarts per 1000 physical tokens</text>',
     ]
     taken: list[tuple[float, float]] = []
-    for (name, row), x, y in zip(rows.items(), xs, ys, strict=True):
+    for name, x, y in zip(rows, xs, ys, strict=True):
         left, height = 60 + 600 * (x - 0.9) / (right - 0.9), 370 - 340 * y / top
-        error = 340 * y / top * row["n_eff_error"] / row["n_eff"]
         parts.append(
-            f'<path d="M{left:.0f} {height - error:.0f}V{height + error:.0f}" stroke="#3b6fb6"/>'
             f'<circle cx="{left:.0f}" cy="{height:.0f}" r="4" fill="#1d4b8f"/>'
             f'<text x="{left + 7:.0f}" y="{height - 5 + _free(taken, left, height):.0f}">{name}</text>'
         )
@@ -169,7 +168,7 @@ def frontier(rows: dict[str, dict[str, Any]], path: Path) -> None:
 def _free(taken: list[tuple[float, float]], left: float, height: float) -> float:
     """How far a label has to go down so that it does not cover another one."""
     down = 0.0
-    while any(abs(left - x) < 170 and abs(height + down - y) < 13 for x, y in taken):
+    while any(abs(left - x) < 115 and abs(height + down - y) < 13 for x, y in taken):
         down += 13
     taken.append((left, height + down))
     return down

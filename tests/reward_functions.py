@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from typing import Any
 
@@ -10,6 +11,12 @@ from typing import Any
 def last_word_is_even(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
     """Right for about half of all random answers."""
     return float(last_number(response) % 2 == 0)
+
+
+def last_word_is_even_in_a_while(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
+    """The same after up to half a second, never the same time twice."""
+    time.sleep(random.random() / 2)
+    return last_word_is_even(response, answer, prompt, row)
 
 
 def scaled_by_the_row(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:

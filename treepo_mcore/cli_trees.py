@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from treepo_mcore.config import AdvantageConfig, ConfigError
 from treepo_mcore.rewards.math import boxed_answer
 from treepo_mcore.tree import advantage
 from treepo_mcore.tree.stats import informative, tree_stats
-from treepo_mcore.tree.tree import Tree
+from treepo_mcore.tree.tree import Tree, read_trees
 
 app = typer.Typer(no_args_is_help=True, help="Recompute advantages and statistics of saved trees.")
 
@@ -34,8 +34,10 @@ def advantages(
     leave_one_out: Annotated[bool, typer.Option("--leave-one-out")] = False,
     distinct_groups: Annotated[bool, typer.Option("--distinct-groups")] = False,
     mass_baseline: Annotated[bool, typer.Option("--mass-baseline")] = False,
+    mass_loss_weight: Annotated[bool, typer.Option("--mass-loss-weight")] = False,
     max_levels: Annotated[int | None, typer.Option(min=1)] = None,
     whiten: Annotated[Literal["batch", "none"], typer.Option()] = "batch",
+    whiten_shift: Annotated[bool, typer.Option(help="subtract the batch mean as well")] = True,
     only_informative: Annotated[
         bool, typer.Option("--informative", help="leave out what filter.enabled does: all leaves with the same score")
     ] = False,
@@ -45,8 +47,9 @@ def advantages(
 
     A run saves what it sampled; with filter.enabled it trained on the part that --informative leaves.
 
-    One line a prompt: `raw` is the estimator alone, `advantage` after whitening. A segment estimator gives a leaf one
-    value per node of its path, the prompt left out.
+    One line a prompt: `raw` is the estimator alone, `advantage` after whitening and times the leaf's weight in the
+    loss. A segment estimator gives a leaf one value per node of its path, the prompt left out. The plain form does not
+    tell how long inner nodes are: there `segment` is whitened as if a path's tokens were all in its last node.
     """
     config = AdvantageConfig(
         estimator=estimator,
@@ -56,8 +59,10 @@ def advantages(
         leave_one_out=leave_one_out,
         distinct_groups=distinct_groups,
         mass_baseline=mass_baseline,
+        mass_loss_weight=mass_loss_weight,
         max_levels=max_levels,
         whiten=whiten,
+        whiten_shift=whiten_shift,
     )
     trees = _read(file)
     try:
@@ -92,7 +97,7 @@ def stats_row(trees: Sequence[Tree]) -> dict[str, Any]:
     if any(not node.tokens for tree in trees for node in tree.nodes):
         row["physical_tokens"] = row["sharing"] = None
     for name in ("prefix_hit_tokens", "recomputed_tokens"):
-        known = all(name in tree.meta for tree in trees)
+        known = all(isinstance(tree.meta.get(name), int) for tree in trees)
         row[name] = sum(tree.meta[name] for tree in trees) if known else None
     return row
 
@@ -100,7 +105,8 @@ def stats_row(trees: Sequence[Tree]) -> dict[str, Any]:
 def advantage_rows(trees: Sequence[Tree], config: AdvantageConfig) -> list[dict[str, Any]]:
     """One mapping a tree with `prompt_id`, `raw` and `advantage`, both in the order of the file's leaves."""
     whitened = advantage.advantages(trees, config)
-    raw = advantage.advantages(trees, config.model_copy(update={"whiten": "none"}))
+    alone = {"whiten": "none", "mass_loss_weight": False}
+    raw = advantage.advantages(trees, config.model_copy(update=alone))
     per_node = config.estimator in ("segment", "spo")
 
     def values(of: advantage.Advantage, tree: Tree) -> list[Any]:
@@ -124,23 +130,17 @@ def _read(file: Path) -> list[Tree]:
     """Trees of either form. Raises `ConfigError` with the line's number."""
     if not file.is_file():
         raise ConfigError(f"{file}: no such file")
-    trees = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                trees.append(_tree(json.loads(line)))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{file}:{number}: {error}") from error
+    try:
+        trees = list(read_trees(file, _tree))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not trees:
         raise ConfigError(f"{file}: no trees in it")
     return trees
 
 
-def _tree(data: Any) -> Tree:
-    if not isinstance(data, dict):
-        raise ValueError(f"expected an object, found {type(data).__name__}")
-    read: Callable[[dict[str, Any]], Tree] = Tree.from_json if "nodes" in data else advantage.tree_from_plain
-    tree = read(data)
+def _tree(data: dict[str, Any]) -> Tree:
+    tree = Tree.from_json(data) if "nodes" in data else advantage.tree_from_plain(data)
     if not tree.leaves:
         raise ValueError(f"prompt {tree.prompt_id}: no leaves")
     return tree

@@ -84,6 +84,29 @@ def test_two_engines_take_prompts_from_one_queue(model_directory, tmp_path, dete
     assert ranks[0]["counts"]["drawn_prompts"] == 12
 
 
+@pytest.mark.long
+def test_two_engines_repeat_a_run_token_for_token(model_directory, tmp_path):
+    """With the filter, rewards whenever they come, and a tail that is cut; pairs of leaves agree half the time."""
+    runs = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        config = configuration(model_directory("qwen3"), tmp_path / name, tail_steps=40)
+        config["rollout"]["tree"] |= {"width": 2, "branching": {"factor": 2}}
+        config["rollout"]["engine"] = {"max_num_seqs": 4}
+        config |= {"filter": {"max_prompts_factor": 2.0}, "trainer": {"prompts_per_step": 6, "prompts_per_update": 6}}
+        config["run"]["deterministic"] = True
+        config["reward"]["function"] = "reward_functions:last_word_is_even_in_a_while"
+        out = tmp_path / name / "trees.jsonl"
+        (first, second) = launch("rollout:collect", 2, {"config": config, "out": str(out)})
+        timed = {"idle_seconds"}
+        counts = {key: value for key, value in first["counts"].items() if key not in timed}
+        assert counts == {key: value for key, value in second["counts"].items() if key not in timed}
+        runs.append((out.read_text(), counts))
+    assert runs[0] == runs[1]
+    assert runs[0][1]["drawn_prompts"] > 6  # some were replaced
+    assert runs[0][1]["unfinished_prompts"] > 0
+
+
 @pytest.mark.parametrize("kind", ["seed", "length"])
 def test_a_rank_that_goes_another_way_is_an_error_on_all(model_directory, tmp_path, kind):
     config = configuration(model_directory("qwen3"), tmp_path, tp=2)

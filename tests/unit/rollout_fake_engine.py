@@ -112,6 +112,11 @@ class FakeEngine:
 
 
 class FakeTokenizer:
+    vocab_size = 1000
+
+    def encode(self, text: str) -> list[int]:
+        return [1]
+
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
 

@@ -58,6 +58,21 @@ def test_every_switch_reaches_its_estimator(tmp_path):
         np.testing.assert_allclose(row["raw"], CASES["C"]["raw"][name], atol=2e-6)
 
 
+def test_whitening_without_a_shift_and_leaf_weights(tmp_path):
+    file = plain(tmp_path / "a.jsonl", "C")
+    shifted, scaled, weighted = (
+        json.loads(command("advantages", file, "--json", *flags))
+        for flags in ([], ["--no-whiten-shift"], ["--whiten", "none", "--mass-loss-weight"])
+    )
+    steps = np.array(shifted["advantage"]) - scaled["advantage"]
+    assert abs(steps[0]) > 0.01
+    np.testing.assert_allclose(steps, steps[0], atol=1e-6)
+    tree = tree_from_plain({"leaves": CASES["C"]["leaves"]})
+    assert weighted["raw"] == shifted["raw"]
+    np.testing.assert_allclose(weighted["advantage"], shifted["raw"] * tree.masses() * len(tree.leaves))
+    assert set(tree.masses()) != {1 / len(tree.leaves)}
+
+
 def test_all_lines_are_one_batch(tmp_path):
     rows = [
         json.loads(line) for line in command("advantages", plain(tmp_path / "a.jsonl", "A", "C"), "--json").splitlines()
@@ -106,18 +121,38 @@ def test_stats_of_the_plain_form_say_what_they_do_not_know(tmp_path):
     assert row["mean_reward"] == np.mean([leaf["reward"] for leaf in CASES["A"]["leaves"]])
 
 
+def leaf_of(**fields) -> str:
+    """A line of the plain form; a field that is ... is left out."""
+    leaf = {"path": ["a"], "reward": 0.5, "n_tokens": 3} | fields
+    leaf = {name: value for name, value in leaf.items() if value is not ...}
+    return json.dumps({"prompt_id": "x", "leaves": [leaf]})
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "2: Expecting"),
         ("[]", "2: expected an object, found list"),
         ('{"prompt_id": "x", "leaves": []}', "2: prompt x: no leaves"),
-        ('{"prompt_id": "x", "leaves": [{"path": ["a"], "reward": 1}]}', "2: prompt x: leaf 0: missing n_tokens"),
+        ('{"prompt_id": "x"}', "2: missing field 'leaves'"),
+        (leaf_of(n_tokens=...), "2: prompt x: leaf 0: missing field 'n_tokens'"),
+        (leaf_of(n_tokens=0), "2: prompt x: leaf 0: n_tokens: expected 1..10000000, found 0"),
+        (leaf_of(n_tokens=-3), "2: prompt x: leaf 0: n_tokens: expected 1..10000000, found -3"),
+        (leaf_of(n_tokens=1.5), "2: prompt x: leaf 0: n_tokens: expected an integer, found 1.5"),
+        (leaf_of(n_tokens=10**12), "2: prompt x: leaf 0: n_tokens: expected 1..10000000, found 1000000000000"),
+        (leaf_of(path="abc"), "2: prompt x: leaf 0: path: expected a list, found 'abc'"),
+        (leaf_of(path=[]), "2: prompt x: leaf 0: path: expected at least one node id, found none"),
+        (leaf_of(reward="x"), "2: prompt x: leaf 0: reward: expected a finite number, found 'x'"),
+        (leaf_of(reward=float("nan")), "2: NaN is no JSON"),
+        (leaf_of(reward=10**400), "2: prompt x: leaf 0: reward: expected a finite number, found 1000"),
+        (leaf_of().replace("0.5", "1e999"), "2: prompt x: leaf 0: reward: expected a finite number, found inf"),
+        ("\udcff\udcfe", "2: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        ('{"nodes": [], "prompt_id": "x", "meta": {}}', "2: missing field 'prompt'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = plain(tmp_path / "a.jsonl", "A")
-    file.write_text(file.read_text() + line + "\n")
+    file.write_text(file.read_text() + line + "\n", encoding="utf-8", errors="surrogateescape")
     error = command("advantages", file, status=2)
     assert error.startswith(f"error: {file}:{message}")
     assert error.count("\n") == 1

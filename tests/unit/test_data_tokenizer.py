@@ -107,6 +107,14 @@ def test_sentencepiece_gives_its_own_ids(sentencepiece_only):
         tokenizer.render_chat([{"role": "user", "content": "a"}])
 
 
+@pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece_only"])
+def test_ids_outside_the_tokenizer_have_no_text(kind, request):
+    """A model may have more words than its tokenizer."""
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    first, *rest = tokenizer.encode("a b")
+    assert tokenizer.decode([first, tokenizer.vocab_size, *rest, tokenizer.vocab_size + 7]) == "a b"
+
+
 def test_directories_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="no such tokenizer directory"):
         load_tokenizer(tmp_path / "missing")

@@ -1,6 +1,9 @@
 """A whole rollout phase, and an evaluation, around a fake engine."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -17,7 +20,10 @@ from rollout_fake_engine import (
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.rewards.pool import RewardPool
+from treepo_mcore.rollout import queue as queue_module
+from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.evaluation import majority, sample
+from treepo_mcore.rollout.queue import LockstepQueue
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.tree.sampler import stable_seed
 
@@ -52,6 +58,109 @@ def test_unfinished_prompts(unfinished, expected):
     assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(8)]
     assert counts.unfinished_prompts == 2
     assert [prompt.id for prompt in stream.peek(4)] == expected
+
+
+def test_what_was_carried_is_not_given_up_again():
+    """Engines hold all prompts at once: the tail begins with the step, and twelve steps are too few for slow ones."""
+    slow = {"p8", "p9", "p11"}
+
+    def draw(request, position):
+        return EOS_TOKEN if request.id.split(":")[1].split("/")[0] not in slow and position >= 1 else 5 + position % 7
+
+    config = make_config(
+        {"tail_steps": 12, "unfinished": "carry"},
+        filter={"enabled": False},
+        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
+    )
+    stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
+    rollout = Rollout(config, GRID, FakeEngine(draw), FakeTokenizer(), None)
+    seen = []
+    for step in range(3):
+        trees, counts = rollout.collect(stream, step)
+        seen.append(([tree.prompt_id for tree in trees], counts.unfinished_prompts))
+    assert seen == [
+        ([f"p{i}" for i in range(8)], 2),
+        (["p8", "p9", "p10", *(f"p{i}" for i in range(12, 18))], 1),
+        (["p11", *(f"p{i}" for i in range(18, 27))], 0),
+    ]
+
+
+class TwoEngines:
+    """In place of a collector: two of them in lockstep, the second with room for few prompts."""
+
+    def __init__(self, config, rewards, monkeypatch):
+        self.config, self.rewards = config, rewards
+        self.barrier, self.sums, self.place = threading.Barrier(2, timeout=30), [None, None], threading.local()
+        self.given_up, self.holes = [], 0
+        monkeypatch.setattr(queue_module, "dist", SimpleNamespace(all_reduce=self.all_reduce))
+
+    def all_reduce(self, tensor, group):
+        self.sums[self.place.engine] = tensor.clone()
+        self.barrier.wait()
+        total = self.sums[0] + self.sums[1]
+        self.barrier.wait()
+        tensor.copy_(total)
+
+    def collect(self, prompts, queue, step, progress, returned):
+        def one(engine):
+            self.place.engine = engine
+            mine = LockstepQueue("leaders", engine, 2, self.config.trainer.prompts_per_step, len(prompts))
+            fake = FakeEngine(hazard_draw(0.12), max_requests=(10**9, 20)[engine])
+            collector = Collector(self.config, fake, FakeTokenizer(), FakeRewards(self.rewards), None)
+            return collector.collect(prompts, mine, step, progress, returned)
+
+        both = Collection()
+        with ThreadPoolExecutor(2) as pool:
+            for part in pool.map(one, range(2)):
+                both.trees += part.trees
+                both.drawn += part.drawn
+                both.unfinished += part.unfinished
+        self.given_up += [prompts[number].id for number in both.unfinished]
+        self.holes += max(both.drawn) >= len(both.drawn)
+        return both
+
+
+@pytest.mark.parametrize("unfinished", ["carry", "drop"])
+def test_a_tail_cut_on_one_of_two_engines_skips_and_repeats_no_prompt(unfinished, monkeypatch):
+    """One engine draws a number while the other, whose tail was cut, leaves a lower one."""
+    config = make_config(
+        {"tail_steps": 39, "unfinished": unfinished, "agreement_every": 8},
+        run={"deterministic": True},
+        filter={"max_prompts_factor": 3.5},
+        trainer={"prompts_per_step": 12, "prompts_per_update": 12},
+    )
+    rollout = Rollout(config, GRID, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), None)
+    rollout.collector = engines = TwoEngines(
+        config, lambda text, prompt: stable_seed(prompt) % 3 == 0 and stable_seed(text) % 2 == 0, monkeypatch
+    )
+    stream = PromptStream(make_prompts(2000), seed=0, shuffle=False)
+    done = []
+    for step in range(10):
+        done += [tree.prompt_id for tree in rollout.collect(stream, step)[0]]
+    assert engines.holes > 2  # or nothing was tested
+    assert len(engines.given_up) > 5
+    if unfinished == "drop":
+        done += engines.given_up
+    *waiting, following = [prompt.id for prompt in stream.peek(stream.returned + 1)]
+    assert sorted(done + waiting) == sorted(f"p{i}" for i in range(int(following[1:])))
+
+
+def test_another_prompt_takes_the_place_of_a_lost_one_without_the_filter_too():
+    engine = FakeEngine(hazard_draw(0.05))
+    submit = engine.submit
+
+    def losing(request):
+        submit(request)
+        if request.id.startswith("3:"):
+            engine.fail.add(request.id)
+
+    engine.submit = losing
+    config = make_config({}, filter={"enabled": False}, trainer={"prompts_per_step": 10, "prompts_per_update": 10})
+    stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
+    trees, counts = Rollout(config, GRID, engine, FakeTokenizer(), None).collect(stream, 0)
+    assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(11) if i != 3]
+    assert counts.failed_prompts == 1
+    assert stream.peek(1)[0].id == "p11"
 
 
 def test_shuffled_rewards_keep_their_scores():

@@ -188,7 +188,7 @@ def test_missing_reward_and_bad_plain_forms_are_errors():
     tree.leaves[3].reward = None
     with pytest.raises(ValueError, match="prompt A: leaf 3 has no reward"):
         advantages([tree], AdvantageConfig())
-    with pytest.raises(ValueError, match="missing n_tokens"):
+    with pytest.raises(ValueError, match="missing field 'n_tokens'"):
         tree_from_plain({"leaves": [{"path": ["a"], "reward": 1}]})
     inner = [{"path": p, "reward": 1, "n_tokens": 1} for p in (["a", "b"], ["a"])]
     with pytest.raises(ValueError, match="inner node"):

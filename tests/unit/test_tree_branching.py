@@ -47,6 +47,9 @@ def test_first_children_are_clipped_to_the_width():
     drawn = Counter(first_children(BranchingConfig(factor=2, first=(2, 8)), 16, rng) for _ in range(400))
     assert set(drawn) == set(range(2, 9))  # D3: the range is really used
     assert {first_children(BranchingConfig(first=(9, 12)), 4, rng) for _ in range(20)} == {4}
+    clipped = Counter(first_children(BranchingConfig(first=(2, 8)), 4, rng) for _ in range(600))
+    assert set(clipped) == {2, 3, 4}
+    assert max(clipped.values()) < 260  # the range is clipped, not what is drawn from it: 4 is no likelier than 2
     assert first_children(BranchingConfig(factor=3), 16, rng) == 3
 
 

@@ -104,6 +104,23 @@ def test_seeds_and_ids_do_not_depend_on_arrival():
     assert stable_seed((1, 2, 3), "request", (0, 1), 5) == 5038479786748673258  # the same in every process
 
 
+def test_divergence_is_drawn_for_every_prompt_and_wave():  # D3
+    config = config_of(width=100, segment_tokens=1, branching={"factor": [1, 3], "first": [2, 8]})
+    first, factors = set(), set()
+    for prompt in range(60):
+        sampler = TreeSampler(Tree("p", [1, 2]), config, RuleStopper(config.stopping, None), (0, 0, prompt))
+        live = [request.id for request in sampler.start().submit]
+        first.add(len(live))
+        drawn = []
+        for _ in range(2):
+            new = [r.id for name in live for r in sampler.on_tokens(name, [5], [-1.0], None).submit]
+            drawn.append(1 + len(new) / len(live))
+            live += new
+        factors.add(tuple(drawn))
+    assert first == set(range(2, 9))
+    assert factors == {(one, other) for one in (1, 2, 3) for other in (1, 2, 3)}
+
+
 def test_without_branching_paths_are_independent():  # acceptance 4
     config = config_of(branching={"factor": 1, "first": 8})
     draw = keyed_draw(1, 0.1)

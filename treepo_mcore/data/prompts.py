@@ -104,6 +104,11 @@ class PromptStream:
         self._epoch, self._position, self._order, self._returned = before
         return taken
 
+    @property
+    def returned(self) -> int:
+        """How many of the next prompts were put back."""
+        return len(self._returned)
+
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """Let these come again, before all others."""
         index = {prompt.id: i for i, prompt in enumerate(self._prompts)}

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Text of `ids`; special tokens, and ids from `vocab_size` on, are left out."""
         ...
 
     def render_chat(self, messages: Sequence[Message]) -> str:
@@ -109,7 +109,7 @@ class SentencePieceTokenizer:
         return [bos, *ids] if start and bos is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.inner.decode(list(ids)))
+        return str(self.inner.decode([token for token in ids if token < self.vocab_size]))
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         raise _no_template(self.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from treepo_mcore.tree.stopping import BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import Tree
 
 IDLE_POLL_SECONDS = 0.005
+ANCHOR = "boxed"  # any text does; a tokenizer that cannot write this one has no boxes to find
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Collection:
     """What one engine made of its prompts; only the engine's first rank holds rewards."""
 
     trees: list[Tree] = field(default_factory=list)  # complete, in the order of their numbers
+    drawn: list[int] = field(default_factory=list)  # numbers of all prompts that were started
     unfinished: list[int] = field(default_factory=list)  # numbers of the prompts given up in the tail
     counts: Counts = field(default_factory=Counts)
 
@@ -68,6 +73,7 @@ class _Prompt:
     decoded: int = 0  # tokens
     context: int = 0
     cached: int = 0
+    found: int = 0  # prompt tokens that the first request found in the cache: of an earlier phase
 
 
 class Collector:
@@ -87,26 +93,47 @@ class Collector:
         self.engine, self.tokenizer, self.rewards, self.group = engine, tokenizer, rewards, group
         stopping = self.tree_config.stopping
         self.stopper = RuleStopper(stopping, BoxDetector(_decoder(tokenizer)) if stopping.boxed != "none" else None)
+        self.warned = False
 
-    def collect(self, prompts: Sequence[Prompt], queue: PromptQueue | None, step: int, progress: float) -> Collection:
+    def collect(
+        self, prompts: Sequence[Prompt], queue: PromptQueue | None, step: int, progress: float, returned: int = 0
+    ) -> Collection:
         """Trees of the prompts that this engine draws, until the step has enough.
 
         prompts: all that may be drawn, by number. queue: only on the engine's first rank. progress in [0, 1] drives
-        the schedules. Raises RuntimeError when the ranks of the engine disagree.
+        the schedules. returned: so many numbers, the first ones, an earlier step put back; no tail is cut off them.
+        Raises RuntimeError when the ranks of the engine disagree.
         """
-        return _Phase(self, prompts, queue, step, progress).run()
+        return _Phase(self, prompts, queue, step, progress, returned).run()
+
+    def text_of(self, response: list[int]) -> str:
+        """What the reward function sees. A model may have more words than its tokenizer: they have no text."""
+        if not self.warned and max(response) >= self.tokenizer.vocab_size:
+            self.warned = True
+            logger.warning(
+                "the model answered with token %d, its tokenizer has %d: such tokens have no text",
+                max(response),
+                self.tokenizer.vocab_size,
+            )
+        return self.tokenizer.decode(response)
 
 
 class _Phase:
     """One call of `collect`."""
 
     def __init__(
-        self, collector: Collector, prompts: Sequence[Prompt], queue: PromptQueue | None, step: int, progress: float
+        self,
+        collector: Collector,
+        prompts: Sequence[Prompt],
+        queue: PromptQueue | None,
+        step: int,
+        progress: float,
+        returned: int,
     ) -> None:
         self.config, self.tree_config = collector.config, collector.tree_config
-        self.engine, self.tokenizer, self.rewards = collector.engine, collector.tokenizer, collector.rewards
+        self.engine, self.rewards, self.text_of = collector.engine, collector.rewards, collector.text_of
         self.stopper, self.prompts, self.queue = collector.stopper, prompts, queue
-        self.step, self.progress = step, progress
+        self.step, self.progress, self.returned = step, progress, returned
         self.agreement = Agreement(collector.group, self.config.rollout.agreement_every)
         self.result = Collection()
         self.counts = self.result.counts
@@ -179,6 +206,7 @@ class _Phase:
         key = (self.config.run.seed, self.step, number)
         entry = _Prompt(number, prompt, TreeSampler(tree, self.tree_config, self.stopper, key, self.progress))
         self.active[number] = entry
+        self.result.drawn.append(number)
         self.counts.drawn_prompts += 1
         self._apply(entry, entry.sampler.start())
 
@@ -209,7 +237,7 @@ class _Phase:
         if self.dry and self._fits():
             counts.tail_steps += 1
             limit = self.config.rollout.tail_steps
-            if limit is not None and counts.tail_steps > limit:
+            if limit is not None and counts.tail_steps > limit and not self.over:
                 self._cut_tail()
 
     def _feed(self, chunk: Chunk) -> None:
@@ -220,6 +248,8 @@ class _Phase:
         self.waiting.pop(chunk.request, None)
         tokens = len(chunk.tokens)
         self.counts.decoded_tokens += tokens
+        if not entry.decoded:
+            entry.found = chunk.cached_tokens
         entry.decoded += tokens
         if chunk.cached_tokens:
             self.counts.cached_tokens += chunk.cached_tokens
@@ -269,7 +299,7 @@ class _Phase:
     def _submit_reward(self, entry: _Prompt, leaf: int) -> None:
         assert self.rewards is not None
         tree = entry.sampler.tree
-        text = tree.leaves[leaf].text = self.tokenizer.decode(tree.response(leaf))
+        text = tree.leaves[leaf].text = self.text_of(tree.response(leaf))
         entry.unscored += 1
         prompt = entry.prompt
         self.rewards.submit((self.step, entry.number, leaf), text, prompt.answer, prompt.text, prompt.meta)
@@ -295,8 +325,8 @@ class _Phase:
             return
         del self.scoring[entry.number]
         tree = entry.sampler.tree
-        computed = entry.context - entry.cached
-        tree.meta |= {"prefix_hit_tokens": entry.cached, "recomputed_tokens": computed - len(entry.prompt.tokens)}
+        computed, first = entry.context - entry.cached, len(entry.prompt.tokens) - entry.found
+        tree.meta |= {"prefix_hit_tokens": entry.cached, "recomputed_tokens": computed - first}
         # Node ids followed the arrival of tokens; equal trees become identical tables.
         self.result.trees.append(tree.canonical())
         if self.queue is not None:
@@ -310,9 +340,12 @@ class _Phase:
             self.queue.report(rejected=True)
 
     def _cut_tail(self) -> None:
-        """Give up what is unfinished; nothing more is drawn in this step."""
+        """Give up what is unfinished; nothing more is drawn in this step.
+
+        But what a step before put back is left to finish: the slowest prompts would be given up again and again.
+        """
         self.over = True
-        for entry in list(self.active.values()):
+        for entry in [entry for entry in self.active.values() if entry.number >= self.returned]:
             self._apply(entry, entry.sampler.fail())
             del self.active[entry.number]
             self.result.unfinished.append(entry.number)
@@ -333,4 +366,7 @@ def tree_config(rollout: RolloutConfig) -> TreeConfig:
 
 
 def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
-    return lambda ids: tokenizer.decode(ids)
+    """The text of tokens in the midst of others: SentencePiece leaves out spaces at the start of a text."""
+    anchor = tokenizer.encode(ANCHOR)
+    before = len(tokenizer.decode(anchor))
+    return lambda ids: tokenizer.decode([*anchor, *ids])[before:]

@@ -45,21 +45,31 @@ class Rollout:
 
         Moves the stream on by what was drawn. Raises RuntimeError when not one tree was finished.
         """
-        wanted, filter_ = self.config.trainer.prompts_per_step, self.config.filter
-        limit = math.ceil(wanted * filter_.max_prompts_factor) if filter_.enabled else wanted
+        wanted = self.config.trainer.prompts_per_step
+        # Without the filter too: another prompt takes the place of one that an engine lost.
+        limit = math.ceil(wanted * self.config.filter.max_prompts_factor)
         prompts = stream.peek(limit)
         self.phases += 1
         queue = self._queue(wanted, limit) if self.grid.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
-        result = self._exchange(self.collector.collect(prompts, queue, step, progress))
+        result = self._exchange(self.collector.collect(prompts, queue, step, progress, stream.returned))
         if not result.trees:
             raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
-        stream.next(result.counts.drawn_prompts)
-        if self.config.rollout.unfinished == "carry":
-            stream.put_back([prompts[number] for number in result.unfinished])
+        self._move(stream, result)
         if self.config.reward.shuffle:
             _shuffle_rewards(result.trees, random.Random(f"{self.config.run.seed}/{step}"))
         return result.trees, result.counts
+
+    def _move(self, stream: PromptStream, result: Collection) -> None:
+        """Behind the last prompt that was drawn; what was not drawn before it or not finished comes again.
+
+        Under `run.deterministic` an engine can draw a number while another one, whose tail was cut, leaves a lower one.
+        """
+        passed = stream.next(max(result.drawn) + 1)
+        again = set(range(len(passed))) - set(result.drawn)
+        if self.config.rollout.unfinished == "carry":
+            again.update(result.unfinished)
+        stream.put_back([passed[number] for number in sorted(again)])
 
     def _queue(self, wanted: int, limit: int) -> PromptQueue:
         engine, engines = self.grid.engine, self.grid.engines
@@ -82,10 +92,10 @@ class Rollout:
         total = Collection()
         for part in everyone:
             total.trees += part.trees
+            total.drawn += part.drawn
             total.unfinished += part.unfinished
             total.counts.add(part.counts)
         total.trees.sort(key=lambda tree: int(tree.meta["number"]))
-        total.unfinished.sort()
         return total
 
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:

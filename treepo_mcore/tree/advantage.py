@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from treepo_mcore.config import AdvantageConfig, Aggregation
-from treepo_mcore.tree.tree import EOS, PROMPT, Tree
+from treepo_mcore.tree.tree import EOS, PROMPT, Tree, get
 
+LONGEST = 10**7  # tokens of a leaf in the plain form
 WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without (spec 3.2)
 
 
@@ -273,20 +274,24 @@ def tree_from_plain(data: dict[str, Any]) -> Tree:
     """A tree from ``{"prompt_id", "leaves": [{"path": [node ids], "reward", "n_tokens"}]}``.
 
     Two leaves share their first k nodes iff the first k ids of their paths are equal. The form does not say how long
-    inner nodes are: they become empty and a leaf's last node holds all its tokens (of id 0).
-    Raises ValueError on a missing field and on a path that ends inside another one.
+    inner nodes are: they become empty and a leaf's last node holds all its tokens (of id 0). So the values of a segment
+    estimator are right, but its whitening takes inner nodes to have no tokens.
+    Raises ValueError on a field that is missing or wrong and on a path that ends inside another one.
     """
     tree = Tree(str(data.get("prompt_id", "0")), [0])
     numbers: dict[tuple[str, ...], int] = {(): PROMPT}
-    for index, leaf in enumerate(data.get("leaves", [])):
-        missing = [name for name in ("path", "reward", "n_tokens") if name not in leaf]
-        if missing or not leaf["path"]:
-            raise ValueError(f"prompt {tree.prompt_id}: leaf {index}: missing {', '.join(missing) or 'path'}")
-        path = tuple(str(part) for part in leaf["path"])
+    for index, leaf in enumerate(get(data, "leaves", list)):
+        where = f"prompt {tree.prompt_id}: leaf {index}: "
+        path = tuple(str(part) for part in get(leaf, "path", list, where))
+        reward, tokens = get(leaf, "reward", float, where), get(leaf, "n_tokens", int, where)
+        if not path:
+            raise ValueError(f"{where}path: expected at least one node id, found none")
+        if not 1 <= tokens <= LONGEST:
+            raise ValueError(f"{where}n_tokens: expected 1..{LONGEST}, found {tokens}")
         for depth in range(1, len(path) + 1):
             if path[:depth] not in numbers:
                 numbers[path[:depth]] = tree.add_node(numbers[path[: depth - 1]], depth)
         node = tree.nodes[numbers[path]]
-        node.tokens, node.logprobs = array("i", [0] * leaf["n_tokens"]), array("f", [0.0] * leaf["n_tokens"])
-        tree.leaves[tree.add_leaf(numbers[path], EOS)].reward = float(leaf["reward"])
+        node.tokens, node.logprobs = array("i", [0]) * tokens, array("f", [0.0]) * tokens
+        tree.leaves[tree.add_leaf(numbers[path], EOS)].reward = float(reward)
     return tree

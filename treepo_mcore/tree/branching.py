@@ -23,7 +23,8 @@ Allocation = Callable[[Tree, Sequence[int], int, random.Random], list[int]]
 
 def first_children(config: BranchingConfig, width: int, rng: random.Random) -> int:
     """Paths that start from the prompt, `k0`."""
-    return min(rng.randint(*(config.first or config.factor)), width)
+    low, high = config.first or config.factor
+    return rng.randint(min(low, width), min(high, width))
 
 
 def total_children(width: int, leaves: int, new_leaves: int, survivors: int, factor: int) -> int:

@@ -45,6 +45,7 @@ class BoxDetector:
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        """decode: the text of tokens as it stands in the midst of a response, with its leading space."""
         self._decode = decode
         self._pieces: dict[int, str] = {}
         self._opens: dict[int, bool] = {}  # token may begin a box

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -267,36 +268,41 @@ class Tree:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Tree:
-        """The inverse of `to_json`. Raises ValueError on a missing field or a table that is no tree."""
-        try:
-            tree = cls(data["prompt_id"], data["prompt"], data["meta"])
-            for node in data["nodes"]:
-                tree._read_node(node)
-            for leaf in data["leaves"]:
-                tree._read_leaf(leaf)
-        except KeyError as error:
-            raise ValueError(f"missing field {error}") from error
-        except TypeError as error:
-            raise ValueError(f"wrong type: {error}") from error
+        """The inverse of `to_json`. Raises ValueError on a missing or wrong field and on a table that is no tree."""
+        name, meta = get(data, "prompt_id", str), get(data, "meta", dict)
+        tree = cls(name, _numbers("i", data, "prompt", ""), meta)
+        for node in get(data, "nodes", list):
+            tree._read_node(node, f"node {len(tree.nodes)}: ")
+        for leaf in get(data, "leaves", list):
+            tree._read_leaf(leaf, f"leaf {len(tree.leaves)}: ")
+        for number in range(1, len(tree.nodes)):
+            if not tree.children(number) and tree.leaf_at(number) is None:
+                raise ValueError(f"node {number}: has no children and is no leaf")
         return tree
 
-    def _read_node(self, data: dict[str, Any]) -> None:
-        parent, number = data["parent"], len(self.nodes)
-        if not 0 <= parent < number:
-            raise ValueError(f"node {number}: expected a parent in 0..{number - 1}, found {parent}")
-        node = self.nodes[self.add_node(parent, data["depth"], data["from_fallback"])]
-        node.tokens, node.logprobs = array("i", data["tokens"]), array("f", data["logprobs"])
+    def _read_node(self, data: Any, where: str) -> None:
+        parent, depth = get(data, "parent", int, where), get(data, "depth", int, where)
+        if not 0 <= parent < len(self.nodes):
+            raise ValueError(f"{where}expected a parent in 0..{len(self.nodes) - 1}, found {parent}")
+        if depth < 1:
+            raise ValueError(f"{where}depth: expected 1 or more, found {depth}")
+        node = self.nodes[self.add_node(parent, depth, get(data, "from_fallback", bool, where))]
+        node.tokens, node.logprobs = _numbers("i", data, "tokens", where), _numbers("f", data, "logprobs", where)
         if len(node.tokens) != len(node.logprobs):
-            raise ValueError(f"node {number}: {len(node.tokens)} tokens but {len(node.logprobs)} log-probs")
+            raise ValueError(f"{where}{len(node.tokens)} tokens but {len(node.logprobs)} log-probs")
 
-    def _read_leaf(self, data: dict[str, Any]) -> None:
-        node = data["node"]
+    def _read_leaf(self, data: Any, where: str) -> None:
+        node, reason = get(data, "node", int, where), get(data, "reason", str, where)
         if not 0 < node < len(self.nodes):
-            raise ValueError(f"leaf {len(self.leaves)}: expected a node in 1..{len(self.nodes) - 1}, found {node}")
-        if data["reason"] not in REASONS:
-            raise ValueError(f"leaf {len(self.leaves)}: expected a reason of {REASONS}, found {data['reason']!r}")
-        leaf = self.leaves[self.add_leaf(node, data["reason"])]
-        leaf.reward, leaf.score, leaf.correct, leaf.text = (data[k] for k in ("reward", "score", "correct", "text"))
+            raise ValueError(f"{where}expected a node in 1..{len(self.nodes) - 1}, found {node}")
+        if reason not in REASONS:
+            raise ValueError(f"{where}expected a reason of {REASONS}, found {reason!r}")
+        number = self.add_leaf(node, reason)
+        if not self.leaf_tokens(number):
+            raise ValueError(f"{where}its path has no tokens")
+        leaf = self.leaves[number]
+        leaf.reward, leaf.score = (get(data, name, float, where, True) for name in ("reward", "score"))
+        leaf.correct, leaf.text = get(data, "correct", bool, where, True), get(data, "text", str, where, True)
 
 
 def write_trees(path: str | Path, trees: Iterable[Tree]) -> None:
@@ -306,18 +312,63 @@ def write_trees(path: str | Path, trees: Iterable[Tree]) -> None:
             file.write(json.dumps(tree.to_json(), ensure_ascii=False) + "\n")
 
 
-def read_trees(path: str | Path) -> Iterator[Tree]:
-    """Trees of a JSONL file, one by one. A malformed line raises ValueError that names ``file:line``."""
-    with Path(path).open(encoding="utf-8") as file:
+def read_trees(path: str | Path, read: Callable[[dict[str, Any]], Tree] = Tree.from_json) -> Iterator[Tree]:
+    """Trees of a JSONL file, one by one, empty lines passed over; `read` makes a tree of a line's object.
+
+    A malformed line raises ValueError that names ``file:line``.
+    """
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
-                data = json.loads(line)
+                data = json.loads(line.decode("utf-8"), parse_constant=_refuse)
                 if not isinstance(data, dict):
                     raise ValueError(f"expected an object, found {type(data).__name__}")
-                tree = Tree.from_json(data)
+                tree = read(data)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
             yield tree
+
+
+WORDS = {
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def get(data: Any, name: str, kind: type, where: str = "", optional: bool = False) -> Any:
+    """Field `name` of a JSON object, which has to be of a type of `WORDS`, or null if `optional`.
+
+    Raises ValueError that says `where`.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}expected an object, found {type(data).__name__}")
+    if name not in data:
+        raise ValueError(f"{where}missing field '{name}'")
+    value = data[name]
+    if value is None and optional:
+        return None
+    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is float and not abs(value) <= sys.float_info.max):
+        raise ValueError(f"{where}{name}: expected {WORDS[kind]}, found {value!r:.40}")
+    return value
+
+
+def _numbers(code: str, data: Any, name: str, where: str) -> Any:
+    """A list of JSON numbers as an array of int32 ("i") or float32 ("f")."""
+    try:
+        return array(code, get(data, name, list, where))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{where}{name}: {error}") from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _shortest(values: array[float]) -> list[float]:
