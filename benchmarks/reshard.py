@@ -1,11 +1,12 @@
 """Weights from Megatron's shards into vLLM's: gathered, shard to shard, and the floor of a raw copy, side by side.
 
-    nice python benchmarks/reshard.py --processes 2 4 --millions 50 --out benchmarks/results/reshard.json
+    nice python benchmarks/reshard.py
 
-Starts itself under torchrun for every row. The actor's side is a real Megatron
-model with random float32 weights and no optimizer, the engine's a real vLLM model in bfloat16. In every repetition the
-ways take turns; times are from barrier to barrier, medians over the repetitions with the range beside them. Rows of an
-earlier run that this one does not measure again are kept.
+measures all rows of docs/resharding.md and prints that table. Starts itself under torchrun for every row; a row that
+fails is reported and left as it was. The actor's side is a real Megatron model with random float32 weights and no
+optimizer, the engine's a real vLLM model in bfloat16. In every repetition the ways take turns; times are from barrier
+to barrier, medians over the repetitions with the range beside them. Rows of an earlier run that this one does not
+measure again are kept; each says at which commit it was measured.
 
 floor: for every pair of ranks one contiguous tensor of the plan's bytes, cast and copied into a send buffer, sent,
 and copied out; and one contiguous cast copy of the bytes that stay. No plan can do less.
@@ -14,6 +15,7 @@ and copied out; and one contiguous cast copy of the bytes that stay. No plan can
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,6 +27,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import treepo_mcore
 
 LAYOUTS: dict[tuple[int, int], dict[str, dict[str, int]]] = {  # processes, rollout.tp -> name -> actor
     (2, 2): {"TP2 -> TP2": {"tp": 2}, "PP2 -> TP2": {"pp": 2}, "TP1 DP2 -> TP2": {}},
@@ -38,14 +42,15 @@ SIZES = {  # millions of parameters -> sizes of a Qwen2 model
     50: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 16000},
     500: {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "vocab_size": 32000},
 }
+TOO_LARGE = {(500, 4, 1), (500, 8, 2)}  # millions, processes, rollout.tp: more than 24 GiB
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
 
 
 def main() -> None:
     """Parse arguments; without torchrun's environment, start it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], choices=[2, 4, 8])
-    parser.add_argument("--millions", type=int, default=50, choices=sorted(SIZES))
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], choices=[2, 4, 8])
+    parser.add_argument("--millions", type=int, nargs="+", default=[50, 500], choices=sorted(SIZES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rollout-tp", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reshard.json"))
@@ -56,33 +61,71 @@ def main() -> None:
         return
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows = {(row["processes"], row["millions"], row["case"]): row for row in old}
-    for (processes, rollout_tp), cases in LAYOUTS.items():
-        if processes in options.processes and rollout_tp in options.rollout_tp:
-            for case in cases:
-                row = launch(options, processes, rollout_tp, case)
-                rows[processes, options.millions, case] = row
-                print(line(row), flush=True)
-                save(options.out, list(rows.values()))
+    at = commit()  # now: the results that are written below are under git too
+    measured, failed = 0, []
+    for millions, (processes, rollout_tp) in itertools.product(options.millions, LAYOUTS):
+        asked = processes in options.processes and rollout_tp in options.rollout_tp
+        if not asked or (millions, processes, rollout_tp) in TOO_LARGE:
+            continue
+        for case in LAYOUTS[processes, rollout_tp]:
+            row = launch(options.repeats, millions, processes, rollout_tp, case)
+            if row is None:
+                failed.append(f"{case}, {processes} processes, {millions}M")
+                continue
+            measured += 1
+            rows[processes, millions, case] = row | {"commit": at}
+            print(line(row), flush=True)
+            save(options.out, list(rows.values()))
+    print("\n".join(table(list(rows.values()))))
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    if not measured:
+        sys.exit(1)
 
 
 def save(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Every row names the machine it was measured on."""
+    """Every row names the machine and the commit it was measured on."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
-def launch(options: argparse.Namespace, processes: int, rollout_tp: int, case: str) -> dict[str, Any]:
-    """One row, in a job of its own: what a job has freed is not all there again for the next row."""
+def launch(repeats: int, millions: int, processes: int, rollout_tp: int, case: str) -> dict[str, Any] | None:
+    """One row, in a job of its own: what a job has freed is not all there again for the next row. None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        arguments = ["--job", case, "--rollout-tp", str(rollout_tp), "--millions", str(options.millions)]
-        arguments += ["--repeats", str(options.repeats), "--out", str(out)]
+        arguments = ["--job", case, "--rollout-tp", str(rollout_tp), "--millions", str(millions)]
+        arguments += ["--repeats", str(repeats), "--out", str(out)]
         job = subprocess.run([*torchrun, __file__, *arguments], stderr=subprocess.PIPE, text=True)
         if job.returncode:
-            sys.exit(f"{processes} processes, {case} failed:\n{job.stderr}")
+            print(f"{millions}M {processes} {case} failed:\n{job.stderr}", file=sys.stderr, flush=True)
+            return None
         row: dict[str, Any] = json.loads(out.read_text())
         return row
+
+
+def commit() -> str:
+    """Of the package that is measured, "-dirty" behind it where files were changed since."""
+    git = ["git", "-C", str(Path(treepo_mcore.__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows in docs/resharding.md, milliseconds."""
+
+    def time_of(way: dict[str, float]) -> str:
+        median, least, most = (round(way[key] * 1e3) for key in ("median", "min", "max"))
+        return f"{median} ({least}-{most})"
+
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["processes"], row["millions"])):
+        received, least = (max(rank[key] for rank in row["ranks"]) / 1e6 for key in ("received_bytes", "least_bytes"))
+        times = " | ".join(time_of(row[way]) for way in ("gather", "direct", "floor"))
+        lines.append(
+            f"| {row['case']} | {row['processes']}, {row['millions']}M | {times} | {row['direct_over_floor']:.2f} | "
+            f"{received:.1f} ({least:.1f}) |"
+        )
+    return lines
 
 
 def line(row: dict[str, Any]) -> str:
@@ -119,9 +162,10 @@ def measure(options: argparse.Namespace, rollout_tp: int) -> None:
 
     init_process_group()
     with tempfile.TemporaryDirectory() as folder:
-        directory = _write_config(Path(folder), SIZES[options.millions] | HEADS)
+        millions = options.millions[0]
+        directory = _write_config(Path(folder), SIZES[millions] | HEADS)
         settings = LAYOUTS[dist.get_world_size(), rollout_tp][options.job]
-        row = {"case": options.job, "millions": options.millions, "processes": dist.get_world_size()}
+        row = {"case": options.job, "millions": millions, "processes": dist.get_world_size()}
         row |= _Bench(directory, settings, rollout_tp).run(options.repeats) | {"machine": machine()}
         if dist.get_rank() == 0:
             options.out.write_text(json.dumps(row))

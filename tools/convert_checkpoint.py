@@ -4,22 +4,29 @@
     torchrun --nproc-per-node 8 tools/convert_checkpoint.py to-megatron MODEL OUT --tp 4 --pp 2
 
 MODEL is a Hugging Face directory with the configuration and the tokenizer; `to-megatron` takes the weights from it
-too. Each process holds its own shard and one more tensor, so a model that one host cannot hold is converted on
-several. A training checkpoint's optimizer is left out.
+too. OUT must not be there yet. Each process holds its own shard, so a model that one host cannot hold is converted on
+several; `to-hf` needs on rank 0 two full tensors more, and host memory for a file of 5 GiB. A training checkpoint's
+optimizer is left out. What is wrong with the arguments ends it with one line and status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
+from treepo_mcore.config import ConfigError
 from treepo_mcore.environment import prepare_environment
+
+DTYPES = ["bfloat16", "float32"]
 
 
 def main() -> None:
     """Parse arguments and convert."""
     prepare_environment()
     options = _arguments()
+    _check_paths(options)
     from treepo_mcore.actor.cpu import megatron_device
     from treepo_mcore.actor.model import build_model, megatron_configs
     from treepo_mcore.actor.parallel import build_grid, init_process_group
@@ -30,7 +37,7 @@ def main() -> None:
     from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
 
     arch = read_architecture(options.model)
-    actor = ActorConfig(tp=options.tp, pp=options.pp, dtype=options.dtype)
+    actor = ActorConfig(tp=options.tp, pp=options.pp, dtype=options.dtype or _dtype_of(options.model))
     init_process_group()
     grid = build_grid(actor, 1, 0)
     configs = megatron_configs(actor, arch)
@@ -43,9 +50,26 @@ def main() -> None:
         else:
             load_weights(options.checkpoint, chunks)
             dtype = configs.transformer.params_dtype
-            export_directory(options.model, options.out, gather_tensors(arch, pieces, tensors, dtype))
+            export_directory(options.model, options.out, gather_tensors(arch, pieces, tensors, dtype, to=0))
     if grid.rank == 0:
         print(f"wrote {options.out}")
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    """Before anything is loaded."""
+    if options.out.exists():
+        raise ConfigError(f"{options.out}: found something there, expected a path that does not exist yet")
+    if options.direction == "to-hf" and not (options.checkpoint / "metadata.json").is_file():
+        raise ConfigError(f"{options.checkpoint}: found no metadata.json, expected a Megatron checkpoint (iter_*)")
+
+
+def _dtype_of(model: Path) -> str:
+    """What config.json says of the weights; read after `read_architecture`."""
+    config = json.loads((model / "config.json").read_text())
+    found = config.get("dtype", config.get("torch_dtype"))
+    if found not in DTYPES:
+        raise ConfigError(f"{model}/config.json: dtype is {found}, expected {' or '.join(DTYPES)}; or say --dtype")
+    return str(found)
 
 
 def _arguments() -> argparse.Namespace:
@@ -59,9 +83,13 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("out", type=Path)
         one.add_argument("--tp", type=int, default=1, help="tensor-parallel size while converting")
         one.add_argument("--pp", type=int, default=1, help="pipeline-parallel size while converting")
-        one.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+        one.add_argument("--dtype", choices=DTYPES, help="of what is written; by default that in MODEL's config.json")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from layouts import mini_batches, noise
 from log_probs import make_actor
 from models import EOS_IDS
@@ -17,21 +19,21 @@ from torch.utils._pytree import tree_leaves
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
 from treepo_mcore.rollout.vllm_engine import VllmEngine
-from treepo_mcore.weights.fp8 import quantisers
+from treepo_mcore.weights.fp8 import FP8, quantise, quantisers, scale_shape
 from treepo_mcore.weights.hf import export_directory, gather_tensors
+from treepo_mcore.weights.layout import BLOCK, box
 from treepo_mcore.weights.transfer import Push, TransferError, plan_push
-from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
+from treepo_mcore.weights.vllm import SCALE, fp8_shapes, vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
 
 
-def make_push(actor: Actor, engine: VllmEngine, staging_bytes: int) -> tuple[Push, int]:
-    """From an actor into the engine beside it; and the bytes of the largest tensor that binding the plan made."""
-    parameters = engine.parameters()
-    where = (parameters, actor.arch, engine.config.tp, actor.grid.engine_rank)
+def make_push(actor: Actor, parameters: dict[str, Tensor], rollout_tp: int, staging_bytes: int) -> tuple[Push, int]:
+    """From an actor into parameters beside it; and the most bytes that tensors made by binding the plan took."""
+    where = (parameters, actor.arch, rollout_tp, actor.grid.engine_rank)
     plan = plan_push(actor.pieces, vllm_layout(*where))
     padding = vllm_padding(*where)
     with Allocations() as made:
         push = Push(plan, actor.tensors, parameters, padding=padding, staging_bytes=staging_bytes)
-    return push, made.largest
+    return push, made.peak
 
 
 def run(
@@ -45,8 +47,8 @@ def run(
     source = Path(settings.model.path)
     actor = make_actor(source, config["actor"], rollout_tp=settings.rollout.tp)
     engine = VllmEngine(settings, actor.arch, source, EOS_IDS)
-    push, largest = make_push(actor, engine, staging)
-    result: dict[str, Any] = {"answers": [], "different": [], "reports": [], "largest_made": largest}
+    push, bound = make_push(actor, engine.parameters(), settings.rollout.tp, staging)
+    result: dict[str, Any] = {"answers": [], "different": [], "reports": [], "made_binding": bound, "made": []}
     result |= described(push)
     addresses = {name: tensor.data_ptr() for name, tensor in engine.parameters().items()}
     for number, batch in enumerate(mini_batches(actor, trees, 2, "tree")[:rounds]):
@@ -56,7 +58,7 @@ def run(
         engine.wake_weights()
         with Allocations() as made:
             result["reports"].append(vars(push.run()))
-        result["largest_made"] = max(result["largest_made"], made.largest)
+        result["made"].append(made.peak)
         engine.wake_cache()
         result["answers"].append(engine.greedy(prompts, tokens))
         direct = {name: tensor.clone() for name, tensor in engine.parameters().items()}
@@ -66,30 +68,95 @@ def run(
         result["different"] += different(direct, engine.parameters())
         export_directory(source, Path(out) / f"round_{number}", named(actor))
     result["moved"] = sum(tensor.data_ptr() != addresses[n] for n, tensor in engine.parameters().items())
-    result["damage"] = damaged(push)
+    result["damage"] = [damaged(push, scale) for scale in (False, True)]
     return result
 
 
+def run_blocks(
+    directory: str, settings: dict[str, Any], rollout_tp: int, trees: str, rounds: int, staging: int
+) -> dict[str, Any]:
+    """FP8 pushes into parameters of vLLM's shapes without its kernels, which not every CPU has.
+
+    After each of `rounds` optimizer steps, compared with the gathered tensors, cut and quantised here.
+    """
+    actor = make_actor(Path(directory), settings, rollout_tp=rollout_tp)
+    quantised = fp8_shapes(actor.arch, rollout_tp)
+    parameters = {
+        name: torch.zeros(shape, dtype=FP8 if name in quantised else torch.bfloat16)
+        for name, shape in vllm_shapes(actor.arch, rollout_tp).items()
+    }
+    parameters |= {name + SCALE: torch.zeros(scale_shape(shape)) for name, shape in quantised.items()}
+    push, bound = make_push(actor, parameters, rollout_tp, staging)
+    result: dict[str, Any] = {"different": [], "reports": [], "made_binding": bound, "made": []}
+    result |= described(push)
+    for batch in mini_batches(actor, trees, 2, "tree")[:rounds]:
+        step(actor, batch)
+        spoil(parameters)
+        with Allocations() as made:
+            result["reports"].append(vars(push.run()))
+        result["made"].append(made.peak)
+        result["different"] += different(sliced(actor, parameters, rollout_tp), parameters)
+    result["damage"] = [damaged(push, scale) for scale in (False, True)]
+    return result
+
+
+def sliced(actor: Actor, parameters: dict[str, Tensor], rollout_tp: int) -> dict[str, Tensor]:
+    """What should stand in the parameters."""
+    whole = {name: torch.zeros(tensor.shape) for name, tensor in parameters.items()}
+    full = dict(named(actor))
+    for piece in vllm_pieces(actor.arch, rollout_tp, actor.grid.engine_rank):
+        piece.of_local(whole).copy_(box(full[piece.tensor], piece.start, piece.shape))
+    expected = {name: tensor.to(parameters[name].dtype) for name, tensor in whole.items()}
+    for name in fp8_shapes(actor.arch, rollout_tp):
+        expected[name], expected[name + SCALE] = quantise(whole[name].bfloat16())
+    return expected
+
+
 class Allocations(TorchDispatchMode):
-    """Remembers the bytes of the largest storage that an operation made."""
+    """Counts the bytes of storages that operations made and that are still there; `peak` is the most."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in known:
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
         return out
+
+    def _count(self, nbytes: int) -> None:
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
 
 
 def described(push: Push) -> dict[str, Any]:
-    """What the plan says of this rank: bytes it would receive unquantised, and who quantises what."""
-    received = [t for t in push.plan if not t.local and t.target == push.rank]
-    return {"plain_bytes": push.dtype.itemsize * sum(t.numel for t in received), "quantisers": quantisers(push.plan)}
+    """What the plan says of this rank.
+
+    plain_bytes: received if nothing were quantised; boxes: sent and received; cut_bytes: of those FP8 blocks of a
+    parameter that come in parts, in the rollout's dtype, for the parameter that has most; strip: elements of the
+    largest box that is quantised.
+    """
+    mine = [t for t in push.plan if push.rank in (t.source, t.target)]
+    cut: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for t in mine:
+        if t.form == "edge" and t.target == push.rank:
+            ends = [first + size for first, size in zip(t.target_start, t.shape, strict=True)]
+            spans = [range(a // BLOCK, -(-b // BLOCK)) for a, b in zip(t.target_start, ends, strict=True)]
+            cut[t.target_local] |= set(itertools.product(*spans))
+    return {
+        "plain_bytes": push.dtype.itemsize * sum(t.numel for t in mine if not t.local and t.target == push.rank),
+        "quantisers": quantisers(push.plan),
+        "boxes": sum(len(message.parts) for r in push.rounds for message in (*r.sends, *r.receives)),
+        "cut_bytes": BLOCK**2 * push.dtype.itemsize * max(map(len, cut.values()), default=0),
+        "strip": max((t.numel for t in mine if t.form == "blocks"), default=0),
+    }
 
 
 def step(actor: Actor, batch: list[Any]) -> None:
@@ -115,20 +182,36 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))]
 
 
-def damaged(push: Push) -> str | None:
-    """Flip one bit of the first byte that arrives on rank 1; what the push says about it."""
-    finish = push._finish
+def damaged(push: Push, scale: bool) -> list[str | None]:
+    """Flip one bit of what arrives on rank 1; what the push says about it, and what it should say there.
+
+    scale: a bit of the last FP8 block's scale, otherwise one of the last box of the first message.
+    """
+    finish, chosen = push._finish, None
+    if push.rank == 1:
+        messages = [message for current in push.rounds for message in current.receives]
+        parts = [part for message in messages for part in message.parts if part.scale_slot is not None]
+        if not scale and messages:
+            parts = messages[0].parts
+        chosen = parts[-1] if parts else None
 
     def flip(number: int, works: list[Any], sums: Any) -> None:
         for work in works:
             work.wait()
-        if dist.get_rank() == 1 and number == 0:
-            push.rounds[0].receives[0].parts[0].slot.view(torch.uint8).view(-1)[0] ^= 1
+        for part in (part for message in push.rounds[number].receives for part in message.parts):
+            if part is chosen:
+                slot = part.scale_slot if scale else part.slot
+                slot.view(torch.uint8).view(-1)[-1] ^= 1
         finish(number, [], sums)
 
     push._finish = flip
+    found = expected = None
+    if chosen is not None:
+        bad = chosen.transfer
+        expected = f"push: {bad.tensor} from rank {bad.source} arrived damaged in {bad.target_local} on rank 1"
     try:
         push.run()
     except TransferError as error:
-        return str(error)
-    return None
+        found = str(error)
+    push._finish = finish
+    return [found, expected]

@@ -34,9 +34,14 @@ LONG = {
 }
 # Two key/value heads of 64: however two ranks share them, on one side or the other, they cut blocks of keys and values.
 BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+STRIPS = BLOCKS | {"intermediate_size": 640}  # 2.5 or 1.25 blocks a rank
 FP8 = {
     "pp2 to tp2, fp8": (2, {"family": "llama"} | BLOCKS, {"pp": 2}, 2),
     "tp2 to two engines, fp8": (2, {"family": "qwen2"} | BLOCKS, {"tp": 2}, 1),
+}
+CUT = {  # without an engine, on any CPU
+    "tp2 pp2 to four engines, strips": (4, {"family": "llama"} | STRIPS, {"tp": 2, "pp": 2}, 1),
+    "tp4 to four engines, strips": (4, {"family": "qwen3"} | STRIPS, {"tp": 4}, 1),
 }
 PROMPTS = torch.randint(4, VOCAB, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -44,17 +49,20 @@ PROMPTS = torch.randint(4, VOCAB, (6, 40), generator=torch.Generator().manual_se
 def run(case, model_directory, folder, rollout, staging):
     """Results of the ranks."""
     processes, model, actor, rollout_tp = case
-    write_trees(folder / "random.jsonl", [random_tree(seed) for seed in range(2 * ROUNDS)])
-    overrides = {key: value for key, value in model.items() if key != "family"}
     config = {
-        "model": {"path": str(model_directory(model["family"], **overrides))},
+        "model": {"path": str(model_directory(**model))},
         "data": {"train": "none", "max_prompt_tokens": 64},
         "rollout": {"tp": rollout_tp, "tree": {"segment_tokens": 16, "max_depth": 4}} | rollout,
         "actor": {"dtype": "float32", "optimizer": {"lr": 1e-2}} | actor,
     }
-    arguments = {"config": config, "prompts": PROMPTS, "trees": str(folder / "random.jsonl"), "rounds": ROUNDS}
+    arguments = {"config": config, "prompts": PROMPTS, "trees": trees(folder), "rounds": ROUNDS}
     arguments |= {"tokens": TOKENS, "staging": staging, "out": str(folder)}
     return launch("push:run", processes, arguments, limit=600)
+
+
+def trees(folder):
+    write_trees(folder / "random.jsonl", [random_tree(seed) for seed in range(2 * ROUNDS)])
+    return str(folder / "random.jsonl")
 
 
 @pytest.fixture(scope="module", params=[*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in LONG)])
@@ -75,6 +83,15 @@ def fp8_job(request, model_directory, tmp_path_factory):
     return run(FP8[request.param], model_directory, folder, rollout, FP8_STAGING), folder
 
 
+@pytest.fixture(scope="module", params=CUT)
+def cut_job(request, model_directory, tmp_path_factory):
+    """Results of the ranks; FP8 parameters without an engine that computes in them."""
+    processes, model, actor, rollout_tp = CUT[request.param]
+    arguments = {"directory": str(model_directory(**model)), "settings": {"optimizer": {"lr": 1e-2}} | actor}
+    arguments |= {"rollout_tp": rollout_tp, "trees": trees(tmp_path_factory.mktemp("cut")), "rounds": ROUNDS}
+    return launch("push:run_blocks", processes, arguments | {"staging": FP8_STAGING}, limit=600)
+
+
 def test_greedy_answers_equal_transformers(job):
     case, ranks, folder = job
     telling = check_answers(ranks, folder, PROMPTS, ROUNDS)
@@ -86,11 +103,11 @@ def test_greedy_answers_equal_transformers(job):
 def same_bytes(ranks):
     for rank in ranks:
         assert rank["different"] == []
-        assert rank["moved"] == 0
 
 
 def test_direct_and_gathered_pushes_leave_the_same_bytes(job):
     same_bytes(job[1])
+    assert [rank["moved"] for rank in job[1]] == [0] * len(job[1])
 
 
 def bounded(ranks, staging):
@@ -116,23 +133,37 @@ def test_staging_is_bounded_and_each_byte_goes_once(job):
     assert received == [rank["plain_bytes"] for rank in ranks]
 
 
-def test_nothing_larger_than_the_staging_is_allocated(job):
-    """A quarter of it is a half of one direction; the largest tensor, the embedding, is five times that."""
-    for rank in job[1]:
-        assert rank["largest_made"] <= STAGING // 4 < VOCAB * 128 * 4
+def test_memory_of_a_push_is_the_staging_and_checksums(job):
+    """All that is alive at any time; the largest tensor, the embedding, would be two and a half times the staging."""
+    assert STAGING < VOCAB * 128 * 4
+    held(job[1])
+    assert all(report["waiting_bytes"] == 0 for rank in job[1] for report in rank["reports"])
+
+
+def held(ranks):
+    """Binding makes the staging buffer, and a push checksums, at most three numbers of eight bytes a box.
+
+    In FP8 also blocks that wait, and of what is being quantised the rounded weights, their sizes, and these in float32.
+    """
+    for rank in ranks:
+        for made, report in zip(rank["made"], rank["reports"], strict=True):
+            assert rank["made_binding"] <= report["staging_bytes"] + 8
+            assert made <= report["waiting_bytes"] + (2 + 2 + 4) * rank["strip"] + 24 * rank["boxes"]
 
 
 def test_a_damaged_byte_is_noticed(job):
     if not job[1][1]["reports"][0]["received_bytes"]:
         pytest.skip("nothing arrives on rank 1 in this layout")
-    noticed(job[1])
+    noticed(job[1], 0)
 
 
-def noticed(ranks):
-    damage = [rank["damage"] for rank in ranks]
-    assert damage[1].startswith(("push: model.", "push: lm_head.weight "))
-    assert damage[1].endswith("on rank 1")
-    assert [d for d in damage if d is not None] == [damage[1]]
+def noticed(ranks, which):
+    """On rank 1 alone, under the name of the tensor that was damaged."""
+    damage = [rank["damage"][which] for rank in ranks]
+    found, expected = damage[1]
+    assert found == expected
+    assert expected.startswith("push: ")
+    assert all(other == [None, None] for index, other in enumerate(damage) if index != 1)
 
 
 def test_fp8_direct_pushes_leave_what_vllm_itself_quantises(fp8_job):
@@ -150,7 +181,36 @@ def test_fp8_halves_the_bytes(fp8_job):
 
 
 def test_fp8_damage_is_noticed(fp8_job):
-    noticed(fp8_job[0])
+    noticed(fp8_job[0], 0)
+    noticed(fp8_job[0], 1)
+
+
+def test_fp8_memory_is_bounded(fp8_job):
+    held(fp8_job[0])
+    waiting(fp8_job[0])
+
+
+def waiting(ranks):
+    """Cut blocks of one parameter at a time."""
+    for rank in ranks:
+        for report in rank["reports"]:
+            assert report["waiting_bytes"] <= rank["cut_bytes"]
+    assert any(rank["cut_bytes"] for rank in ranks)
+
+
+def test_cut_blocks_are_those_of_the_gathered_weights(cut_job):
+    same_bytes(cut_job)
+    bounded(cut_job, FP8_STAGING)
+
+
+def test_cut_blocks_wait_for_one_parameter_at_a_time(cut_job):
+    held(cut_job)
+    waiting(cut_job)
+
+
+def test_damage_of_a_value_and_of_a_scale_is_noticed(cut_job):
+    noticed(cut_job, 0)
+    noticed(cut_job, 1)
 
 
 def test_fp8_answers_are_those_of_the_quantised_weights(fp8_job):

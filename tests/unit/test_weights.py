@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 from models import EOS_IDS, Reference, make_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.weights import hf
-from treepo_mcore.weights.hf import export_directory, gather_tensors, load_pieces
+from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors, load_pieces
 from treepo_mcore.weights.layout import Piece, hf_shapes
 from treepo_mcore.weights.megatron import parameter_pieces
 
@@ -79,7 +79,7 @@ def test_export_of_what_was_loaded(directory, group, tmp_path, monkeypatch, shar
     pieces = pieces_of(arch, 1, 0)
     load_pieces(directory, arch, pieces, tensors)
     target = tmp_path / "exported"
-    export_directory(directory, target, gather_tensors(arch, pieces, tensors, torch.float32))
+    export_directory(directory, target, gather_tensors(arch, pieces, tensors, torch.float32, to=0))
     source = load_file(directory / "model.safetensors")
     files = sorted(target.glob("*.safetensors"))
     assert (len(files) > 1) == bool(shard_bytes)
@@ -110,6 +110,65 @@ def test_export_in_half_precision_says_so(directory, group, tmp_path):
     source = load_file(directory / "model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, source[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("sizes", [(300_000, None), (None, 300_000)])
+def test_a_second_export_replaces_the_first(directory, group, tmp_path, monkeypatch, sizes):
+    """Shards and their index, then one file, and the other way round; a job that died may have left a part."""
+    arch = read_architecture(directory)
+    pieces = pieces_of(arch, 1, 0)
+    target = tmp_path / "exported"
+    target.mkdir()
+    (target / "part-1.safetensors").touch()
+    for value, shard_bytes in zip((1.0, 2.0), sizes, strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(hf, "SHARD_BYTES", shard_bytes or hf.SHARD_BYTES)
+            tensors = {name: torch.full(shape, value) for name, shape in local_shapes(arch, 1).items()}
+            export_directory(directory, target, gather_tensors(arch, pieces, tensors, torch.float32))
+    found = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
+    load_pieces(target, arch, pieces, found)
+    assert all((piece.of_local(found) == 2.0).all() for piece in pieces)
+    files = sorted(file.name for file in target.glob("*.safetensors*"))
+    if sizes[1] is None:
+        assert files == ["model.safetensors"]
+    else:
+        assert files[-1] == "model.safetensors.index.json"
+        assert set(files[:-1]) == set(json.loads((target / files[-1]).read_text())["weight_map"].values())
+
+
+def test_the_model_itself_is_no_target(directory, group, tmp_path):
+    (tmp_path / "link").symlink_to(directory)
+    with pytest.raises(ConfigError, match=r"link: found the model's own directory as the target of an export"):
+        export_directory(directory, tmp_path / "link", iter(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_need_scales_are_refused(directory, dtype):
+    """Copied as plain numbers they would load, and mean nothing."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, file)
+    kind = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}[dtype]
+    message = rf"model\.safetensors: tensor {name} has dtype {kind}, expected one of F64, F32, F16, BF16$"
+    with pytest.raises(ConfigError, match=message):
+        check_weights(directory, read_architecture(directory))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_names_of_transformer_engine(directory, tp):
+    """It fuses the norms into the linear layers behind them; the pieces are those of the norms apart."""
+    arch = read_architecture(directory)
+    fused = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+    for apart, name in fused.items():
+        local = f"0.decoder.layers.1.{name}"
+        found = list(parameter_pieces(arch, f"decoder.layers.1.{name}", local, (arch.hidden,), 2, tp - 1))
+        other = list(parameter_pieces(arch, f"decoder.layers.1.{apart}", local, (arch.hidden,), 2, tp - 1))
+        hf_name = "input_layernorm" if apart.startswith("input") else "post_attention_layernorm"
+        assert found == other == [Piece(f"model.layers.3.{hf_name}.weight", (0,), (arch.hidden,), local, (0,))]
 
 
 def test_a_tensor_that_nobody_holds_is_an_error(directory, group):

@@ -101,13 +101,17 @@ def quantisers(plan: list[Transfer]) -> dict[str, Where]:
 
 
 class Edges:
-    """The blocks of one parameter that come in parts: put together in the rollout's dtype, quantised when complete."""
+    """The blocks of a rank that come in parts: put together in the rollout's dtype, quantised when complete."""
 
-    def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        self.values, self.scale, self.dtype = values, scale, dtype
-        self.waiting: dict[tuple[int, int], tuple[Tensor, int]] = {}  # block -> what is there, elements still missing
+    def __init__(self, parameters: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        """parameters: name -> E4M3 values and their scales, both written here."""
+        self.parameters, self.dtype = parameters, dtype
+        # (parameter, row and column of the block) -> what is there, elements still missing
+        self.waiting: dict[tuple[str, int, int], tuple[Tensor, int]] = {}
+        self.bytes = 0  # of what is waiting
+        self.peak = 0  # most that these were
 
-    def put(self, start: tuple[int, ...], part: Tensor) -> None:
+    def put(self, name: str, start: tuple[int, ...], part: Tensor) -> None:
         """part: a box of the parameter that begins at `start`."""
         ends = [first + size for first, size in zip(start, part.shape, strict=True)]
         spans = [range(first // BLOCK, -(-end // BLOCK)) for first, end in zip(start, ends, strict=True)]
@@ -116,20 +120,24 @@ class Edges:
             low = tuple(map(max, corner, start))
             shape = tuple(min(c + BLOCK, end) - a for c, end, a in zip(corner, ends, low, strict=True))
             piece = box(part, tuple(a - b for a, b in zip(low, start, strict=True)), shape)
-            self._put_into_block((index[0], index[1]), tuple(a - c for a, c in zip(low, corner, strict=True)), piece)
+            self._put_into_block(name, index, tuple(a - c for a, c in zip(low, corner, strict=True)), piece)
 
-    def _put_into_block(self, index: tuple[int, int], start: tuple[int, ...], piece: Tensor) -> None:
-        rows, columns = (slice(i * BLOCK, (i + 1) * BLOCK) for i in index)
-        target = self.values[rows, columns]
-        block, missing = self.waiting.pop(index, (None, target.numel()))
+    def _put_into_block(self, name: str, index: tuple[int, ...], start: tuple[int, ...], piece: Tensor) -> None:
+        row, column = index
+        values, scale = self.parameters[name]
+        target = values[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
+        block, missing = self.waiting.pop((name, row, column), (None, target.numel()))
         if block is None:
             block = torch.empty(target.shape, dtype=self.dtype, device=target.device)
+            self.bytes += block.nbytes
+            self.peak = max(self.peak, self.bytes)
         box(block, start, tuple(piece.shape)).copy_(piece)
         missing -= piece.numel()
         if missing:
-            self.waiting[index] = block, missing
+            self.waiting[name, row, column] = block, missing
         else:
-            quantise_into(block, target, self.scale[index[0] : index[0] + 1, index[1] : index[1] + 1], self.dtype)
+            quantise_into(block, target, scale[row : row + 1, column : column + 1], self.dtype)
+            self.bytes -= block.nbytes
 
 
 def _split(transfer: Transfer, whole: tuple[int, ...]) -> list[Transfer]:

@@ -20,11 +20,12 @@ from treepo_mcore.config import ConfigError
 from treepo_mcore.weights.layout import Piece, box, hf_shapes
 
 SHARD_BYTES = 5 << 30  # of one exported safetensors file, the hub's habit
+READABLE = ("F64", "F32", "F16", "BF16")  # safetensors' names; others (F8_E4M3, I8) need scales that are not read here
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, chat template
 
 
 def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
-    """Tensor name -> file, after comparing every header with the shapes that config.json implies.
+    """Tensor name -> file, after comparing every header with the shapes that config.json implies; and its dtype.
 
     Raises `ConfigError` with the tensor's name.
     """
@@ -33,6 +34,9 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
     for name, shape in hf_shapes(arch).items():
         if name not in files:
             raise ConfigError(f"{directory}: tensor {name} is missing from the safetensors files")
+        dtype = headers[files[name]][name]["dtype"]
+        if dtype not in READABLE:
+            raise ConfigError(f"{files[name]}: tensor {name} has dtype {dtype}, expected one of {', '.join(READABLE)}")
         found = tuple(headers[files[name]][name]["shape"])
         if found != shape:
             raise ConfigError(
@@ -57,33 +61,60 @@ def load_pieces(directory: Path, arch: Architecture, pieces: list[Piece], tensor
 
 @torch.no_grad()
 def gather_tensors(
-    arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor], dtype: torch.dtype
+    arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor], dtype: torch.dtype, to: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every full HF tensor in turn, on every rank. Collective; peak memory is one tensor.
+    """Every full HF tensor in turn. Collective.
 
-    The plain way, against which shard-to-shard transfer is tested. Among replicas the lowest rank sends.
+    to: the one rank that gets them; the others send what they own and get nothing. By default all ranks get them, the
+    plain way against which shard-to-shard transfer is tested. Among replicas the lowest rank sends. Peak memory of a
+    rank that gets them: the full tensor and the share of it that one rank owns, which for a pipeline without tensor
+    parallelism is the same size again; the caller adds what it keeps. Of the others: their own share.
     """
     owned = _owners(pieces)
-    rank, device = dist.get_rank(), next(iter(tensors.values())).device
-    mine = {(p.tensor, p.start, p.shape): p for p in pieces}
+    device = next(iter(tensors.values())).device
+    mine = {(p.tensor, p.start, p.shape): p.of_local(tensors) for p in pieces}
     for name, shape in hf_shapes(arch).items():
-        full = torch.empty(shape, dtype=dtype, device=device)
-        covered = 0
+        covered = sum(math.prod(extent) for boxes in owned[name].values() for _, extent in boxes)
+        if covered != math.prod(shape):
+            raise RuntimeError(f"{name}: {covered} of {math.prod(shape)} elements have an owner")
+        full = torch.empty(shape, dtype=dtype, device=device) if to in (None, dist.get_rank()) else None
         for owner, boxes in owned[name].items():
-            size = sum(math.prod(s) for _, s in boxes)
-            flat = torch.empty(size, dtype=dtype, device=device)
-            parts = flat.split([math.prod(s) for _, s in boxes])
-            if owner == rank:
-                for part, (start, extent) in zip(parts, boxes, strict=True):
-                    part.view(extent).copy_(mine[name, start, extent].of_local(tensors))
-            if dist.get_world_size() > 1:
-                dist.broadcast(flat, owner)
-            for part, (start, extent) in zip(parts, boxes, strict=True):
-                box(full, start, extent).copy_(part.view(extent))
-            covered += size
-        if covered != full.numel():
-            raise RuntimeError(f"{name}: {covered} of {full.numel()} elements have an owner")
-        yield name, full
+            share = [(start, extent, mine.get((name, start, extent))) for start, extent in boxes]
+            _gather_share(full, share, owner, to, dtype, device)
+        if full is not None:
+            yield name, full
+        del full  # before there is another one
+        if to is not None:
+            dist.barrier()  # in step: who has sent all would wait for the last tensor longer than a group's time limit
+
+
+def _gather_share(
+    full: Tensor | None,
+    share: list[tuple[tuple[int, ...], tuple[int, ...], Tensor | None]],
+    owner: int,
+    to: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """What one rank owns of a tensor. share: boxes, start and shape, with this rank's own copy where it has one."""
+    rank = dist.get_rank()
+    if full is None and rank != owner:
+        return
+    flat = torch.empty(sum(math.prod(extent) for _, extent, _ in share), dtype=dtype, device=device)
+    parts = flat.split([math.prod(extent) for _, extent, _ in share])
+    if rank == owner:
+        for part, (_, extent, local) in zip(parts, share, strict=True):
+            assert local is not None
+            part.view(extent).copy_(local)
+    if to is None and dist.get_world_size() > 1:
+        dist.broadcast(flat, owner)
+    elif to is not None and owner != to:
+        operation = dist.P2POp(dist.isend, flat, to) if rank == owner else dist.P2POp(dist.irecv, flat, owner)
+        for work in dist.batch_isend_irecv([operation]):
+            work.wait()
+    if full is not None:
+        for part, (start, extent, _) in zip(parts, share, strict=True):
+            box(full, start, extent).copy_(part.view(extent))
 
 
 def _owners(pieces: list[Piece]) -> dict[str, dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]]]:
@@ -104,11 +135,18 @@ def _owners(pieces: list[Piece]) -> dict[str, dict[int, list[tuple[tuple[int, ..
 def export_directory(source: Path, target: Path, named: Iterable[tuple[str, Tensor]]) -> None:
     """Write a directory that `transformers` and vLLM load: sharded safetensors, index, config and tokenizer.
 
-    named comes from `gather_tensors`, which every rank must run through; only rank 0 writes.
+    source: where configuration and tokenizer are. target: weights of an earlier export in it are removed; it cannot be
+    `source` (`ConfigError`). named comes from `gather_tensors`, which every rank must run through; only rank 0 needs
+    the tensors (`to=0`) and writes. It keeps up to `SHARD_BYTES`, or the largest tensor, in host memory.
     """
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"{target}: found the model's own directory as the target of an export, expected another one")
     writes = dist.get_rank() == 0
     if writes:
         target.mkdir(parents=True, exist_ok=True)
+        for pattern in ("model*.safetensors*", "part-*.safetensors"):  # an old index would outweigh a new single file
+            for file in target.glob(pattern):
+                file.unlink()
         for pattern in COPIED:
             for file in source.glob(pattern):
                 if not file.name.endswith(".index.json"):
@@ -127,6 +165,7 @@ def export_directory(source: Path, target: Path, named: Iterable[tuple[str, Tens
         shards[-1][name] = tensor.cpu()
         size += nbytes
         total += nbytes
+        del tensor  # on a GPU, before there is another one
     if writes:
         _finish(target, shards, total, dtype)
     dist.barrier()

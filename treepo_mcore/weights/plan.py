@@ -170,28 +170,46 @@ def make_rounds(plan: list[Transfer], limit: int, itemsize: int = 1) -> list[lis
     Each transfer goes into the earliest round that its sender and its receiver both still have room in. Those between
     ranks equally far apart come first together: each rank is in few of them, so that all send side by side, where in
     the order of the layers many receivers would wait for the same stage. Between two ranks the plan's order stays.
-    Boxes larger than a round are cut by rows; raises `PlanError` where one row (of blocks, in FP8) is larger than
-    `limit`. itemsize: bytes of an element of the rollout's dtype.
+    Parts of FP8 blocks are the exception: a receiver gets them parameter by parameter, whichever ranks send them, so
+    that only one parameter has incomplete blocks at a time. Boxes larger than a round are cut by rows; raises
+    `PlanError` where one row (of blocks, in FP8) is larger than `limit`. itemsize: bytes of an element of the rollout's
+    dtype.
     """
-    world = 1 + max((max(transfer.source, transfer.target) for transfer in plan), default=0)
-    crossing = (transfer for transfer in plan if not transfer.local)
     rounds: list[list[Transfer]] = []
     sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> bytes
     received: dict[tuple[int, int], int] = defaultdict(int)
-    latest: dict[tuple[int, int], int] = defaultdict(int)  # source, target -> round of their last transfer
-    for transfer in sorted(crossing, key=lambda t: (t.source - t.target) % world):
+    latest: dict[tuple[int, int | None], int] = defaultdict(int)  # target, source (None: edges) -> their last round
+    for transfer in _by_distance(plan):
         for part in _cut(transfer, limit, itemsize):
             source, target, size = part.source, part.target, part.bytes(itemsize)
-            number = latest[source, target]
+            lane = target, None if part.form == "edge" else source
+            number = latest[lane]
             while max(sent[source, number], received[target, number]) + size > limit:
                 number += 1
-            latest[source, target] = number
+            latest[lane] = number
             sent[source, number] += size
             received[target, number] += size
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number].append(part)
     return rounds
+
+
+def _by_distance(plan: list[Transfer]) -> list[Transfer]:
+    """What crosses ranks, by the distance from sender to receiver; for edges the least of any into their parameter."""
+    world = 1 + max((max(transfer.source, transfer.target) for transfer in plan), default=0)
+    distances = [((transfer.source - transfer.target) % world, transfer) for transfer in plan if not transfer.local]
+    nearest: dict[tuple[int, str], int] = defaultdict(lambda: world)
+    for distance, transfer in distances:
+        if transfer.form == "edge":
+            parameter = transfer.target, transfer.target_local
+            nearest[parameter] = min(nearest[parameter], distance)
+
+    def turn(item: tuple[int, Transfer]) -> int:
+        distance, transfer = item
+        return nearest[transfer.target, transfer.target_local] if transfer.form == "edge" else distance
+
+    return [transfer for _, transfer in sorted(distances, key=turn)]
 
 
 def _cut(transfer: Transfer, limit: int, itemsize: int) -> list[Transfer]:

@@ -1,8 +1,10 @@
 """Runs a plan: local copies straight into the engine's parameters, the rest point to point through a fixed buffer.
 
 Every round packs what a rank sends into one message per receiver, in the engine's dtype or as FP8 blocks and their
-scales; while a round is on the wire, the one before it is unpacked. The staging buffer is allocated once and is all the
-memory a push needs: no tensor is ever put together anywhere but in its parameter, and parameters keep their addresses.
+scales; while a round is on the wire, the one before it is unpacked. No tensor is ever put together anywhere but in its
+parameter, and parameters keep their addresses. The staging buffer is allocated once. Beside it a push needs, in FP8,
+what quantising takes for `fp8.CHUNK` elements (or a row of blocks) and the blocks of one parameter that several ranks
+have parts of, until the last part is there (`PushReport.waiting_bytes`); and checksums, eight bytes a box.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -40,6 +43,7 @@ class PushReport:
     received_bytes: int
     local_bytes: int
     staging_bytes: int
+    waiting_bytes: int  # most that incomplete FP8 blocks took at a time, beside the staging buffer
     seconds: float
     # Of `seconds`, spent on checksums. On a GPU kernels are only queued here; compare pushes with and without.
     checksum_seconds: float
@@ -52,7 +56,6 @@ class _Part:
     transfer: Transfer
     view: Tensor
     scale: Tensor | None = None  # of FP8 blocks: the view in the receiver's scales
-    edges: Edges | None = None  # of cut FP8 blocks: where the receiver puts them together
     slot: Tensor = field(init=False)
     scale_slot: Tensor | None = None
 
@@ -74,6 +77,7 @@ class _Message:
 class _Round:
     sends: list[_Message]
     receives: list[_Message]
+    edges: list[_Part]  # for cut FP8 blocks, parameter by parameter: what arrives, and before it this rank's own parts
 
 
 def gather_layouts(pieces: list[Piece]) -> list[list[Piece]]:
@@ -126,16 +130,21 @@ class Push:
         size = self.dtype.itemsize
         limit = round_limit(staging_bytes, dist.get_world_size())
         bind = _Binder(self.rank, sources, targets, self.dtype)
-        self.local = [(t, bind.source(t), bind.target(t)) for t in self.plan if t.local and t.target == self.rank]
+        mine = [t for t in self.plan if t.local and t.target == self.rank]
+        self.local = [(bind.source(t), bind.target(t)) for t in mine if t.form != "edge"]
+        for transfer in mine:
+            if transfer.form == "edge":
+                bind.own_edges[transfer.target_local].append(bind.own_edge(transfer))
         self.rounds = [bind.round(part) for part in make_rounds(self.plan, limit, size)]
+        self.local_edges = [part for parts in bind.own_edges.values() for part in parts]  # of parameters all its own
         # NCCL connects all ranks at their first collective; the rounds may involve only some of them.
         dist.all_reduce(torch.zeros(1, device=self.device))
         self.out = self._staging([r.sends for r in self.rounds])
         self.inbox = self._staging([r.receives for r in self.rounds])
-        self.edges = list(bind.edges.values())
+        self.edges = Edges({name: (targets[name], targets[name + SCALE]) for name in quantised}, self.dtype)
         self.sent_bytes = sum(m.size for r in self.rounds for m in r.sends)
         self.received_bytes = sum(m.size for r in self.rounds for m in r.receives)
-        self.local_bytes = sum(t.bytes(size) for t, _, _ in self.local)
+        self.local_bytes = sum(t.bytes(size) for t in mine)
         self.staging_bytes = sum(half.nbytes for half in (*self.out, *self.inbox))
         assert self.staging_bytes <= staging_bytes
 
@@ -147,6 +156,7 @@ class Push:
         """
         begin = time.perf_counter()
         sums = _Checksums(self.device) if verify else None
+        self.edges.peak = 0
         for view in self.padding:
             view.zero_()
         works: list[list[dist.Work]] = []
@@ -160,7 +170,7 @@ class Push:
             self._finish(len(self.rounds) - 1, works[-1], sums)
         else:
             self._copy_local()
-        assert not any(edges.waiting for edges in self.edges), "an FP8 block is incomplete"
+        assert not self.edges.waiting, "an FP8 block is incomplete"
         if sums is not None:
             sums.compare(self.rank)
         if self.device.type == "cuda":
@@ -170,6 +180,7 @@ class Push:
             self.received_bytes,
             self.local_bytes,
             self.staging_bytes,
+            self.edges.peak,
             time.perf_counter() - begin,
             sums.seconds if sums is not None else 0.0,
         )
@@ -188,13 +199,16 @@ class Push:
         return halves
 
     def _copy_local(self) -> None:
-        for transfer, source, target in self.local:
-            if target.edges is not None:
-                target.edges.put(transfer.target_start, source.view)
-            elif target.scale is not None:
+        for source, target in self.local:
+            if target.scale is not None:
                 quantise_into(source.view, target.view, target.scale, self.dtype)
             else:
                 target.view.copy_(source.view)
+        self._put_edges(self.local_edges)
+
+    def _put_edges(self, parts: list[_Part]) -> None:
+        for part in parts:
+            self.edges.put(part.transfer.target_local, part.transfer.target_start, part.slot)
 
     def _start(self, number: int, current: _Round, sums: _Checksums | None) -> list[dist.Work]:
         out, inbox = self.out[number % HALVES], self.inbox[number % HALVES]
@@ -221,16 +235,16 @@ class Push:
             work.wait()
         for message in self.rounds[number].receives:
             for part in message.parts:
-                if part.edges is not None:
-                    part.edges.put(part.transfer.target_start, part.slot)
-                else:
+                edge = part.transfer.form == "edge"
+                if not edge:
                     part.view.copy_(part.slot)
                 if part.scale is not None and part.scale_slot is not None:
                     part.scale.copy_(part.scale_slot)
                 if sums is not None:  # of what stands in the parameter now; a cut FP8 block does not yet
-                    sums.add(part.view if part.edges is None else part.slot, part.scale)
+                    sums.add(part.slot if edge else part.view, part.scale)
             if sums is not None:
                 sums.arrived(message)
+        self._put_edges(self.rounds[number].edges)
 
 
 class _Binder:
@@ -238,34 +252,41 @@ class _Binder:
 
     def __init__(self, rank: int, sources: dict[str, Tensor], targets: dict[str, Tensor], dtype: torch.dtype) -> None:
         self.rank, self.sources, self.targets, self.dtype = rank, sources, targets, dtype
-        self.edges: dict[str, Edges] = {}  # by parameter
+        self.own_edges: dict[str, list[_Part]] = defaultdict(list)  # by parameter, until a round takes them
 
     def source(self, transfer: Transfer) -> _Part:
         return _Part(transfer, box(self.sources[transfer.source_local], transfer.source_start, transfer.shape))
 
     def target(self, transfer: Transfer) -> _Part:
         name = transfer.target_local
-        if transfer.form == "edge":
-            if name not in self.edges:
-                self.edges[name] = Edges(self.targets[name], self.targets[name + SCALE], self.dtype)
-            return _Part(transfer, self.targets[name], edges=self.edges[name])
         part = _Part(transfer, box(self.targets[name], transfer.target_start, transfer.shape))
         if transfer.form == "blocks":
             start = tuple(first // BLOCK for first in transfer.target_start)
             part.scale = box(self.targets[name + SCALE], start, scale_shape(transfer.shape))
         return part
 
+    def own_edge(self, transfer: Transfer) -> _Part:
+        """It comes straight from the source, where that of another rank comes from the staging buffer."""
+        part = self.target(transfer)
+        part.slot = self.source(transfer).view
+        return part
+
     def round(self, transfers: list[Transfer]) -> _Round:
         sends: dict[int, _Message] = {}
         receives: dict[int, _Message] = {}
+        edges: list[_Part] = []
         for transfer in transfers:
             if transfer.source == self.rank:
                 message = sends.setdefault(transfer.target, _Message(transfer.target))
                 message.parts.append(self.source(transfer))
             elif transfer.target == self.rank:
                 message = receives.setdefault(transfer.source, _Message(transfer.source))
-                message.parts.append(self.target(transfer))
-        return _Round(self._placed(sends), self._placed(receives))
+                part = self.target(transfer)
+                message.parts.append(part)
+                if transfer.form == "edge":
+                    # Not before: until the others' parts are there, its own would only wait.
+                    edges += [*self.own_edges.pop(transfer.target_local, []), part]
+        return _Round(self._placed(sends), self._placed(receives), edges)
 
     def _placed(self, messages: dict[int, _Message]) -> list[_Message]:
         """Messages by peer, one behind the other in the staging half."""
