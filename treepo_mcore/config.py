@@ -154,7 +154,8 @@ class RolloutConfig(Section):
     # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
     # of its steps in that state the engine gives up what is unfinished; default: never.
     tail_steps: int | None = Field(None, ge=0)
-    unfinished: Literal["carry", "drop"] = "carry"  # carry: such prompts come first in the next step, sampled anew
+    # carry: such prompts come first in the next step, sampled anew, and are then left to finish.
+    unfinished: Literal["carry", "drop"] = "carry"
     # Engine steps between two meetings: ranks of an engine compare what they sampled and look for new prompts; under
     # run.deterministic, engines wait for outstanding rewards and share what they know.
     agreement_every: int = Field(16, ge=1)

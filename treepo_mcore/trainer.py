@@ -18,7 +18,7 @@ from treepo_mcore.actor.learn import learn
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.parallel import build_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
-from treepo_mcore.config import Config, check_grid, dump_config
+from treepo_mcore.config import Config, ConfigError, check_grid, dump_config
 from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.machine import this_machine
@@ -41,6 +41,9 @@ from treepo_mcore.weights.transfer import Push, plan_push
 from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 
 
+POLICY = "policy"  # below run.dir: what was trained, as a Hugging Face directory
+
+
 class Trainer:
     """A run from its configuration. Every rank makes one and calls `run`."""
 
@@ -54,6 +57,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         check_trackers(config.run.trackers)
         self.directory = resolve_model(config.model)
+        if trains and config.trainer.export and self.directory.resolve() == (config.run.dir / POLICY).resolve():
+            raise ConfigError(f"model.path: {self.directory} is where run.dir puts the trained policy")
         self.arch = read_architecture(self.directory)
         check_weights(self.directory, self.arch)
         tokenizer = self.tokenizer = load_tokenizer(self.directory)
@@ -224,8 +229,8 @@ class Trainer:
         self._save()
         if trainer.export:
             with self.phases.train(), self.actor.readable():
-                named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype)
-                export_directory(self.directory, run.dir / "policy", named)
+                named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype, to=0)
+                export_directory(self.directory, run.dir / POLICY, named)
         summary = {
             "accuracy_before": self.accuracy_before,
             "accuracy_after": after,

@@ -177,6 +177,12 @@ def test_model_that_is_not_there(config, tmp_path):
     assert "no such directory" in refused(config, f"model.path={tmp_path / 'nowhere'}")
 
 
+def test_a_model_that_the_run_would_write_over(config, model, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "policy").symlink_to(model)
+    assert "is where run.dir puts the trained policy" in refused(config)
+
+
 # Prompts.
 
 
