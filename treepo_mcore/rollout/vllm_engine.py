@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
 from treepo_mcore.weights.fp8 import check_whole_columns
 from treepo_mcore.weights.vllm import fp8_shapes, vllm_shapes
+
+log = logging.getLogger(__name__)
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -73,6 +76,9 @@ class VllmEngine:
         self.scheduler = _scheduler(self.client)
         self.preempted = _count_preemptions(self.scheduler)
         self.counter = 0
+        if torch.cuda.is_available() and torch.distributed.get_rank() == 0:
+            version = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
+            log.info("vLLM's Model Runner V%d (VLLM_USE_V2_MODEL_RUNNER; docs/gpu.md)", version)
 
     def submit(self, request: Request) -> None:
         params = SamplingParams(
@@ -259,17 +265,17 @@ def _prepare_quantization(config: RolloutConfig, arch: Architecture) -> None:
     if config.dtype == "float32":
         raise ConfigError(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
     check_whole_columns(fp8_shapes(arch, config.tp))
+    if os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0") != "0":  # on GPUs
+        raise ConfigError(
+            f"VLLM_USE_DEEP_GEMM: found {os.environ['VLLM_USE_DEEP_GEMM']}, expected 0 with quantization {BLOCK_FP8}: "
+            "DeepGEMM rounds scales to powers of two after loading, and pushes write them as they are"
+        )
 
 
 def _scheduler(client: Any) -> Any:
     """The scheduler behind an in-process client; its names are not vLLM's public interface."""
     return client.engine_core.scheduler
 
-    if os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0") != "0":  # on GPUs
-        raise ConfigError(
-            f"VLLM_USE_DEEP_GEMM: found {os.environ['VLLM_USE_DEEP_GEMM']}, expected 0 with quantization {BLOCK_FP8}: "
-            "DeepGEMM rounds scales to powers of two after loading, and pushes write them as they are"
-        )
 
 def _count_preemptions(scheduler: Any) -> list[int]:
     """A counter of one number that goes up whenever the scheduler takes a request's blocks away."""
