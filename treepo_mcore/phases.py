@@ -29,7 +29,7 @@ import torch
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.memory import Holder
 from treepo_mcore.architecture import Architecture
-from treepo_mcore.config import Config, ConfigError, MemoryConfig
+from treepo_mcore.config import Config, ConfigError, MemoryConfig, RolloutConfig
 from treepo_mcore.planner.constants import CONTEXT_BYTES, GRAPH_BYTES
 from treepo_mcore.planner.memory import plain_copies, update_working
 from treepo_mcore.planner.shards import Stage
@@ -196,16 +196,24 @@ class Phases:
         return f"out of device memory in phase {phase}: {_list(self.predicted(phase))} GiB{used}"
 
 
-def check_allocator(environment: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for allocator settings that Megatron and vLLM's sleep mode do not both take.
+def check_allocator(environment: Mapping[str, str], rollout: RolloutConfig) -> None:
+    """Raise `ConfigError` for allocator settings that Megatron and vLLM do not both take.
 
-    vLLM turns `expandable_segments` off inside its own pool, but only when PYTORCH_CUDA_ALLOC_CONF has them.
+    vLLM turns `expandable_segments` off inside its sleeping pool, but only when PYTORCH_CUDA_ALLOC_CONF has them. The
+    buffers of its CUDA graphs lie outside of that pool, and its all-reduce shares them in a way that only ordinary
+    memory can be shared (cudaIpcGetMemHandle; vLLM issue 42609): the process would exit without a traceback.
     """
     new, old = environment.get("PYTORCH_ALLOC_CONF", ""), environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:True" in new:
         raise ConfigError(
             "PYTORCH_ALLOC_CONF: expandable_segments:True is not seen by vLLM's sleep mode, which must turn it off in "
             "its pool; set it in PYTORCH_CUDA_ALLOC_CONF"
+        )
+    own_all_reduce = rollout.tp > 1 and not rollout.engine.get("disable_custom_all_reduce")
+    if "expandable_segments:True" in old and own_all_reduce:
+        raise ConfigError(
+            f"PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True with rollout.tp: {rollout.tp}, whose all-reduce cannot "
+            "share such memory; leave it out, or set rollout.engine.disable_custom_all_reduce: true (NCCL takes over)"
         )
     if "backend:cudaMallocAsync" in new + old:
         raise ConfigError(

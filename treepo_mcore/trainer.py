@@ -72,7 +72,7 @@ class Trainer:
         make_pruner(config.rollout.tree.pruning)
         engine_arguments(config, self.arch, self.directory)
         megatron_configs(config.actor, self.arch)
-        check_allocator(os.environ)
+        check_allocator(os.environ, config.rollout)
         init_process_group()
         check_grid(config, dist.get_world_size())
         check_host_memory(config, self.arch, dist.get_world_size(), local_ranks(), torch.cuda.is_available())

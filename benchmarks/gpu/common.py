@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 NO_GPU = 3  # exit status
+LEAST = 120  # seconds that a cell needs to build its models: with less it would be ended for nothing
+GRACE = 60  # seconds until what ignores SIGTERM is killed; torchrun gives its workers 30
 RESULTS = Path(__file__).parents[1] / "results"
 
 # Sizes as in config.json; weights are random.
@@ -64,7 +69,7 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     """The options of every script."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS / f"gpu_{name}.json")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no cell begins later, none runs longer")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no cell runs longer, none begins in the last two")
     parser.add_argument("--fresh", action="store_true", help="forget what is in the file")
     parser.add_argument("--only", help="cells with this in their name")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -128,7 +133,7 @@ def run_cells(
     for name in cells:
         if name in results.cells:
             continue
-        if clock() >= end:
+        if end - clock() < LEAST:
             left.append(name)
             continue
         try:
@@ -147,12 +152,39 @@ def in_process(script: str, out: Path) -> Callable[[str, float], dict[str, Any]]
         file = out.with_suffix(".cell")
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, script, "--cell", name, "--cell-out", str(file)]
-        subprocess.run(command, check=True, timeout=seconds)
+        run_to_the_end(command, seconds)
         row: dict[str, Any] = json.loads(file.read_text())
         file.unlink()
         return row
 
     return launch
+
+
+def run_to_the_end(command: list[str], seconds: float) -> None:
+    """Raises `subprocess.SubprocessError` when it fails or takes longer; nothing that it started is left behind.
+
+    Torchrun's workers have sessions of their own, and only torchrun ends them: it must not be killed before it has.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(seconds)
+    finally:
+        _end(process)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The process and what it started in its session; nothing to do where all of it has ended."""
+    end = time.monotonic() + GRACE
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < end:
+            process.poll()  # or it counts although it has ended
+            os.killpg(process.pid, 0)
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(

@@ -25,8 +25,6 @@ from treepo_mcore.environment import prepare_environment
 
 prepare_environment()
 
-BYTES_A_PARAMETER = 20  # bf16 weight, float32 gradient, Adam's 12, and both orders of an FP8 copy
-SPARE = 14 << 30  # bytes for activations and libraries
 TREES, WIDTH, MEAN, BUDGET, REPEATS = 4, 16, 1024, 16384, 3
 CELLS = {f"{fp8}, prompt {prompt}": (fp8, prompt) for prompt in (512, 2048) for fp8 in ("none", "current", "blockwise")}
 
@@ -39,8 +37,8 @@ def measure(cell: tuple[str, int]) -> dict[str, Any]:
 
     fp8, prompt = cell
     with tempfile.TemporaryDirectory() as folder:
-        directory = write_model(Path(folder), "70b-layers", layers=1)
-        layers = how_many_layers(layer_parameters(read_architecture(directory)), torch.cuda.mem_get_info()[1])
+        arch = read_architecture(write_model(Path(folder), "70b-layers", layers=1))
+        layers = how_many_layers(arch, torch.cuda.mem_get_info()[1], torch.cuda.get_device_capability())
         actor = build(fp8, write_model(Path(folder), "70b-layers", layers=layers))
     packed = pack(prompt)
     return {"layers": layers} | describe(packed, in_turns(actor, packed), actor.arch)
@@ -78,7 +76,7 @@ def pack(prompt: int) -> dict[str, list[Any]]:
 def configuration(fp8: str, directory: Path) -> dict[str, Any]:
     """A run's, but with no layer left out of FP8."""
     megatron = {} if fp8 == "none" else {"first_last_layers_bf16": False}
-    actor = {"fp8": fp8, "micro_batch_tokens": BUDGET, "recompute": "selective", "megatron": megatron}
+    actor = {"fp8": fp8, "micro_batch_tokens": BUDGET, "megatron": megatron}
     return {"model": {"path": str(directory)}, "data": {"train": "none"}, "actor": actor}
 
 
@@ -91,9 +89,24 @@ def fill(directory: Path, arch: Any, pieces: Any, tensors: dict[str, Any]) -> No
             tensor.normal_(0.0, 0.02)
 
 
-def how_many_layers(parameters: int, memory: int) -> int:
-    """That fit beside activations. memory: bytes of the GPU."""
-    return max(1, (memory - SPARE) // (BYTES_A_PARAMETER * parameters))
+def how_many_layers(arch: Any, memory: int, capability: tuple[int, int]) -> int:
+    """That fit in an update by the planner's numbers, in every cell alike: FP8 has copies of weights on top.
+
+    memory: bytes of the GPU.
+    """
+    from treepo_mcore.config import ActorConfig
+    from treepo_mcore.planner.constants import CONTEXT_BYTES
+    from treepo_mcore.planner.memory import actor_state, update_working
+    from treepo_mcore.planner.shards import Stage
+
+    actor = ActorConfig.model_validate(configuration("blockwise", Path())["actor"])
+
+    def needed(layers: int) -> int:
+        stage = Stage(layers, True, True)
+        work = update_working(actor, arch, stage, 0, BUDGET, capability)
+        return sum(actor_state(actor, arch, stage, 1).values()) + sum(work.values()) + CONTEXT_BYTES
+
+    return max(layers for layers in range(1, 81) if layers == 1 or needed(layers) <= memory)
 
 
 def layer_parameters(arch: Any) -> int:

@@ -103,8 +103,10 @@ def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Na
     for step in range(arguments.steps):
         batch = order.sample(trees, arguments.batch)[grid.dp_rank :: grid.dp]
         packed = pack_trees(batch, [worth] * len(batch), trainer.config.actor.micro_batch_tokens)
-        trainer.actor.set_step(step)
-        metrics = trainer.actor.update(packed, None, objective="supervised")
+        with trainer.phases.train():
+            trainer.actor.set_step(step)
+            metrics = trainer.actor.update(packed, None, objective="supervised")
+            trainer.actor.finish_updates()
         if (step + 1) % arguments.look_every and step + 1 < arguments.steps:
             continue
         accuracy = trainer.evaluate()["eval/accuracy"]

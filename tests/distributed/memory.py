@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ from log_probs import make_actor
 
 from treepo_mcore import checkpoint
 from treepo_mcore.actor.memory import storages
+from treepo_mcore.trainer import Trainer
 
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 EVERYTHING = {"parameters", "gradients", "optimizer"}
 
 
@@ -33,6 +38,7 @@ def updates(
     actor = make_actor(Path(directory), settings)
     memory, sizes = actor.memory, {}
     memory.keep(set() if move else EVERYTHING)
+    pinned = memory.host_bytes()  # before Adam has moments
     for number, batch in enumerate(mini_batches(actor, trees, 4, "tree")):
         memory.keep(EVERYTHING)
         actor.set_step(0)
@@ -48,10 +54,30 @@ def updates(
             sizes = {
                 "device": [sum(s.nbytes() for s in storages(tensors)) for tensors in held(actor)],
                 "host": memory.host_bytes(),
+                "pinned": pinned,
                 "predicted": memory.bytes,
             }
     memory.keep(EVERYTHING)
     return {name: tensor.clone() for name, tensor in actor.tensors.items()}, sizes
+
+
+def warm_up(folder: str, model: str, out: str) -> dict[str, Any]:
+    """The quickstart's, two steps of it, with gradients and optimizer away between them as by default on a GPU."""
+    sys.path.insert(0, str(QUICKSTART))
+    import warmup
+
+    data = Path(folder)
+    arguments = Namespace(seed=0, steps=2, batch=4, lr=1e-3, until=1.0, look_every=2)
+    config = warmup.settings(Path(model), data, Path(out), arguments)
+    config.memory.offload = ["gradients", "optimizer"]
+    trainer = Trainer(config)
+    before = {name: tensor.clone() for name, tensor in trainer.actor.tensors.items()}
+    rows = [json.loads(line) for line in (data / "sft.jsonl").read_text().splitlines()[:8]]
+    warmup.warm_up(trainer, rows, arguments)
+    after = trainer.actor.tensors
+    trainer.close()
+    gone = [sum(s.nbytes() for s in storages(tensors)) for tensors in held(trainer.actor)[1:]]
+    return {"gone": gone, "changed": [name for name in before if not torch.equal(before[name], after[name])]}
 
 
 def held(actor: Any) -> list[list[torch.Tensor]]:

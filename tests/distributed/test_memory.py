@@ -1,5 +1,7 @@
 """Moving the actor's memory between updates changes nothing but where it lies."""
 
+from pathlib import Path
+
 from harness import launch
 from trees import random_tree
 
@@ -35,3 +37,12 @@ def test_updates_are_the_same_when_everything_moves_in_between(model_directory, 
             needed = predicted["parameters"] + predicted["optimizer"]
             # Every tensor begins on a multiple of 512 bytes; small ones take more than their size.
             assert needed <= found["host"] <= 1.25 * needed, (name, needed, found["host"])
+            assert found["pinned"] == found["host"], name
+
+
+def test_the_warm_up_of_the_quickstart_with_state_away_between_steps(task, tmp_path):
+    model = Path(next(override for override in task if override.startswith("model.path=")).split("=")[1])
+    arguments = {"folder": str(model.parent), "model": str(model), "out": str(tmp_path / "out")}
+    (found,) = launch("memory:warm_up", 1, arguments)
+    assert found["gone"] == [0, 0]
+    assert found["changed"]

@@ -5,7 +5,7 @@ import torch
 from trees import random_tree
 
 from treepo_mcore.actor.attention import ancestor_mask, dense_attention
-from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
+from treepo_mcore.actor.flex import MULTIPLE, flex, tree_block_mask
 from treepo_mcore.tree.advantage import LeafAdvantage
 from treepo_mcore.tree.packing import pack_trees
 
@@ -16,12 +16,12 @@ SCALE = HEAD**-0.5
 
 
 def ends(seeds, scale):
-    """subtree_end of packed trees, every token `scale` times, padded to whole blocks."""
+    """subtree_end of packed trees, every token `scale` times, padded as in a run."""
     trees = [random_tree(seed, leaves=6) for seed in seeds]
     worth = [LeafAdvantage(torch.zeros(len(t.leaves)).numpy(), torch.ones(len(t.leaves)).numpy()) for t in trees]
     (sequence,) = pack_trees(trees, worth, 10**6)
     end = (sequence.subtree_end * scale).repeat_interleave(scale)
-    return torch.cat([end, torch.arange(len(end), len(end) + -len(end) % BLOCK) + 1]).cuda()
+    return torch.cat([end, torch.arange(len(end), len(end) + -len(end) % MULTIPLE) + 1]).cuda()
 
 
 def run(attend, end, dtype):

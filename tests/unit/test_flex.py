@@ -1,11 +1,14 @@
 """FlexAttention's block mask: the same blocks as from the whole mask, and values equal to the dense reference."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.attention.flex_attention as library
 from trees import random_tree
 
-from treepo_mcore.actor.attention import ancestor_mask, dense_attention
+from treepo_mcore.actor import flex as module
+from treepo_mcore.actor.attention import ancestor_mask, attention_multiple, dense_attention
 from treepo_mcore.actor.batch import empty_sequence, micro_batch
 from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
 from treepo_mcore.tree.advantage import LeafAdvantage
@@ -76,5 +79,60 @@ def test_values_and_gradients_equal_the_dense_reference(seeds, scale, heads, mon
 
 
 def test_packed_sequences_are_padded_to_whole_blocks():
-    batch = micro_batch(empty_sequence(), None, None, multiple=BLOCK, implementation="flex", device=torch.device("cpu"))
-    assert batch.attention.blocks.shape[-2:] == (BLOCK, BLOCK)
+    """Two at least: a single one would be compiled for itself."""
+    settings = {"implementation": "flex", "device": torch.device("cpu")}
+    batch = micro_batch(empty_sequence(), None, None, multiple=attention_multiple("flex"), **settings)
+    assert batch.attention.blocks.shape[-2:] == (2 * BLOCK, 2 * BLOCK)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled when `flex` goes the way it goes on a GPU; the graphs are run as they are, not made kernels."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "flex_attention", module._compiled())
+    with torch._dynamo.config.patch(disable=False):
+        yield made
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def attend(blocks, heads=(8, 4)):
+    """Both passes of a sequence, as in a step: log-probs without gradients, then an update."""
+    size = blocks * BLOCK
+    mask = tree_block_mask(torch.arange(size) + 1)
+    for grad in (False, True):
+        q, k, v = (torch.randn(size, h, HEAD, requires_grad=grad) for h in (heads[0], heads[1], heads[1]))
+        with torch.set_grad_enabled(grad):
+            out = flex(q, k, v, mask, SCALE)
+    torch.testing.assert_close(out, v.repeat_interleave(heads[0] // heads[1], 1))  # every token sees itself alone
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((6, 2, 4, 8, 16, 10), 2),  # in blocks
+        ((8, 6, 4, 10), 4),  # the first has as many as there are heads
+        ((4, 8, 16, 6, 10, 12), 4),  # as groups, as heads, as numbers in a head
+    ],
+)
+def test_few_graphs_for_all_lengths(lengths, expected, graphs):
+    for blocks in lengths:
+        attend(blocks)
+    assert len(graphs) == expected
+
+
+def test_too_many_graphs_are_an_error_and_not_a_whole_matrix(graphs):
+    with torch._dynamo.config.patch(recompile_limit=2):
+        attend(6)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend(6, heads=(4, 4))

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from treepo_mcore.config import parse_config
 from treepo_mcore.environment import has_gpu
+from treepo_mcore.planner.hardware import make_cluster
+from treepo_mcore.planner.memory import plan_memory
 from treepo_mcore.weights.layout import hf_shapes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
@@ -60,9 +63,9 @@ def test_a_file_goes_on_where_it_stopped(tmp_path):
             raise subprocess.TimeoutExpired("cell", seconds)
         return {"tokens": 1.5}
 
-    now = iter([0, 1, 2, 100, 101, 200, 201, 500])
+    now = iter([0, 1, 2, 100, 101, 170, 171, 181])
     left = common.run_cells(dict.fromkeys("abcd"), common.Results(file, MACHINE), 5, launch, lambda: next(now))
-    assert left == ["b", "d"]  # b ran out of time, d would have begun after five minutes
+    assert left == ["b", "d"]  # b ran out of time, d would have had less than two minutes
     assert json.loads(file.read_text()) == {
         "machine": MACHINE,
         "cells": {"a": {"tokens": 1.5}, "c": {"tokens": 1.5}},
@@ -71,6 +74,33 @@ def test_a_file_goes_on_where_it_stopped(tmp_path):
     assert common.run_cells(dict.fromkeys("abcd"), again, 5, launch) == []
     assert [name for name, _ in measured] == ["a", "b", "c", "b", "d"]
     assert set(common.Results(file, MACHINE, fresh=True).cells) == set()
+
+
+def test_a_cell_that_runs_too_long_ends_with_all_that_it_started(tmp_path):
+    """What it started gets the time to end its own workers, as torchrun must; these have sessions of their own."""
+    worker = "import time; time.sleep(600)"
+    launcher = f"""
+import pathlib, signal, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", {worker!r}], start_new_session=True)
+def end(number, frame):
+    time.sleep(0.5)
+    worker.terminate()
+    worker.wait()
+    pathlib.Path({str(tmp_path / "ended")!r}).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+pathlib.Path({str(tmp_path / "started")!r}).touch()
+time.sleep(600)
+"""
+    cell = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {launcher!r}])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        common.run_to_the_end([sys.executable, "-c", cell], 5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ended", "started"]
+
+
+def test_a_cell_that_fails_is_an_error():
+    with pytest.raises(subprocess.CalledProcessError):
+        common.run_to_the_end([sys.executable, "-c", "raise SystemExit(3)"], 60)
 
 
 def test_results_of_another_machine_are_not_mixed(tmp_path):
@@ -91,7 +121,21 @@ def test_models_are_of_families_that_we_know(tmp_path):
         assert whole.architecture(directory).layers == 2
     dense = whole.architecture(common.write_model(tmp_path / "70", "70b-layers", layers=80))
     assert training.layer_parameters(dense) == 855_638_016
-    assert training.how_many_layers(training.layer_parameters(dense), 80 << 30) == 4
+
+
+def test_layers_of_70b_that_fit_by_the_planners_numbers(tmp_path):
+    arch = whole.architecture(common.write_model(tmp_path, "70b-layers", layers=1))
+    layers = {}
+    for name in ("h100", "h200"):
+        gpu = make_cluster(name, "ib400", 1, 1).gpu
+        layers[name] = training.how_many_layers(arch, gpu.memory, gpu.capability)
+        for number, fits in ((layers[name], True), (layers[name] + 1, False)):
+            directory = common.write_model(tmp_path / name, "70b-layers", layers=number)
+            settings = parse_config(training.configuration("blockwise", directory))
+            cluster = make_cluster(name, "ib400", 1, 1)
+            planned = plan_memory(settings, whole.architecture(directory), cluster, training.BUDGET)
+            assert (planned.total("update") <= gpu.memory) == fits
+    assert layers == {"h100": 3, "h200": 6}
 
 
 def test_flops_count_what_a_token_sees(tmp_path):

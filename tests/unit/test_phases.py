@@ -237,16 +237,21 @@ def test_a_host_buffer_grows_when_more_tensors_come():
 
 
 @pytest.mark.parametrize(
-    ("environment", "words"),
+    ("environment", "tp", "words"),
     [
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "set it in PYTORCH_CUDA_ALLOC_CONF"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, "no memory pools"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, 1, "set it in PYTORCH_CUDA_ALLOC_CONF"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, 1, "no memory pools"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, 2, r"rollout\.tp: 2, .*disable_custom_all_reduce"),
     ],
 )
-def test_allocator_settings_that_do_not_go_together(environment, words):
+def test_allocator_settings_that_do_not_go_together(environment, tp, words):
     with pytest.raises(ConfigError, match=words):
-        check_allocator(environment)
-    check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+        check_allocator(environment, config(rollout={"tp": tp}).rollout)
+
+
+@pytest.mark.parametrize("rollout", [{}, {"tp": 2, "engine": {"disable_custom_all_reduce": True}}])
+def test_expandable_segments_go_with_one_gpu_an_engine_or_nccl(rollout):
+    check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, config(rollout=rollout).rollout)
 
 
 def config(**sections):

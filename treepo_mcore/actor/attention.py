@@ -23,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
+from treepo_mcore.actor.flex import MULTIPLE, flex, tree_block_mask
 from treepo_mcore.config import ConfigError
 
 Implementation = Literal["dense", "chain", "flex"]
@@ -75,7 +75,7 @@ def choose_attention(wanted: Literal["auto", "dense", "chain", "flex"], gpu: boo
 
 def attention_multiple(implementation: Implementation) -> int:
     """Tokens of a packed sequence come in multiples of this."""
-    return BLOCK if implementation == "flex" else 1
+    return MULTIPLE if implementation == "flex" else 1
 
 
 def tree_params(parent: Tensor, subtree_end: Tensor, positions: Tensor, implementation: Implementation) -> TreeParams:

@@ -1,8 +1,8 @@
 """Tree attention for GPUs: FlexAttention (torch) with a block mask made straight from the intervals.
 
 Key k is visible to query q when ``k <= q < subtree_end[k]``. For a block of 128 x 128 that follows from two numbers a
-block of keys, so the table of blocks costs (S / 128)^2 and no mask of S x S is ever made. The kernel is compiled once,
-for lengths that vary; sequences come padded to whole blocks.
+block of keys, so the table of blocks costs (S / 128)^2 and no mask of S x S is ever made. The kernel is compiled
+for lengths that vary, with and without a backward pass; sequences come padded to whole blocks, two at least.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-BLOCK = 128  # FlexAttention's default; lengths come in multiples of it
+BLOCK = 128  # FlexAttention's default
+# Lengths come in multiples of it: one block alone would be compiled for itself (torch takes sizes of 1 for constants).
+MULTIPLE = 2 * BLOCK
 
 
 def tree_block_mask(subtree_end: Tensor) -> BlockMask:
@@ -44,8 +46,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tens
 
 @cache
 def _compiled() -> Any:
-    """One graph for all lengths. Uncompiled, FlexAttention computes the whole matrix."""
-    return torch.compile(flex_attention, dynamic=True)
+    """Two graphs for all lengths, with and without gradients; two more where the first length has as many blocks as
+    there are heads, which torch takes for one size.
+
+    Uncompiled, FlexAttention computes the whole matrix. Torch comes to that without a word behind the eighth graph;
+    `fullgraph` makes it an error.
+    """
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _listed(table: Tensor) -> tuple[Tensor, Tensor]:

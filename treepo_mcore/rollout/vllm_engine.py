@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.tree.sampler import Finish, Request
 from treepo_mcore.weights.fp8 import check_whole_columns
 from treepo_mcore.weights.vllm import fp8_shapes, vllm_shapes
+
+log = logging.getLogger(__name__)
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
 OWNED = {
@@ -56,7 +59,8 @@ class VllmEngine:
     def __init__(self, config: Config, arch: Architecture, directory: Path, eos_ids: tuple[int, ...]) -> None:
         """eos_ids: tokens that end an answer; they stay part of it.
 
-        Raises `ConfigError` for unknown or owned keys under rollout.engine and for what vLLM refuses.
+        Raises `ConfigError` for unknown or owned keys under rollout.engine. What vLLM refuses is found by
+        `check_engine`; errors of loading and compiling pass as they are.
         """
         self.config = config.rollout
         self.eos_ids = list(eos_ids)
@@ -64,7 +68,7 @@ class VllmEngine:
         if not torch.cuda.is_available():
             vllm_cpu.prepare(config.rollout.tp)
         # vLLM seeds the global generators while it starts.
-        with torch.random.fork_rng(devices=[]), _refusals(), _launcher_environment():
+        with torch.random.fork_rng(devices=[]), _launcher_environment():
             self.llm = LLM(**arguments)
         # Requests go to the client of the engine core and outputs come from there: `LLMEngine` would build detokenised,
         # dictionary-shaped results of every token, at the price of a tenth of the time of a small step.
@@ -72,6 +76,9 @@ class VllmEngine:
         self.scheduler = _scheduler(self.client)
         self.preempted = _count_preemptions(self.scheduler)
         self.counter = 0
+        if torch.cuda.is_available() and torch.distributed.get_rank() == 0:
+            version = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
+            log.info("vLLM's Model Runner V%d (VLLM_USE_V2_MODEL_RUNNER; docs/gpu.md)", version)
 
     def submit(self, request: Request) -> None:
         # Rows of the embedding behind the tokenizer's last word can be sampled (spec 2.10, D21), with the mass that an
@@ -179,7 +186,10 @@ def _chunk(output: EngineCoreOutput) -> Chunk:
 
 
 def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, `rollout.engine` checked against the installed EngineArgs and merged in."""
+    """Arguments of `vllm.LLM`, `rollout.engine` checked against the installed EngineArgs and merged in.
+
+    Under FP8 it also sets VLLM_USE_DEEP_GEMM=0, which vLLM has no argument for. Raises `ConfigError`.
+    """
     _check_pass_through(config.rollout)
     longest = config.data.max_prompt_tokens + config.rollout.tree.response_tokens
     if longest > arch.max_positions:
@@ -188,7 +198,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
             f"max_position_embeddings = {arch.max_positions}"
         )
     vllm_shapes(arch, config.rollout.tp)  # refuses what vLLM only asserts, once it builds the model
-    _check_quantization(config.rollout, arch)
+    _prepare_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
         "skip_tokenizer_init": True,
@@ -214,8 +224,6 @@ def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
 
     Call it after the process group is there: vLLM derives ranks from it. Raises `ConfigError`.
     """
-    if config.rollout.engine.get("quantization") == BLOCK_FP8:
-        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # on GPUs; it would round scales to powers of two after loading
     with _refusals(), _launcher_environment():
         EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
 
@@ -252,7 +260,7 @@ def _check_pass_through(config: RolloutConfig) -> None:
             raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
 
 
-def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
+def _prepare_quantization(config: RolloutConfig, arch: Architecture) -> None:
     found = config.engine.get("quantization")
     if found is None:
         return
@@ -261,6 +269,11 @@ def _check_quantization(config: RolloutConfig, arch: Architecture) -> None:
     if config.dtype == "float32":
         raise ConfigError(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
     check_whole_columns(fp8_shapes(arch, config.tp))
+    if os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0") != "0":  # on GPUs
+        raise ConfigError(
+            f"VLLM_USE_DEEP_GEMM: found {os.environ['VLLM_USE_DEEP_GEMM']}, expected 0 with quantization {BLOCK_FP8}: "
+            "DeepGEMM rounds scales to powers of two after loading, and pushes write them as they are"
+        )
 
 
 def _scheduler(client: Any) -> Any:
