@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import time
 from collections.abc import Sequence
@@ -22,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from machine import machine
 
 from treepo_mcore.config import parse_config
 from treepo_mcore.data.prompts import Prompt
-from treepo_mcore.observe.versions import versions
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.engine import Chunk
@@ -133,10 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host_time.json"))
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "versions": versions(),
+        "machine": machine(),
         "live": LIVE,
         "cases": [],
     }

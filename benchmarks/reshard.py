@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import treepo_mcore
+from machine import commit, machine
 
 LAYOUTS: dict[tuple[int, int], dict[str, dict[str, int]]] = {  # processes, rollout.tp -> name -> actor
     (2, 2): {"TP2 -> TP2": {"tp": 2}, "PP2 -> TP2": {"pp": 2}, "TP1 DP2 -> TP2": {}},
@@ -104,12 +103,6 @@ def launch(repeats: int, millions: int, processes: int, rollout_tp: int, case: s
         return row
 
 
-def commit() -> str:
-    """Of the package that is measured, "-dirty" behind it where files were changed since."""
-    git = ["git", "-C", str(Path(treepo_mcore.__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows in docs/resharding.md, milliseconds."""
 
@@ -138,17 +131,6 @@ def line(row: dict[str, Any]) -> str:
         f"{most['received_bytes'] / 1e6:.2f} MB received (least possible {most['least_bytes'] / 1e6:.2f}), "
         f"{most['staging_bytes'] / 1e6:.1f} MB staging, checksums {most['checksum_seconds'] * 1e3:.1f} ms"
     )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-    import torch
-
-    models = [
-        text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if "model n" in text
-    ]
-    load = round(os.getloadavg()[0], 1)
-    return {"cpu": models[0], "cores": os.cpu_count(), "torch": torch.__version__, "load": load}
 
 
 def measure(options: argparse.Namespace, rollout_tp: int) -> None:

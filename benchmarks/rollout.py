@@ -18,16 +18,16 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 VOCABULARY = 512
 PROFILE = Path("benchmarks/results/rollout_profile.txt")
@@ -289,19 +289,6 @@ def launch(cell: dict[str, Any], *options: str) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell['tp']}"]
         subprocess.run([*command, __file__, "--cell", json.dumps(cell), "--out", str(out), *options], check=True)
         return out.read_text()
-
-
-def machine() -> dict[str, Any]:
-    """Where the seconds come from; a load above 1 before the start means they are worth little."""
-    from treepo_mcore.observe.versions import versions
-
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "versions": versions(),
-    }
 
 
 def print_table(cell: dict[str, Any], rows: dict[str, Any]) -> None:

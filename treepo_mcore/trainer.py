@@ -40,7 +40,6 @@ from treepo_mcore.weights.hf import check_weights, export_directory, gather_tens
 from treepo_mcore.weights.transfer import Push, plan_push
 from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 
-
 POLICY = "policy"  # below run.dir: what was trained, as a Hugging Face directory
 
 

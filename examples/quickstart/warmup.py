@@ -139,7 +139,8 @@ def main() -> None:
     trainer = Trainer(settings(start, arguments.data, arguments.out, arguments))
     rows = [json.loads(line) for line in (arguments.data / "sft.jsonl").read_text().splitlines()]
     warm_up(trainer, rows, arguments)
-    named = gather_tensors(trainer.arch, trainer.actor.pieces, trainer.actor.tensors, trainer.actor.dtype)
+    actor = trainer.actor
+    named = gather_tensors(trainer.arch, actor.pieces, actor.tensors, actor.dtype, to=0)
     export_directory(start, arguments.out, named)
     trainer.close()
 

@@ -52,7 +52,7 @@ def push_and_answer(trainer: Trainer, tokens: int, folder: Path) -> list[list[in
     answers = trainer.engine.greedy(prompts(trainer), tokens)
     trainer.engine.sleep()
     export_directory(
-        trainer.directory, folder, gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32)
+        trainer.directory, folder, gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32, to=0)
     )
     return answers
 

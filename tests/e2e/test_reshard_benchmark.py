@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reshard.py"
+sys.path.insert(0, str(SCRIPT.parent))  # it imports its neighbours
 spec = importlib.util.spec_from_file_location("reshard_benchmark", SCRIPT)
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
