@@ -236,6 +236,7 @@ def benchmark(name: str) -> Any:
         )
         assert spec is not None
         assert spec.loader is not None
+        sys.path.append(str(Path(__file__).parents[1]))  # it imports a neighbour
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

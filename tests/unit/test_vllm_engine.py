@@ -49,3 +49,9 @@ def test_errors_of_building_the_engine_are_not_taken_for_bad_settings(monkeypatc
     monkeypatch.setattr(vllm_engine, "LLM", build)
     with pytest.raises(ValueError, match=r"^a kernel is not there$"):
         vllm_engine.VllmEngine(config(), architecture(), DIRECTORY, (0,))
+
+
+def test_fp8_on_a_processor_without_its_instructions_is_told(no_setting, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "_runs_fp8", lambda: False)
+    with pytest.raises(ConfigError, match=r"rollout.engine.quantization: .* needs AMX"):
+        vllm_engine.check_engine(config(quantization="fp8_per_block"), architecture(), DIRECTORY)

@@ -224,6 +224,8 @@ def check_engine(config: Config, arch: Architecture, directory: Path) -> None:
 
     Call it after the process group is there: vLLM derives ranks from it. Raises `ConfigError`.
     """
+    if config.rollout.engine.get("quantization") and not _runs_fp8():
+        raise ConfigError("rollout.engine.quantization: vLLM's FP8 kernel for CPUs needs AMX, which this one has not")
     with _refusals(), _launcher_environment():
         EngineArgs(**engine_arguments(config, arch, directory)).create_engine_config()
 
@@ -274,6 +276,10 @@ def _prepare_quantization(config: RolloutConfig, arch: Architecture) -> None:
             f"VLLM_USE_DEEP_GEMM: found {os.environ['VLLM_USE_DEEP_GEMM']}, expected 0 with quantization {BLOCK_FP8}: "
             "DeepGEMM rounds scales to powers of two after loading, and pushes write them as they are"
         )
+
+
+def _runs_fp8() -> bool:
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
 
 
 def _scheduler(client: Any) -> Any:
