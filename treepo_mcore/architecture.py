@@ -56,6 +56,20 @@ class Sizes:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
+    def split_problem(self, tp: int) -> str | None:
+        """Why `tp` tensor-parallel ranks, of Megatron or of vLLM, cannot share the model; None when they can."""
+        for what, count in (("attention heads", self.heads), ("FFN width", self.ffn)):
+            if count % tp:
+                return f"does not divide the model's {what} of {count}"
+        if self.kv_heads % tp and tp % self.kv_heads:
+            return f"and the model's {self.kv_heads} key/value heads: neither divides the other"
+        return None
+
+    def check_split(self, key: str, tp: int) -> None:
+        """Raise `ConfigError` naming the key when there is a `split_problem`."""
+        if why := self.split_problem(tp):
+            raise ConfigError(f"{key}: {tp} {why}")
+
 
 @dataclass(frozen=True)
 class Architecture(Sizes):

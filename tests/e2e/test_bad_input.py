@@ -118,7 +118,7 @@ def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("actor.tp=3", "actor.tp: 3 does not divide the model's 4 attention heads"),
+        ("actor.tp=3", "actor.tp: 3 does not divide the model's attention heads of 4"),
         ("actor.pp=3", "actor: Megatron-Core refuses this: "),
         ("actor.first_stage_layers=1", "actor: Megatron-Core refuses this: "),
         ("rollout.tp=3", "rollout.tp: 3 does not divide the model's attention heads of 4"),

@@ -286,8 +286,8 @@ def test_layouts_without_meaning_are_refused():
     for sections, said in (
         ({"actor": {"tp": 8, "pp": 2}}, r"8 processes are not a multiple of 16"),
         ({"rollout": {"tp": 16}}, r"rollout\.tp: 8 processes"),
-        ({"actor": {"tp": 8}}, r"actor\.tp: 8 does not divide the model's attention heads 28"),
-        ({"rollout": {"tp": 8}}, r"rollout\.tp: 8 does not divide the model's attention heads 28"),
+        ({"actor": {"tp": 8}}, r"actor\.tp: 8 does not divide the model's attention heads of 28"),
+        ({"rollout": {"tp": 8}}, r"rollout\.tp: 8 does not divide the model's attention heads of 28"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_plan(config(**sections), sizes("Qwen2.5-7B"), cluster, MEANS)

@@ -139,10 +139,7 @@ def megatron_configs(actor: ActorConfig, arch: Architecture, machine: Machine | 
     extra = _sort_pass_through(actor.megatron)
     precision = _sort_pass_through(precision_fields(actor, arch, machine))
     dtype = DTYPES[actor.dtype]
-    if arch.heads % actor.tp:
-        raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's {arch.heads} attention heads")
-    if arch.ffn % actor.tp:
-        raise ConfigError(f"actor.tp: {actor.tp} does not divide the model's FFN width {arch.ffn}")
+    arch.check_split("actor.tp", actor.tp)
     if actor.sequence_parallel and actor.tp == 1:
         raise ConfigError("actor.sequence_parallel: needs actor.tp > 1")
     if actor.vpp and actor.pp == 1:

@@ -29,7 +29,7 @@ from treepo_mcore.planner.seconds import (
     update_time,
     wake_seconds,
 )
-from treepo_mcore.planner.shards import check_split, check_tensor_parallel, model_parameters, stages
+from treepo_mcore.planner.shards import check_tensor_parallel, model_parameters, stages
 from treepo_mcore.planner.workload import Assumptions, Workload, make_workload
 
 BUBBLE = 0.2  # share of the update that is worth a warning
@@ -113,7 +113,7 @@ def make_plan(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptio
 def _check_layout(config: Config, sizes: Sizes, cluster: Cluster) -> None:
     check_grid(config, cluster.world)
     check_tensor_parallel(sizes, config.actor)
-    check_split(sizes, "rollout.tp", config.rollout.tp)
+    sizes.check_split("rollout.tp", config.rollout.tp)
     stages(config.actor, sizes.layers)
 
 

@@ -43,25 +43,9 @@ def _stage_layers(actor: ActorConfig, layers: int) -> list[int]:
     return counts
 
 
-def check_split(sizes: Sizes, key: str, tp: int) -> None:
-    """Raise `ConfigError` when `key` = `tp` ranks cannot share the model, in the actor as in an engine."""
-    if why := split_problem(sizes, tp):
-        raise ConfigError(f"{key}: {tp} {why}")
-
-
-def split_problem(sizes: Sizes, tp: int) -> str | None:
-    """Why `tp` ranks cannot share the model; None when they can."""
-    for what, count in (("attention heads", sizes.heads), ("FFN width", sizes.ffn)):
-        if count % tp:
-            return f"does not divide the model's {what} {count}"
-    if sizes.kv_heads % tp and tp % sizes.kv_heads:
-        return f"and the model's {sizes.kv_heads} key/value heads: neither divides the other"
-    return None
-
-
 def check_tensor_parallel(sizes: Sizes, actor: ActorConfig) -> None:
     """What the actor itself refuses (`megatron_configs`), said before there is one."""
-    check_split(sizes, "actor.tp", actor.tp)
+    sizes.check_split("actor.tp", actor.tp)
     if actor.sequence_parallel and actor.tp == 1:
         raise ConfigError("actor.sequence_parallel: needs actor.tp > 1")
     if actor.vpp and actor.pp == 1:

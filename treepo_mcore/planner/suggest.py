@@ -19,7 +19,6 @@ from treepo_mcore.planner.memory import EngineMemory, plan_memory
 from treepo_mcore.planner.plan import Plan, errors_of, make_plan
 from treepo_mcore.planner.rollout import rollout_time
 from treepo_mcore.planner.seconds import log_prob_time, offload_seconds, push_time, update_time, wake_seconds
-from treepo_mcore.planner.shards import split_problem
 from treepo_mcore.planner.workload import Assumptions, Workload, make_workload
 
 SEGMENT = 512
@@ -153,9 +152,9 @@ def _layouts(config: Config, sizes: Sizes, cluster: Cluster, one_batch: bool) ->
     """Tensor parallelism within a node, pipelines that come out even, micro-batches that hold a path."""
     least = config.actor.micro_batch_tokens
     batches = [least] if one_batch else [least, 2 * least]
-    engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and not split_problem(sizes, n)]
+    engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and not sizes.split_problem(n)]
     for tp in (1, 2, 4, 8):
-        if cluster.crosses(tp) or split_problem(sizes, tp):
+        if cluster.crosses(tp) or sizes.split_problem(tp):
             continue
         for pp in (1, 2, 4, 8, 16, 32):
             if cluster.world % (tp * pp) or pp > sizes.layers or not _splits(sizes.layers, pp):

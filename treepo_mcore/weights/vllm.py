@@ -219,11 +219,6 @@ def _vocab_rows(arch: Architecture, tp: int, tp_rank: int) -> int:
 
 
 def _check_divisible(arch: Architecture, tp: int) -> None:
-    sizes = {"attention heads": arch.heads, "FFN width": arch.ffn, "padded vocabulary": _padded_vocab(arch)}
-    for what, size in sizes.items():
-        if size % tp:
-            raise ConfigError(f"rollout.tp: {tp} does not divide the model's {what} of {size}")
-    if arch.kv_heads % tp and tp % arch.kv_heads:
-        raise ConfigError(
-            f"rollout.tp: {tp} and the model's {arch.kv_heads} key/value heads: neither divides the other"
-        )
+    arch.check_split("rollout.tp", tp)
+    if _padded_vocab(arch) % tp:
+        raise ConfigError(f"rollout.tp: {tp} does not divide the model's padded vocabulary of {_padded_vocab(arch)}")
