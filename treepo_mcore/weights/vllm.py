@@ -41,6 +41,10 @@ class MetaEngine:
             self.config = EngineArgs(**arguments).create_engine_config()
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
+        self.quantised = self.config.quant_config is not None
+        # Otherwise vLLM looks for a kernel that this processor has. It quantises after loading: until then, parameters
+        # are those of a model that is not quantised.
+        self.config.quant_config = None
 
     @contextlib.contextmanager
     def groups(self) -> Iterator[None]:
@@ -75,8 +79,7 @@ class MetaEngine:
         with set_default_torch_dtype(self.config.model_config.dtype), torch.device("meta"):
             model = initialize_model(self.config)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        if self.config.model_config.quantization is not None:
-            # vLLM quantises after loading, from weights that are nowhere here: this is what it leaves.
+        if self.quantised:  # what vLLM leaves of weights that are nowhere here
             for name in [name for name in parameters if name.endswith(LINEAR)]:
                 scales = scale_shape(tuple(parameters[name].shape))
                 parameters[name] = parameters[name].to(FP8)
