@@ -162,7 +162,7 @@ from vllm import LLM, SamplingParams
 from treepo_mcore.rewards.math import boxed_answer
 policy, held_out, count = sys.argv[1:]
 rows = [json.loads(line) for line in open(held_out)][: int(count)]
-llm = LLM(policy, dtype="float32", max_model_len=160)
+llm = LLM(policy, dtype="float32", max_model_len=160, enforce_eager=True)
 answers = llm.generate([row["prompt"] for row in rows], SamplingParams(temperature=0, max_tokens=80), use_tqdm=False)
 print(sum(boxed_answer(a.outputs[0].text) == row["answer"] for a, row in zip(answers, rows)))
 """
