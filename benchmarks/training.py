@@ -69,7 +69,7 @@ class Case:
     answer: int
     segment: int
     width: int = 16
-    count: int = 2  # trees; few where they are long, although a pipeline then runs half empty
+    count: int = 1  # trees; few where they are long, although a pipeline then runs empty
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ class Case:
 PAPER = Case(factor=2, prompt=16, answer=128, segment=32, count=4)  # 14 x 512 tokens, answers near 2048, by 16
 QUICK = [Case(factor=2, prompt=64, answer=128, segment=32, count=4)]
 CASES = [
-    Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4, count=4 if prompt + answer < 1024 else 2)
+    Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4, count=4 if prompt + answer < 1024 else 1)
     for b in (2, 4)
     for prompt in (64, 512, 2048)
     for answer in (256, 1024)
