@@ -9,7 +9,8 @@ as in a real run. Counts (steps, tokens, requests) come from vLLM's scheduler an
 do. The step-time models say what the traces cost where a step takes a + c x live requests milliseconds.
 
 `--profile` runs flat sampling and ours on one cell, the paper's setting with the keys given, under torch's profiler and
-writes where the operators' time goes to benchmarks/results/rollout_profile.txt.
+writes where the operators' time goes to benchmarks/results/rollout_profile.txt; and flat sampling with the answers of
+all prompts mixed, which tells what the order of a batch costs (a processor's cache holds the keys of few prompts).
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ METHODS = {
     "ours, stop and fork": {"expansion": "stop_and_fork"},
     "ours, streaming": {"expansion": "fork_behind"},
     "ours, deterministic": {"expansion": "fork_behind", "deterministic": True},
+}
+PROFILED = {
+    "flat, all queued": METHODS["flat, all queued"],
+    "flat, prompts mixed": {"mixed": True},
+    "ours, streaming": METHODS["ours, streaming"],
 }
 
 
@@ -84,16 +90,16 @@ def run_cell(cell: dict[str, Any], repeats: int, out: Path) -> None:
 
 
 def profile_cell(cell: dict[str, Any], out: Path) -> None:
-    """Flat sampling and ours, each once and warm, with the operators' own time."""
+    """Each of `PROFILED` once and warm, with the operators' own time."""
     import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
     setup = prepare(cell)
     parts = []
-    for name in ("flat, all queued", "ours, streaming"):
-        measure(*setup, METHODS[name], 0)
+    for name, options in PROFILED.items():
+        measure(*setup, options, 0)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            row = measure(*setup, METHODS[name], 0)
+            row = measure(*setup, options, 0)
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=50)
         counts = f"{row['physical_tokens']} physical tokens in {row['engine_steps']} steps, mean leaf"
         parts.append(f"{name}: {counts} {row['mean_leaf_tokens']:.1f} tokens\n{table}")
@@ -144,7 +150,7 @@ def measure(
     elif "expansion" in options:
         leaves = ours(engine, prompts, config, options["expansion"], group)
     else:
-        leaves = flat(engine, prompts, config)
+        leaves = flat(engine, prompts, config, random.Random(seed) if "mixed" in options else None)
     return describe(leaves, traces[-1], prompts, time.perf_counter() - wall, time.process_time() - cpu)
 
 

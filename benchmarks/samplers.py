@@ -69,11 +69,18 @@ class Leaves:
     fallbacks: int = 0  # requests
 
 
-def flat(engine: VllmEngine, prompts: Sequence[Prompt], config: Config) -> Leaves:
-    """vLLM's own `generate(n=W)`, all prompts queued: the strongest plain baseline."""
+def flat(engine: VllmEngine, prompts: Sequence[Prompt], config: Config, mixing: random.Random | None = None) -> Leaves:
+    """vLLM's own `generate(n=W)`, all prompts queued: the strongest plain baseline.
+
+    mixing: every answer is a request of its own, in random order.
+    """
     tree = config.rollout.tree
-    params = _params(engine, tree.response_tokens, n=tree.width)
-    outputs = engine.llm.generate([_tokens(p.tokens) for p in prompts], params, use_tqdm=False)
+    contexts = [_tokens(prompt.tokens) for prompt in prompts]
+    if mixing:
+        contexts *= tree.width
+        mixing.shuffle(contexts)
+    params = _params(engine, tree.response_tokens, n=1 if mixing else tree.width)
+    outputs = engine.llm.generate(contexts, params, use_tqdm=False)
     result = Leaves(effective=[float(tree.width)] * len(prompts))
     result.lengths = [len(answer.token_ids) for output in outputs for answer in output.outputs]
     result.decoded = sum(result.lengths)

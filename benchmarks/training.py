@@ -45,19 +45,30 @@ from treepo_mcore.tree.stopping import BoxDetector, RuleStopper  # noqa: E402
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, read_trees, write_trees  # noqa: E402
 
 VOCAB = 2048
-# As wide as two cores can bear: in narrower models attention and the output layer outweigh what trees share.
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 16384,
+ANY_MODEL = {"vocab_size": VOCAB, "max_position_embeddings": 16384}
+# In narrow models attention and the output layer outweigh what trees share; "wide" is for the cases where they do.
+MODELS = {
+    "512 wide": ANY_MODEL
+    | {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "2048 wide": ANY_MODEL
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
 REAL = {"hidden": 3584, "ffn": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": 152064}  # Qwen2.5-7B
 LAYOUTS: dict[str, dict[str, int]] = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}
 PACKINGS = ("tree", "prompt", "flat")
+KEY = ("case", "model", "layout", "trees")  # of a row
 
 
 @dataclass(frozen=True)
@@ -69,17 +80,21 @@ class Case:
     answer: int
     segment: int
     width: int = 16
-    count: int = 1  # trees; few where they are long, although a pipeline then runs empty
 
     @property
     def name(self) -> str:
         return f"b{self.factor} prompt {self.prompt} answer {self.answer}"
 
+    def count(self, layout: str) -> int:
+        """Trees: few where they are long, more where stages of a pipeline would wait for sequences."""
+        few = 4 if self.prompt + self.answer < 1024 else 1
+        return max(4, 2 * few) if "pp" in LAYOUTS[layout] else few
 
-PAPER = Case(factor=2, prompt=16, answer=128, segment=32, count=4)  # 14 x 512 tokens, answers near 2048, by 16
-QUICK = [Case(factor=2, prompt=64, answer=128, segment=32, count=4)]
+
+PAPER = Case(factor=2, prompt=16, answer=128, segment=32)  # 14 x 512 tokens, answers near 2048, by 16
+QUICK = [Case(factor=2, prompt=64, answer=128, segment=32)]
 CASES = [
-    Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4, count=4 if prompt + answer < 1024 else 1)
+    Case(factor=b, prompt=prompt, answer=answer, segment=answer // 4)
     for b in (2, 4)
     for prompt in (64, 512, 2048)
     for answer in (256, 1024)
@@ -93,6 +108,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one object instead of the table")
     parser.add_argument("--cases", nargs="+", default=[""], metavar="TEXT", help="how names begin")
     parser.add_argument("--layouts", nargs="+", default=["tp1"], choices=LAYOUTS)
+    parser.add_argument("--model", default="512 wide", choices=MODELS, help="sizes; four layers or one (2048 wide)")
     parser.add_argument("--trees", type=Path, help="trees saved by a run, in place of generated ones")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -102,11 +118,11 @@ def main() -> None:
         measure(options.job)
         return
     known = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
-    rows = {(row["case"], row["layout"], row["trees"]): row for row in known}
-    for name, trees in cases(options):
-        for layout in options.layouts:
-            row = {"case": name, "layout": layout, "trees": len(trees)} | launch(trees, layout, options.repeats)
-            rows[name, layout, len(trees)] = row
+    rows = {tuple(row[name] for name in KEY): row for row in known}
+    for layout in options.layouts:
+        for name, trees in cases(options, layout):
+            key = (name, options.model, layout, len(trees))
+            rows[key] = row = dict(zip(KEY, key, strict=True)) | launch(trees, options.model, layout, options.repeats)
             if not options.json:
                 print(line(row), flush=True)
             if options.out:
@@ -116,12 +132,12 @@ def main() -> None:
         print(json.dumps(summary(list(rows.values()))))
 
 
-def cases(options: argparse.Namespace) -> list[tuple[str, list[Tree]]]:
+def cases(options: argparse.Namespace, layout: str) -> list[tuple[str, list[Tree]]]:
     """Names and trees."""
     if options.trees:
         return [(options.trees.name, [_within_vocabulary(tree) for tree in read_trees(options.trees)])]
     chosen = [case for case in (QUICK if options.quick else CASES) if case.name.startswith(tuple(options.cases))]
-    return [(case.name, [generate(case, seed) for seed in range(case.count)]) for case in chosen]
+    return [(case.name, [generate(case, seed) for seed in range(case.count(layout))]) for case in chosen]
 
 
 def _within_vocabulary(tree: Tree) -> Tree:
@@ -178,16 +194,16 @@ def prompt_only(tree: Tree) -> Tree:
     return star
 
 
-def launch(trees: Sequence[Tree], layout: str, repeats: int) -> dict[str, Any]:
+def launch(trees: Sequence[Tree], model: str, layout: str, repeats: int) -> dict[str, Any]:
     """One layout in a job of its own."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)).save_pretrained(job / "model")
+        AutoModelForCausalLM.from_config(Qwen2Config(**MODELS[model])).save_pretrained(job / "model")
         write_trees(job / "trees.jsonl", trees)
-        (job / "job.json").write_text(json.dumps({"layout": layout, "repeats": repeats}))
+        (job / "job.json").write_text(json.dumps({"model": model, "layout": layout, "repeats": repeats}))
         processes = math.prod(LAYOUTS[layout].values())
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         done = subprocess.run([*torchrun, __file__, "--job", folder], capture_output=True, text=True, check=False)
@@ -227,7 +243,7 @@ def measure(job: Path) -> None:
             for what, act in passes(actor, sequences).items():
                 times.setdefault(f"{what}_{packing}", []).append(timed(act))
     if grid.rank == 0:
-        (job / "row.json").write_text(json.dumps(describe(trees, packed, times)))
+        (job / "row.json").write_text(json.dumps(describe(trees, settings["model"], packed, times)))
     dist.barrier()
 
 
@@ -262,7 +278,7 @@ def timed(act: Callable[[], Any]) -> float:
 
 
 def describe(
-    trees: Sequence[Tree], packed: dict[str, list[PackedSequence]], times: dict[str, list[float]]
+    trees: Sequence[Tree], model: str, packed: dict[str, list[PackedSequence]], times: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Tokens, seconds and ratios."""
     tokens = {packing: sum(len(s.tokens) for s in sequences) for packing, sequences in packed.items()}
@@ -274,7 +290,7 @@ def describe(
         "answer_tokens_mean": sum(tree.logical_tokens for tree in trees) / sum(len(tree.leaves) for tree in trees),
         "tokens": tokens,
         "logical_over_unique": ratio,
-        "arithmetic_ratio": arithmetic_ratio(packed, sizes()),
+        "arithmetic_ratio": arithmetic_ratio(packed, sizes(model)),
         "arithmetic_ratio_7b": arithmetic_ratio(packed, REAL),
         "seconds": {
             name: {"median": median[name], "min": min(values), "max": max(values)} for name, values in times.items()
@@ -288,10 +304,10 @@ def describe(
     return row
 
 
-def sizes() -> dict[str, int]:
-    """Of the benchmark's model, in the names of `REAL`."""
+def sizes(model: str) -> dict[str, int]:
+    """Of one of `MODELS`, in the names of `REAL`."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return dict(zip(REAL, [*(SIZES[name] for name in names), VOCAB], strict=True))
+    return dict(zip(REAL, [*(MODELS[model][name] for name in names), VOCAB], strict=True))
 
 
 def arithmetic_ratio(packed: dict[str, list[PackedSequence]], model: dict[str, int]) -> float:
@@ -317,7 +333,7 @@ def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     ratios = f"tokens x{row['logical_over_unique']:.2f} arithmetic x{row['arithmetic_ratio']:.2f}"
     ratios += f" (7B x{row['arithmetic_ratio_7b']:.2f})"
-    parts = [f"{row['layout']} {row['case']:28} {ratios}"]
+    parts = [f"{row['layout']} {row['case']:28} {row['model']} {ratios}"]
     for what in ("logprob", "update"):
         seconds = " ".join(f"{p} {row['seconds'][f'{what}_{p}']['median']:.2f}" for p in PACKINGS)
         parts.append(f"{what}: {seconds} s, x{row[f'speedup_{what}']:.2f} = {row[f'share_{what}']:.0%}")
@@ -325,10 +341,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric means over the rows, the rows, and what they belong to."""
+    """Geometric means over the rows, and the rows."""
     names = ("speedup_update", "speedup_logprob", "logical_over_unique", "share_update", "share_logprob")
     means = {name: statistics.geometric_mean(row[name] for row in rows) for name in names}
-    return means | {"model": SIZES, "rows": rows}
+    return means | {"models": MODELS, "rows": rows}
 
 
 if __name__ == "__main__":
