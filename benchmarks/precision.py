@@ -1,6 +1,8 @@
 """What precision does to training: reward, gradients and log-probs on the quickstart's task, side by side.
 
-    python benchmarks/precision.py [--steps 20] [--out FILE]
+    python benchmarks/precision.py [--steps 20] [--fresh] [--out FILE]
+
+The file is written after every run; where it was cut off, the same command goes on.
 
 The same program on a CPU and on a GPU, with every precision that the machine has; the first is the reference. *Runs*:
 the quickstart on one process, the same seed and the same warm model, `--steps` steps; rewards and the distance of
@@ -190,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     place = ROOT / "benchmarks" / "results" / f"precision_{'gpu' if has_gpu() else 'cpu'}.json"
+    parser.add_argument("--fresh", action="store_true", help="forget what is in the file")
     parser.add_argument("--out", type=Path, default=place)
     parser.add_argument("--gradients", choices=ACTORS, help=argparse.SUPPRESS)
     parser.add_argument("--trees", type=Path, help=argparse.SUPPRESS)
@@ -198,25 +201,37 @@ def main() -> None:
         measure_gradients(options.gradients, options.trees, options.out)
         return
     pairs = ON_GPU if has_gpu() else ON_CPU
-    runs = {}
-    for trainer, engine in pairs:
-        runs[f"{trainer}, {engine}"] = train(trainer, engine, options.steps)
+    trees = run_directory(*pairs[0]) / "trees" / "step_000000.jsonl"
+    result = begin(options.out, options.steps, pairs[0][0], options.fresh)
+    runs, gradients = result["runs"], result["gradients"]
+
+    def keep() -> None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    for number, (trainer, engine) in enumerate(pairs):
+        name = f"{trainer}, {engine}"
+        if name in runs and (number or trees.is_file()):  # gradients are of the first run's trees
+            continue
+        runs[name] = train(trainer, engine, options.steps)
+        keep()
         print(f"ran: {trainer} trainer, {engine} engine", flush=True)
-    first = run_directory(*pairs[0])
-    trees = first / "trees" / "step_000000.jsonl"
-    reference = gradients_of(pairs[0][0], trees)
-    others = dict.fromkeys(trainer for trainer, _ in pairs if trainer != pairs[0][0])
-    gradients = {name: compare(gradients_of(name, trees), reference) for name in others}
-    result = {
-        "versions": json.loads((first / "versions.json").read_text()),
-        "steps": options.steps,
-        "reference": pairs[0][0],
-        "runs": runs,
-        "gradients": gradients,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    others = dict.fromkeys(trainer for trainer, _ in pairs if trainer != pairs[0][0] and trainer not in gradients)
+    reference = gradients_of(pairs[0][0], trees) if others else {}
+    for name in others:
+        gradients[name] = compare(gradients_of(name, trees), reference)
+        keep()
     print(table(runs, gradients))
+
+
+def begin(file: Path, steps: int, reference: str, fresh: bool) -> dict[str, Any]:
+    """What the file holds, if it was measured with the same versions and steps; else nothing yet."""
+    from treepo_mcore.observe.versions import versions
+
+    result: dict[str, Any] = {"versions": versions(), "steps": steps, "reference": reference}
+    before = json.loads(file.read_text()) if file.is_file() and not fresh else {}
+    same = all(before.get(name) == value for name, value in result.items())
+    return result | {name: before[name] if same else {} for name in ("runs", "gradients")}
 
 
 if __name__ == "__main__":

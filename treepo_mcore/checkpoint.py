@@ -18,17 +18,26 @@ from torch import nn
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.model import unwrap
+from treepo_mcore.config import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name and content
 STATE = "trainer_state.json"
 
 
 def newest(directory: Path) -> Path | None:
-    """The checkpoint that `directory`'s tracker names, None when there is none."""
+    """The checkpoint that `directory`'s tracker names, None when there is none. Raises `ConfigError` when it is bad."""
     tracker = directory / TRACKER
     if not tracker.is_file():
         return None
-    return directory / f"iter_{int(tracker.read_text()):07d}"
+    content = tracker.read_text().strip()
+    if not content.isdecimal():
+        raise ConfigError(f"{tracker}: expected the step of a checkpoint, found {content!r}")
+    return directory / f"iter_{int(content):07d}"
+
+
+def forget(directory: Path) -> None:
+    """No checkpoint is the newest any more."""
+    (directory / TRACKER).unlink(missing_ok=True)
 
 
 @on_megatron_device
@@ -40,7 +49,7 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
     target = directory / f"iter_{step:07d}"
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)  # left behind by a job that died while it wrote
-    with _torch_adam(actor.optimizer):  # without state, if no step so far had an informative prompt
+    with _any_adam(actor.optimizer):  # without state, if no step so far had an informative prompt
         sharded = _sharded_state(actor, loading=False)
     _write(target, sharded)
     if dist.get_rank() == 0:
@@ -57,15 +66,19 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state as it was given to `save`."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    """The trainer's state as it was given to `save`. Raises `ConfigError` when it cannot be read."""
+    file = checkpoint / STATE
+    try:
+        state: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not the state of a run ({error}); run.resume: false begins anew") from error
     return state
 
 
 @on_megatron_device
 def load(checkpoint: Path, actor: Actor) -> None:
     """Fill model and optimizer. The layout may differ from the one that saved."""
-    with _torch_adam(actor.optimizer):
+    with _any_adam(actor.optimizer):
         loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint))
         for index, chunk in enumerate(actor.chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
@@ -114,16 +127,18 @@ def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
     return {**models, "optimizer": optimizer}
 
 
-class _torch_adam:
-    """Lets Megatron 0.19.2's distributed optimizer save and load torch's AdamW, which stands in for apex's and TE's.
+class _any_adam:
+    """Lets Megatron 0.19.2's distributed optimizer save and load any Adam at any time.
 
-    Three things differ from the fused Adam that Megatron has in mind: a fresh optimizer has no state to load or save,
-    the step is a tensor in every parameter's state, and loading gives all of them one and the same tensor.
+    A fresh optimizer has no state, which Megatron reads all the same. And torch's AdamW, which stands in for the fused
+    ones of apex and TransformerEngine, differs from them: the step is a tensor in every parameter's state, and loading
+    gives all of them one and the same tensor.
     """
 
     def __init__(self, optimizer: Any) -> None:
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
         self.parts = [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
+        self.fused = [part for part in parts if part not in self.parts and part.optimizer is not None]
 
     def __enter__(self) -> None:
         self.original = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -135,6 +150,8 @@ class _torch_adam:
         DistributedOptimizer._set_main_param_and_optimizer_states = set_states
         for part in self.parts:
             _fill_state(part.optimizer)
+        for part in self.fused:
+            part.init_state_fn(part.optimizer, part.config)  # fills what is empty
 
     def __exit__(self, *exc: object) -> None:
         DistributedOptimizer._set_main_param_and_optimizer_states = self.original

@@ -96,12 +96,13 @@ def suggest(
         suggest_layouts,
         suggestions_json,
     )
-    from treepo_mcore.planner.workload import Assumptions
+    from treepo_mcore.planner.workload import assume
 
     given = starting_point(str(model), prompt_tokens, response_tokens, overrides or [])
-    sizes = read_sizes(resolve_model(base_config(given).model, weights=False))
+    base = base_config(given)
+    sizes = read_sizes(resolve_model(base.model, weights=False))
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
-    assumed = Assumptions(prompt_tokens, response_tokens, informative)
+    assumed = assume(base, prompt_tokens, response_tokens, informative)
     found = suggest_layouts(given, sizes, cluster, assumed, best)
     if as_json:
         print(json.dumps(suggestions_json(found), indent=1))

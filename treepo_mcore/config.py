@@ -314,7 +314,7 @@ class TrainerConfig(Section):
     """The loop."""
 
     steps: int = Field(100, ge=0)
-    max_seconds: float | None = Field(None, gt=0)  # stop after the step that passes this
+    max_seconds: float | None = Field(None, gt=0)  # stop after the step that passes this; a resumed run has it anew
     prompts_per_step: int = Field(512, ge=1)
     prompts_per_update: int = Field(32, ge=1)  # mini-batch of one optimizer step, in prompts, at most
     eval_every: int = Field(10, ge=0)  # steps; 0: only before and after

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 SAVING, LOADING = 20, 12  # bytes of host memory a parameter, see `checkpoint_bytes`
+CGROUP = Path("/sys/fs/cgroup")
 HOST_SHARE = 0.9  # of the node's free memory, when no limit is configured
 
 
@@ -145,7 +146,15 @@ class Phases:
         for phase in (Phase.PUSH, Phase.ROLLOUT, Phase.TRAIN):
             held = self.predicted(phase)
             parts.append(f"{phase} {sum(held.values()) / GIB:.2f} ({_list(held)})")
-        return f"predicted on the device, GiB a rank: {'; '.join(parts)}"
+        return f"predicted on the device, GiB a rank: {'; '.join(parts)}{self._too_much()}"
+
+    def _too_much(self) -> str:
+        """The phases that the prediction has no room for, if there are any; they may fit all the same."""
+        if not torch.cuda.is_available():
+            return ""
+        total = torch.cuda.mem_get_info()[1]
+        phases = [phase for phase in self.working if sum(self.predicted(phase).values()) > total]
+        return f"; more than the {total / GIB:.2f} of this GPU: {', '.join(phases)}" if phases else ""
 
     def _enter(self, phase: Phase) -> None:
         if phase not in NEXT[self.phase]:
@@ -226,7 +235,7 @@ def check_host_memory(config: Config, arch: Architecture, world: int, ranks: int
 
     ranks: on this node. The estimate spreads the model evenly over tensor- and pipeline-parallel ranks.
     """
-    needed = ranks * host_bytes(config, arch, world, gpu) + (checkpoint_bytes(config, arch, ranks) if gpu else 0)
+    needed = ranks * host_bytes(config, arch, world, gpu) + (checkpoint_bytes(config, arch, world, ranks) if gpu else 0)
     limit = config.memory.host_gib
     allowed = limit * GIB if limit else HOST_SHARE * _available_host_bytes()
     if needed > allowed:
@@ -255,14 +264,16 @@ def host_bytes(config: Config, arch: Architecture, world: int, gpu: bool) -> int
     return int(result)
 
 
-def checkpoint_bytes(config: Config, arch: Architecture, ranks: int) -> int:
-    """What the ranks of a node need while they save or load, whichever is more, predicted from the model's size.
+def checkpoint_bytes(config: Config, arch: Architecture, world: int, ranks: int) -> int:
+    """What the `ranks` of a node need while they save or load, whichever is more, predicted from the model's size.
 
     Saving, the first data-parallel ranks gather the optimizer's state (12 bytes a parameter of the shard, and one part
     of it twice more on the way); loading, every rank reads all of its shard's.
     """
-    mine = sum(_product(shape) for shape in hf_shapes(arch).values()) // (config.actor.tp * config.actor.pp)
-    return mine * max(SAVING * min(ranks, config.actor.tp), LOADING * ranks)
+    tp, pp = config.actor.tp, config.actor.pp
+    mine = sum(_product(shape) for shape in hf_shapes(arch).values()) // (tp * pp)
+    stages = max(1, ranks // (world // pp))  # on this node
+    return mine * max(SAVING * min(ranks, tp) * stages, LOADING * ranks)
 
 
 def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | None) -> dict[Phase, dict[str, int]]:
@@ -292,10 +303,22 @@ def local_ranks() -> int:
 
 
 def _available_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo: no MemAvailable")
+    """Of the node, or of this container or Slurm job where it is allowed less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    own = next((line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")), "")
+    return min([free, *cgroup_free_bytes(CGROUP, own)])
+
+
+def cgroup_free_bytes(root: Path, own: str) -> Iterator[int]:
+    """What each limit on a process of the control group `own` (version 2) leaves, its own first, then those above."""
+    for folder in (root / own, *(root / own).parents):
+        limit = folder / "memory.max"
+        if folder.is_relative_to(root) and limit.is_file() and limit.read_text().strip() != "max":
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Files that are cached count as used, although they give way.
+            used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
+            yield int(limit.read_text()) - used
 
 
 def _product(shape: tuple[int, ...]) -> int:

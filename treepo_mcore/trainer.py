@@ -62,8 +62,9 @@ class Trainer:
         check_weights(self.directory, self.arch)
         tokenizer = self.tokenizer = load_tokenizer(self.directory)
         self.held_out = self._load_prompts(config.data.eval) if config.data.eval else []
-        self.checkpoint = checkpoint.newest(config.run.dir / "checkpoints") if config.run.resume else None
+        self.checkpoint = checkpoint.newest(config.run.dir / "checkpoints") if config.run.resume or not trains else None
         self.state = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
+        self._check_optimizer()
         if trains:
             self.prompts = PromptStream(self._load_prompts(config.data.train), config.run.seed, config.data.shuffle)
             if self.state:
@@ -110,7 +111,7 @@ class Trainer:
         """
         self._resume()
         trainer = self.config.trainer
-        if trainer.eval_before and self.held_out and self.accuracy_before is None:
+        if trainer.eval_before and self.held_out and self.step == 0:
             self.accuracy_before = self._evaluate_and_say("before training")
         begin = time.perf_counter()
         self.progress.start(self.step)
@@ -128,6 +129,8 @@ class Trainer:
             if self._due(trainer.save_every):
                 self._save()
         seconds = time.perf_counter() - begin
+        if asked := self._asked_to_stop():
+            return self._stop(asked)
         return self._finish(seconds)
 
     def _due(self, every: int) -> bool:
@@ -198,6 +201,20 @@ class Trainer:
         check_token_ids(prompts, self.arch.vocab)
         return prompts
 
+    def _optimizer_settings(self) -> dict[str, Any]:
+        """What Megatron finds its parameter groups by, or takes from a checkpoint whatever the configuration says."""
+        names = {"distributed", "lr", "min_lr", "betas", "eps"}
+        return self.config.actor.optimizer.model_dump(mode="json", include=names)
+
+    def _check_optimizer(self) -> None:
+        for name, value in self._optimizer_settings().items() if self.state else ():
+            before = self.state["optimizer"][name]
+            if value != before:
+                raise ConfigError(
+                    f"actor.optimizer.{name}: found {value}, {self.checkpoint} was made with {before}; a run goes on "
+                    "as it began. For another value start a new run.dir from its exported weights"
+                )
+
     def _load(self) -> None:
         """Weights, optimizer and state of the newest checkpoint, if there is one."""
         if self.checkpoint is None or self.state is None:
@@ -212,6 +229,8 @@ class Trainer:
         self._load()
         if self.grid.rank == 0:
             run.dir.mkdir(parents=True, exist_ok=True)
+            if not run.resume:  # or a run that is cut off before it saves would be continued as the one before it
+                checkpoint.forget(run.dir / "checkpoints")
             (run.dir / "config.yaml").write_text(dump_config(self.config))
             (run.dir / "versions.json").write_text(json.dumps(versions(), indent=1))
             self.metrics = MetricsLog(run.dir, self.step)
@@ -224,8 +243,8 @@ class Trainer:
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         trainer, run = self.config.trainer, self.config.run
+        self._save()  # before an evaluation that may be the one thing too many for the time a job has
         after = self._evaluate_and_say("after training") if trainer.eval_after and self.held_out else None
-        self._save()
         if trainer.export:
             with self.phases.train(), self.actor.readable():
                 named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype, to=0)
@@ -246,7 +265,8 @@ class Trainer:
     def _stop(self, asked: str) -> dict[str, Any]:
         self._save()
         done = f"saved at step {self.step}" if self.step else "nothing to save yet"
-        self.progress.say(f"{asked}: {done}, exit status {STOPPED}; the same command goes on")
+        how = "the same command" if self.config.run.resume else "run.resume=true"
+        self.progress.say(f"{asked}: {done}, exit status {STOPPED}; {how} goes on")
         self.close()
         return {"stopped": asked, "steps": self.step, "seed": self.config.run.seed, "layout": self._layout()}
 
@@ -271,6 +291,7 @@ class Trainer:
             "step": self.step,
             "accuracy_before": self.accuracy_before,
             "prompts": self.prompts.state_dict(),
+            "optimizer": self._optimizer_settings(),
         }
         with self.phases.train():
             checkpoint.save(self.config.run.dir / "checkpoints", self.step, self.actor, state, trainer.keep_checkpoints)

@@ -17,6 +17,7 @@ from typing import Any
 
 NO_GPU = 3  # exit status
 LEAST = 120  # seconds that a cell needs to build its models: with less it would be ended for nothing
+ENDED = 128 + signal.SIGTERM
 GRACE = 60  # seconds until what ignores SIGTERM is killed; torchrun gives its workers 30
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -69,7 +70,7 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     """The options of every script."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS / f"gpu_{name}.json")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no cell runs longer, none begins in the last two")
+    parser.add_argument("--minutes", type=float, default=6.5, help="no cell runs longer, none begins in the last two")
     parser.add_argument("--fresh", action="store_true", help="forget what is in the file")
     parser.add_argument("--only", help="cells with this in their name")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -160,12 +161,13 @@ def in_process(script: str, out: Path) -> Callable[[str, float], dict[str, Any]]
     return launch
 
 
-def run_to_the_end(command: list[str], seconds: float) -> None:
+def run_to_the_end(command: list[str], seconds: float | None, environment: dict[str, str] | None = None) -> None:
     """Raises `subprocess.SubprocessError` when it fails or takes longer; nothing that it started is left behind.
 
-    Torchrun's workers have sessions of their own, and only torchrun ends them: it must not be killed before it has.
+    seconds: None for as long as it takes. Torchrun's workers have sessions of their own, and only torchrun ends them:
+    it must not be killed before it has.
     """
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
         code = process.wait(seconds)
     finally:
@@ -197,8 +199,10 @@ def main(
     options = arguments(description, name).parse_args()
     machine = require_gpu(script)
     if options.cell:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that scratch folders and workers go, too
         options.cell_out.write_text(json.dumps(measure(cells[options.cell])))
-        return
+        sys.stdout.flush()
+        os._exit(0)  # the row is there: how CUDA, NCCL and vLLM's memory pools are torn down is not measured
     chosen = {name: value for name, value in cells.items() if not options.only or options.only in name}
     results = Results(options.out, machine, options.fresh)
     left = run_cells(chosen, results, options.minutes, in_process(script, options.out))

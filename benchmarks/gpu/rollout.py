@@ -1,6 +1,6 @@
 """Rollout on one GPU: flat sampling by vLLM, the released design in lockstep, and ours, on models of real shapes.
 
-    python benchmarks/gpu/rollout.py [--only 1.5b] [--minutes 7.5]
+    python benchmarks/gpu/rollout.py [--only 1.5b] [--minutes 6.5]
 
 Weights are vLLM's dummy ones: logits nearly equal, so that every token ends an answer at the same rate under every
 sampler (benchmarks/rollout.py explains). `flat, async` is vLLM at its best: generate(n=W), asynchronous scheduling,

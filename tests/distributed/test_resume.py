@@ -65,14 +65,20 @@ def distance(one, other):
 
 
 def test_a_run_of_no_steps_evaluates_and_exports(model_directory, tmp_path):
-    """And there is nothing to save before the first update, which may also come later than the first step."""
+    """And there is nothing to save before the first update, which may also come later than the first step.
+
+    What it does not continue is not continued later either, should it be cut off before it saves.
+    """
     config = configuration(model_directory("qwen2"), tmp_path, {}, 1)
-    config["run"] = {"dir": str(tmp_path / "run")}
+    config["run"] = {"dir": str(tmp_path / "run"), "resume": False}
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("7")
     config["trainer"] = {"steps": 0}
     arguments = {"config": config, "unlearned": str(tmp_path / "unlearned")}
     (summary,) = launch("resume:train_without_a_step", 1, arguments)
     assert summary["steps"] == 0
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert list(checkpoints.iterdir()) == []
     assert equal_files(tmp_path / "run" / "policy", model_directory("qwen2"))
 
 

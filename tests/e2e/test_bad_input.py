@@ -18,7 +18,7 @@ from reward_functions import last_number
 
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.architecture import read_architecture
-from treepo_mcore.config import ActorConfig, ConfigError, load_config
+from treepo_mcore.config import ActorConfig, ConfigError, OptimizerConfig, load_config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.trainer import Trainer
 from treepo_mcore.tree.tree import read_trees
@@ -235,12 +235,39 @@ def test_messages_without_a_chat_template(config, tmp_path):
 
 def test_a_run_continued_with_other_prompts(config):
     checkpoint = config.parent / "run" / "checkpoints" / "iter_0000003"
-    checkpoint.mkdir(parents=True)
-    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("3")
     stream = PromptStream([Prompt("a", [4], "w4", "1")], seed=7, shuffle=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"step": 3, "prompts": stream.state_dict()}))
+    write_state(checkpoint, prompts=stream.state_dict())
     assert refused(config) == "cannot resume the prompts: seed is 0, the checkpoint has 7"
     assert "prompts_sha256 is" in refused(config, "run.seed=7")
+
+
+@pytest.mark.parametrize(("name", "before", "now"), [("lr", 1e-6, 2e-6), ("betas", [0.9, 0.999], [0.9, 0.95])])
+def test_a_run_continued_with_another_optimizer(config, name, before, now):
+    checkpoint = config.parent / "run" / "checkpoints" / "iter_0000003"
+    write_state(checkpoint)
+    text = refused(config, f"actor.optimizer.{name}={now}")
+    assert text.startswith(f"actor.optimizer.{name}: found {now}, {checkpoint} was made with {before}")
+
+
+def write_state(checkpoint, **more):
+    """What a checkpoint of step 3 says of its run, which had the default optimizer."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("3")
+    names = {"distributed", "lr", "min_lr", "betas", "eps"}
+    optimizer = OptimizerConfig().model_dump(mode="json", include=names)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"step": 3, "optimizer": optimizer} | more))
+
+
+def test_damaged_checkpoints(config):
+    checkpoint = config.parent / "run" / "checkpoints" / "iter_0000003"
+    write_state(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"step": ')
+    assert f"{checkpoint / 'trainer_state.json'}: not the state of a run" in refused(config)
+    (checkpoint / "trainer_state.json").unlink()
+    assert "No such file" in refused(config)
+    tracker = checkpoint.parent / "latest_checkpointed_iteration.txt"
+    tracker.write_text("release")
+    assert refused(config) == f"{tracker}: expected the step of a checkpoint, found 'release'"
 
 
 # Pass-through.

@@ -49,7 +49,9 @@ def test_strings_are_used_as_they_stand(tmp_path, name):
 
 
 def test_rows_without_id_are_named_by_file_and_row(tmp_path):
-    prompts = load(tmp_path / "math.jsonl", [{"prompt": "a", "answer": 7}, "", {"prompt": "b", "answer": 0.5}])
+    prompts = load(
+        tmp_path / "math.jsonl", [{"prompt": "a", "answer": 7}, "", {"id": None, "prompt": "b", "answer": 0.5}]
+    )
     assert [prompt.id for prompt in prompts] == ["math-0", "math-1"]
     assert [prompt.answer for prompt in prompts] == ["7", "0.5"]
 

@@ -67,7 +67,7 @@ def test_values_and_gradients_equal_the_dense_reference(seeds, scale, heads, mon
     seen = torch.randn(tensors[0].shape, generator=draw)
     results = []
     for attend in (
-        lambda q, k, v: flex(q, k, v, tree_block_mask(end), SCALE),
+        lambda q, k, v: flex(q, k, v, tree_block_mask(end)),
         lambda q, k, v: dense_attention(q, k, v, ancestor_mask(end), SCALE),
     ):
         inputs = [x.clone().requires_grad_() for x in tensors]
@@ -113,7 +113,7 @@ def attend(blocks, heads=(8, 4)):
     for grad in (False, True):
         q, k, v = (torch.randn(size, h, HEAD, requires_grad=grad) for h in (heads[0], heads[1], heads[1]))
         with torch.set_grad_enabled(grad):
-            out = flex(q, k, v, mask, SCALE)
+            out = flex(q, k, v, mask)
     torch.testing.assert_close(out, v.repeat_interleave(heads[0] // heads[1], 1))  # every token sees itself alone
 
 

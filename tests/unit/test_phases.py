@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from treepo_mcore.actor.memory import HostCopy, storages
+from treepo_mcore.actor.memory import HostCopy, PinnedBuffer, storages
 from treepo_mcore.config import ActorConfig, ConfigError, MemoryConfig, parse_config
 from treepo_mcore.phases import (
     GIB,
     DeviceMemoryError,
     Phase,
     Phases,
+    cgroup_free_bytes,
     check_allocator,
     check_host_memory,
     checkpoint_bytes,
@@ -152,9 +153,11 @@ def test_other_errors_pass(made):
 def test_checkpoints_need_host_memory():
     arch = architecture(tied=False)
     parameters = host_bytes(config(), arch, 1, gpu=True) // 12
-    assert checkpoint_bytes(config(), arch, 1) == 20 * parameters  # saving: gathered by one rank
-    assert checkpoint_bytes(config(), arch, 8) == 8 * 12 * parameters  # loading: read by all
-    assert checkpoint_bytes(config(actor={"tp": 8}), arch, 8) == pytest.approx(20 * parameters, rel=1e-6)
+    assert checkpoint_bytes(config(), arch, 1, 1) == 20 * parameters  # saving: gathered by one rank
+    assert checkpoint_bytes(config(), arch, 8, 8) == 8 * 12 * parameters  # loading: read by all
+    stages = checkpoint_bytes(config(actor={"pp": 8}), arch, 8, 8)  # all on one node, and each of them is gathered
+    assert stages == pytest.approx(8 * 20 * parameters / 8, rel=1e-6)
+    assert checkpoint_bytes(config(actor={"tp": 8}), arch, 8, 8) == pytest.approx(20 * parameters, rel=1e-6)
 
 
 def test_the_prediction_names_every_phase(made):
@@ -276,3 +279,51 @@ def test_too_little_host_memory_is_refused_before_anything_is_built():
     with pytest.raises(ConfigError, match=r"memory\.host_gib: 8 ranks of this node would need .* allowed are 100\.0"):
         check_host_memory(config(actor={"tp": 8}, memory={"host_gib": 100}), arch, 8, 8, gpu=True)
     check_host_memory(config(actor={"tp": 8}, memory={"host_gib": 100}), arch, 8, 8, gpu=False)
+
+
+def test_a_limit_on_the_job_counts_as_the_memory_there_is(tmp_path):
+    for folder, limit in (("", "max"), ("job", "1000"), ("job/step", "max")):
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        (place / "memory.max").write_text(f"{limit}\n")
+        (place / "memory.current").write_text("700\n")
+        (place / "memory.stat").write_text("anon 300\ninactive_file 400\n")
+    assert list(cgroup_free_bytes(tmp_path, "job/step")) == [700]
+    assert list(cgroup_free_bytes(tmp_path, "")) == []
+
+
+def test_a_prediction_beyond_the_gpu_is_said(made, monkeypatch):
+    phases, _ = made
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1))
+    assert phases.describe().endswith("more than the 0.00 of this GPU: push, rollout, train")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1 << 50))
+    assert "more than" not in phases.describe()
+
+
+class Cudart:
+    """Knows which addresses are pinned, as the driver does."""
+
+    def __init__(self):
+        self.pinned = set()
+
+    def cudaHostRegister(self, address, size, flags):
+        if address in self.pinned:
+            return 712
+        self.pinned.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.pinned.remove(address)
+
+
+def test_pinned_memory_is_given_back_with_its_owner(monkeypatch):
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    buffer = PinnedBuffer(4096)
+    assert cudart.pinned == {buffer.bytes.data_ptr()}
+    view = buffer.bytes[:8]
+    del buffer
+    assert cudart.pinned == set()
+    view.zero_()

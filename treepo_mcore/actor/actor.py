@@ -317,7 +317,7 @@ def _scheduler(optimizer: Any, config: ActorConfig, total_steps: int) -> Optimiz
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
+        lr_decay_steps=max(total_steps, settings.warmup_steps) + 1,  # the last step still learns at min_lr = 0
         lr_decay_style=settings.lr_decay,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

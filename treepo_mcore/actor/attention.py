@@ -137,7 +137,8 @@ class TreeAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert config.kv_channels is not None
-        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        assert softmax_scale is None, "no family asks for one"
+        self.scale = config.kv_channels**-0.5
 
     def forward(
         self,
@@ -154,7 +155,7 @@ class TreeAttention(MegatronModule):
         if packed_seq_params.chains is not None:
             out = ChainAttention.apply(q, k, v, packed_seq_params.chains, self.scale)
         elif packed_seq_params.blocks is not None:
-            out = flex(q, k, v, packed_seq_params.blocks, self.scale)
+            out = flex(q, k, v, packed_seq_params.blocks)
         else:
             out = dense_attention(q, k, v, packed_seq_params.allowed, self.scale)
         return out.reshape(query.shape[0], 1, -1)

@@ -36,11 +36,14 @@ def tree_block_mask(subtree_end: Tensor) -> BlockMask:
     return BlockMask.from_kv_blocks(*_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """q [S, heads, d]; k, v [S, groups, d]. Returns [S, heads, d]. On a CPU forward only (torch 2.11)."""
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """q [S, heads, d]; k, v [S, groups, d]. Returns [S, heads, d]. On a CPU forward only (torch 2.11).
+
+    Scores are divided by sqrt(d), FlexAttention's own scale: a number handed over would vary, to the compiler.
+    """
     attend: Any = _compiled() if q.is_cuda else flex_attention
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, h, S, d]
-    out = attend(*heads_first, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = attend(*heads_first, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
 

@@ -7,6 +7,7 @@ a CPU the same is done with ordinary memory.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Literal
@@ -22,11 +23,34 @@ Holder = Literal["parameters", "gradients", "optimizer"]
 ALIGNED = 512  # bytes; where copies into the host buffer begin
 
 
+class PinnedBuffer:
+    """Host memory that the device reads and writes directly, for as long as this object lives.
+
+    Torch's own pinned allocator would round up to a power of two: up to twice as much.
+    """
+
+    def __init__(self, size: int) -> None:
+        """size: bytes. Raises RuntimeError when they cannot be pinned."""
+        self.bytes = torch.empty(size, dtype=torch.uint8)
+        if torch.cuda.is_available():
+            code = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
+            if code:
+                raise RuntimeError(
+                    f"could not pin {size / 2**30:.1f} GiB of host memory (CUDA error {code}); see ulimit -l"
+                )
+            # Memory that is freed while it is pinned cannot be pinned by whom it is given to next.
+            ending = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.bytes.data_ptr())
+            ending.atexit = False
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+
 class HostCopy:
     """Storages that can be moved to one pinned host buffer and back."""
 
     def __init__(self) -> None:
-        self.buffer: Tensor | None = None  # kept, because pinning takes long
+        self.buffer: PinnedBuffer | None = None  # kept, because pinning takes long
         self.moved: list[tuple[torch.UntypedStorage, int, int]] = []  # storage, its bytes, place in the buffer
 
     @property
@@ -46,12 +70,11 @@ class HostCopy:
             at += _aligned(storage.nbytes())
         room = max(at, room)
         if room > self.host_bytes:
-            _unpin(self.buffer)
             self.buffer = None  # the old one goes before the new one comes
-            self.buffer = _pinned(room)
+            self.buffer = PinnedBuffer(room)
         for storage, size, place in self.moved:
             assert self.buffer is not None
-            self.buffer[place : place + size].copy_(_bytes(storage), non_blocking=True)
+            self.buffer.bytes[place : place + size].copy_(_bytes(storage), non_blocking=True)
         _synchronize()
         for storage, _, _ in self.moved:
             storage.resize_(0)
@@ -61,7 +84,7 @@ class HostCopy:
         for storage, size, place in self.moved:
             assert self.buffer is not None
             storage.resize_(size)
-            _bytes(storage).copy_(self.buffer[place : place + size], non_blocking=True)
+            _bytes(storage).copy_(self.buffer.bytes[place : place + size], non_blocking=True)
         _synchronize()
         self.moved = []
 
@@ -72,9 +95,9 @@ class HostTensors:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes their values as they are now."""
         ends = list(accumulate(_aligned(tensor.nbytes) for tensor in tensors.values()))
-        buffer = _pinned(ends[-1])
+        self.buffer = PinnedBuffer(ends[-1])
         self.values = {
-            name: buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            name: self.buffer.bytes[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for begin, (name, tensor) in zip([0, *ends], tensors.items(), strict=False)
         }
         self.take(tensors)
@@ -194,23 +217,6 @@ def _aligned(size: int) -> int:
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _pinned(size: int) -> Tensor:
-    """Torch's own pinned allocator would round up to a power of two: up to twice as much."""
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if torch.cuda.is_available():
-        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-        if code:
-            raise RuntimeError(
-                f"could not pin {size / 2**30:.1f} GiB of host memory (CUDA error {code}); see ulimit -l"
-            )
-    return buffer
-
-
-def _unpin(buffer: Tensor | None) -> None:
-    if buffer is not None and torch.cuda.is_available():
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def _synchronize() -> None:

@@ -195,7 +195,8 @@ def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer
         raise ConfigError(f"{place}: the prompt is empty")
     used = ("id", config.prompt_key, config.answer_key)
     meta = {key: value for key, value in row.items() if key not in used}
-    return Prompt(str(row.get("id", default_id)), tokens, text, str(answer), meta)
+    own = row.get("id")  # null where parquet fills gaps
+    return Prompt(default_id if own is None else str(own), tokens, text, str(answer), meta)
 
 
 def _lookup(row: Row, key: str, place: str) -> Any:

@@ -48,7 +48,7 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
 
 def _check_files(config: Config, arch: Architecture, directory: Path) -> str:
     """Which files were there to be checked."""
-    there = {"weights": any(directory.glob("*.safetensors*")), "tokenizer": any(directory.glob("tokenizer*"))}
+    there = {"weights": any(directory.glob("*.safetensors")), "tokenizer": any(directory.glob("tokenizer*"))}
     if there["weights"]:
         check_weights(directory, arch)
     if there["tokenizer"]:

@@ -306,7 +306,8 @@ def host_memory(config: Config, state: dict[str, int], cluster: Cluster) -> dict
     ranks = cluster.gpus_per_node
     mine = weights // ELEMENT[config.actor.dtype]
     # As `phases.checkpoint_bytes`: saving, the first data-parallel ranks gather; loading, every rank reads its shard.
-    checkpoint = mine * max(20 * min(ranks, config.actor.tp), 12 * ranks)
+    stages = max(1, ranks // (cluster.world // config.actor.pp))
+    checkpoint = mine * max(20 * min(ranks, config.actor.tp) * stages, 12 * ranks)
     return {name: size * ranks for name, size in copies.items()} | {"checkpoint": checkpoint}
 
 

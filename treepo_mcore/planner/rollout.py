@@ -88,8 +88,7 @@ def rollout_time(
     engines = cluster.world // config.rollout.tp
     share = work.drawn / engines
     if reserve is None:
-        flat = config.rollout.sampler == "flat"
-        reserve = config.rollout.tree.response_tokens if flat else config.rollout.tree.segment_tokens
+        reserve = config.rollout.tree.segment_tokens
     play = _Play(work, share, engine, reserve, config.rollout.tree.width, 0.5 / engines)
     seconds = tail = batch = 0.0
     full = 0.0

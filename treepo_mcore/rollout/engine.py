@@ -18,7 +18,7 @@ class Chunk:
     request: str
     tokens: list[int]
     logprobs: list[float]  # of the sampled tokens, natural log, under the tempered distribution
-    finish: Finish | None  # None while running, else "stop" (the last token is an EOS id) or "length"
+    finish: Finish | None  # None while running, else "stop" (the last token is an EOS id), "length", "abort" (lost)
     cached_tokens: int  # context tokens served by the prefix cache; on a request's first chunk, else 0
 
 

@@ -1,0 +1,36 @@
+"""What Megatron's optimizers need around saving and loading, and the rate that a run ends with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from treepo_mcore.actor.actor import _scheduler
+from treepo_mcore.checkpoint import _any_adam
+from treepo_mcore.config import ActorConfig
+
+
+def test_every_kind_of_adam_has_state_before_its_first_step():
+    """Megatron reads the moments of a fused Adam that has none (apex's and TransformerEngine's need a GPU)."""
+    filled = []
+    fused = SimpleNamespace(optimizer=object(), config=object(), init_state_fn=lambda *both: filled.append(both))
+    parameter = torch.nn.Parameter(torch.ones(3))
+    plain = SimpleNamespace(optimizer=torch.optim.AdamW([parameter]))
+    nothing = SimpleNamespace(optimizer=None)
+    with _any_adam(SimpleNamespace(chained_optimizers=[fused, plain, nothing])):
+        assert filled == [(fused.optimizer, fused.config)]
+        assert set(plain.optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_last_step_still_learns(decay, steps):
+    config = ActorConfig.model_validate({"optimizer": {"lr": 1.0, "lr_decay": decay}})
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    scheduler = _scheduler(adam, config, steps)
+    rates = []
+    for _ in range(steps):
+        scheduler.step(increment=1)
+        rates.append(adam.param_groups[0]["lr"])
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 1
