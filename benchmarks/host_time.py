@@ -108,7 +108,7 @@ def measure(boxed: str, segment: int, mean: int, steps: int) -> dict[str, Any]:
     )
     prompts = [Prompt(str(i), [3] * 100, "", "7" if i % 2 else "8") for i in range(10**4)]
     engine = Engine(mean, steps)
-    queue = SharedQueue(dist.HashStore(), 0, len(prompts), len(prompts))
+    queue = SharedQueue(dist.HashStore(), 0, 1, len(prompts), len(prompts))
     with RewardPool(config.reward) as rewards:
         collector = Collector(config, engine, Words(), rewards, None)  # type: ignore[arg-type]
         with suppress(StopIteration):

@@ -97,7 +97,7 @@ def ours(
     queue = (
         LockstepQueue(None, 0, 1, count, count)
         if config.run.deterministic
-        else SharedQueue(dist.HashStore(), 0, count, count)
+        else SharedQueue(dist.HashStore(), 0, 1, count, count)
     )
     leads = group is None or dist.get_rank() == 0
     collector = Collector(config, engine, None, None, group)  # type: ignore[arg-type]  # no text is looked at

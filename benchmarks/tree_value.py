@@ -78,7 +78,7 @@ class Lab:
 
         config = parse_config(configuration(self.model, self.data, setting) | {"run": {"seed": seed}})
         many = [prompt for prompt in prompts for _ in range(repeats)]
-        queue = SharedQueue(dist.HashStore(), 0, len(many), len(many))
+        queue = SharedQueue(dist.HashStore(), 0, 1, len(many), len(many))
         found = Collector(config, self.engine, self.tokenizer, self.rewards, None).collect(many, queue, 0, 0.0)
         assert len(found.trees) == len(many)
         return [found.trees[i : i + repeats] for i in range(0, len(many), repeats)]

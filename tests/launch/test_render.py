@@ -174,6 +174,7 @@ def test_the_script_says_how_it_was_made():
         (SlurmJob(CONFIG, container_mounts="/a:/a"), "--container-mounts: needs --container-image"),
         (SlurmJob(CONFIG, time="tomorrow"), "--time: expected MINUTES, H:M:S or D-H:M:S, found 'tomorrow'"),
         (SlurmJob(CONFIG, time="11"), "--signal-seconds: 600 leaves nothing of --time 11 (660 s)"),
+        (SlurmJob(CONFIG, ("run.resume=false",)), "run.resume: found false; a requeued job would begin anew"),
         (TorchrunJob(CONFIG, nodes=2), "--head: needed with several nodes"),
     ],
 )

@@ -34,7 +34,7 @@ def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, que
         queue = (
             LockstepQueue(None, 0, 1, wanted, len(prompts))
             if deterministic
-            else SharedQueue(dist.HashStore(), 0, wanted, len(prompts))
+            else SharedQueue(dist.HashStore(), 0, 1, wanted, len(prompts))
         )
     return Collector(config, engine, FakeTokenizer(), rewards, None).collect(prompts, queue, step, 0.0)
 
@@ -287,23 +287,34 @@ def test_an_engine_failure_loses_only_its_prompt():
 
 def test_two_engines_share_one_counter():
     store = dist.HashStore()
-    queues = [SharedQueue(store, engine, 5, 8) for engine in range(2)]
+    queues = [SharedQueue(store, engine, 2, 5, 8) for engine in range(2)]
     drawn = [queues[i % 2].draw() for i in range(5)]
     assert drawn == [0, 1, 2, 3, 4]
     assert queues[0].draw() is None
     queues[1].report(rejected=True)
-    assert queues[0].draw() == 5
-    for _ in range(4):
+    assert queues[1].draw() == 5
+    for _ in range(3):
         queues[0].report(rejected=False)
+    queues[1].report(rejected=False)
     assert not queues[0].closed()
     queues[1].report(rejected=False)
     assert queues[0].closed()
     assert queues[1].closed()
 
 
+def test_no_engine_takes_more_than_its_share_at_a_time():
+    store = dist.HashStore()
+    fast, slow = (SharedQueue(store, engine, 2, 5, 8) for engine in range(2))
+    assert [fast.draw() for _ in range(4)] == [0, 1, 2, None]
+    assert [slow.draw() for _ in range(3)] == [3, 4, None]
+    for _ in range(2):
+        fast.report(rejected=True)
+    assert [fast.draw(), slow.draw(), slow.draw()] == [5, 6, None]  # the queue is empty, or the share is held
+
+
 def test_no_replacement_after_a_tail_was_cut():
     store = dist.HashStore()
-    queues = [SharedQueue(store, engine, 2, 8) for engine in range(2)]
+    queues = [SharedQueue(store, engine, 2, 2, 8) for engine in range(2)]
     assert [queue.draw() for queue in queues] == [0, 1]
     queues[0].give_up()
     queues[0].report(rejected=False)

@@ -83,6 +83,8 @@ def render(job: SlurmJob | TorchrunJob) -> str:
         raise ConfigError("--head: needed with several nodes, the address of the first one")
     if isinstance(job, SlurmJob):
         _check_slurm(job)
+        if not config.run.resume:
+            raise ConfigError("run.resume: found false; a requeued job would begin anew at every attempt")
     launcher = "slurm" if isinstance(job, SlurmJob) else "torchrun"
     environment = Environment(
         loader=PackageLoader("treepo_mcore.launch"),

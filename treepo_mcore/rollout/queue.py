@@ -10,6 +10,7 @@ Only the first rank of an engine holds a queue.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -36,16 +37,22 @@ class PromptQueue(Protocol):
 
 
 class SharedQueue:
-    """Engines of any speed draw from one counter in a store: the default."""
+    """Engines of any speed draw from one counter in a store: the default.
 
-    def __init__(self, store: dist.Store, engine: int, wanted: int, limit: int) -> None:
+    At any time an engine holds at most its share of the prompts wanted. Where there are few, the first engine to ask
+    would otherwise take as many as it has room for, and the others would wait for it.
+    """
+
+    def __init__(self, store: dist.Store, engine: int, engines: int, wanted: int, limit: int) -> None:
         """store: the same empty one on all engines. limit: the most prompts that may be drawn."""
         self._store, self._engine, self._wanted, self._limit = store, engine, wanted, limit
+        self._share = math.ceil(wanted / engines)
+        self._held = 0
         store.compare_set("drawn", "", "0 -")
 
     def draw(self) -> int | None:
         """See `PromptQueue`."""
-        while True:
+        while self._held < self._share:
             current = self._store.get("drawn")
             number = int(current.split()[0])
             if number >= self._allowed():
@@ -53,10 +60,13 @@ class SharedQueue:
             # With the engine's name in it, a changed value is known to be ours.
             mine = f"{number + 1} {self._engine}".encode()
             if self._store.compare_set("drawn", current.decode(), mine.decode()) == mine:
+                self._held += 1
                 return number
+        return None
 
     def report(self, rejected: bool) -> None:
         """See `PromptQueue`."""
+        self._held -= 1
         self._store.add("rejected", int(rejected))
         self._store.add("decided", 1)
 

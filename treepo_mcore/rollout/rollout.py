@@ -77,7 +77,7 @@ class Rollout:
             return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
         # The store that the process groups met at; with one engine nobody else looks.
         store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
-        return SharedQueue(dist.PrefixStore(f"treepo/phase{self.phases}", store), engine, wanted, limit)
+        return SharedQueue(dist.PrefixStore(f"treepo/phase{self.phases}", store), engine, engines, wanted, limit)
 
     def _exchange(self, mine: Collection) -> Collection:
         """All engines' results on every rank: from first rank to first rank, and from there to the engine's others."""
