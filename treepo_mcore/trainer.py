@@ -207,8 +207,15 @@ class Trainer:
         return self.config.actor.optimizer.model_dump(mode="json", include=names)
 
     def _check_optimizer(self) -> None:
-        for name, value in self._optimizer_settings().items() if self.state else ():
-            before = self.state["optimizer"][name]
+        if self.state is None:
+            return
+        saved = self.state.get("optimizer")
+        if saved is None:
+            raise ConfigError(
+                f"{self.checkpoint}: of an earlier version of this package; run.resume: false begins anew"
+            )
+        for name, value in self._optimizer_settings().items():
+            before = saved[name]
             if value != before:
                 raise ConfigError(
                     f"actor.optimizer.{name}: found {value}, {self.checkpoint} was made with {before}; a run goes on "

@@ -247,6 +247,8 @@ def test_a_run_continued_with_another_optimizer(config, name, before, now):
     write_state(checkpoint)
     text = refused(config, f"actor.optimizer.{name}={now}")
     assert text.startswith(f"actor.optimizer.{name}: found {now}, {checkpoint} was made with {before}")
+    write_state(checkpoint, optimizer=None)
+    assert "of an earlier version" in refused(config)
 
 
 def write_state(checkpoint, **more):
