@@ -56,6 +56,8 @@ def train(trainer: str, engine: str, steps: int) -> dict[str, Any]:
     """One run of the quickstart."""
     directory = run_directory(trainer, engine)
     settings = [f"run.dir={directory}", "run.resume=false", "trainer.export=false", f"trainer.steps={steps}"]
+    # As much as a CPU's engine has: what is free on a GPU would be millions of blocks of this small model.
+    settings += [f"rollout.engine.kv_cache_memory_bytes={1 << 30}"]
     settings += [f"trainer.save_trees_every={steps}", *ACTORS[trainer], *ENGINES[engine]]
     command = [sys.executable, QUICKSTART / "run.py", "--nproc", "1", *settings]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -130,29 +130,30 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
         ffn=given["intermediate_size"],
         layers=given["num_hidden_layers"],
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        # Where the keys are absent, what transformers assumes.
-        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+        # Where the keys are absent or null, what transformers assumes.
+        kv_heads=_size(directory, raw, "num_key_value_heads", heads),
+        head_dim=_size(directory, raw, "head_dim", 128 if family == "qwen3" else hidden // heads),
         vocab=given["vocab_size"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         qkv_bias=bias_default,
         qk_norm=qk_norm,
         tied=raw.get("tie_word_embeddings", False),
-        max_positions=_longest(raw),
+        max_positions=_longest(raw, _size(directory, raw, "max_position_embeddings", 32768)),
         initializer_range=raw.get("initializer_range", 0.02),
     )
 
 
-def _size(directory: Path, raw: dict[str, Any], key: str) -> int:
+def _size(directory: Path, raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{directory}/config.json: expected {key} to be a positive number, found {value!r}")
     return value
 
 
-def _longest(raw: dict[str, Any]) -> int:
+def _longest(raw: dict[str, Any], longest: int) -> int:
     """Positions that the rotary embedding is made for, as vLLM derives them: scaled where the checkpoint scales it."""
-    longest: int = raw.get("max_position_embeddings", 32768)
     rope = _rope_settings(raw)
     kind, factor = _rope_kind(rope), rope.get("factor") or 1.0
     if kind == "yarn":
@@ -229,7 +230,7 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: str) -> No
         raise ConfigError(f"{where}: use_sliding_window is true: sliding-window attention is not supported")
     # What transformers assumes where the key is absent: the window of Mistral 7B v0.1.
     window = raw.get("sliding_window", 4096) if family == "mistral" else None
-    if window is not None and window < raw.get("max_position_embeddings", 32768):
+    if window is not None and window < _size(directory, raw, "max_position_embeddings", 32768):
         raise ConfigError(
             f"{where}: sliding_window {window} is less than max_position_embeddings: "
             "sliding-window attention is not supported"

@@ -29,6 +29,7 @@ def _pair(value: Any) -> Any:
 
 
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+Holder = Literal["parameters", "gradients", "optimizer"]  # of the actor's memory
 IntRange = Annotated[tuple[int, int], BeforeValidator(_pair)]  # "2" means (2, 2): inclusive bounds
 
 
@@ -166,6 +167,14 @@ class RolloutConfig(Section):
     # quantised before they are sent.
     engine: dict[str, Any] = {}
 
+    @property
+    def shape(self) -> TreeConfig:
+        """Of what is sampled; flat sampling is a tree that only forks at the prompt."""
+        if self.sampler == "tree":
+            return self.tree
+        width = self.tree.width
+        return self.tree.model_copy(update={"branching": BranchingConfig(factor=(1, 1), first=(width, width))})
+
 
 class FilterConfig(Section):
     """Dynamic sampling (DAPO): prompts whose leaves all have the same score teach nothing and are replaced."""
@@ -174,20 +183,41 @@ class FilterConfig(Section):
     max_prompts_factor: float = Field(3.0, ge=1)  # draw at most this many times `prompts_per_step`
 
 
+OF_TREEPO = (
+    "aggregation",
+    "reject_uniform_subgroups",
+    "include_root",
+    "leave_one_out",
+    "distinct_groups",
+    "mass_baseline",
+    "max_levels",
+)
+
+
 class AdvantageConfig(Section):
     """Estimators over a tree's sub-groups (paper equations 5 to 7; spec 3.2)."""
 
     estimator: Literal["treepo", "segment", "spo", "grpo", "rloo", "reinforce_pp_baseline"] = "treepo"
-    aggregation: Literal["average", "group_size"] = "average"  # treepo: weight of the levels
-    reject_uniform_subgroups: bool = False  # treepo: drop levels >= 1 whose leaves all agree (hurts, paper 4.2)
+    # The seven up to max_levels are of treepo alone.
+    aggregation: Literal["average", "group_size"] = "average"  # weight of the levels
+    reject_uniform_subgroups: bool = False  # drop levels >= 1 whose leaves all agree (hurts, paper 4.2)
     include_root: bool = True
     leave_one_out: bool = False
     distinct_groups: bool = False  # count each distinct set of leaves once
     mass_baseline: bool = False  # sub-group means weighted by path mass
-    mass_loss_weight: bool = False  # loss of leaf i times W m_i, in a mean with the same weights
     max_levels: int | None = Field(None, ge=1)  # levels used, the root's included; default: all
+    mass_loss_weight: bool = False  # loss of leaf i times W m_i, in a mean with the same weights
     whiten: Literal["batch", "none"] = "batch"  # treepo, segment and reinforce_pp_baseline; the others never are
     whiten_shift: bool = True  # subtract the batch mean as well
+
+    @model_validator(mode="after")
+    def _options_of_the_estimator(self) -> AdvantageConfig:
+        """An option that would change nothing is not accepted in silence."""
+        for name in OF_TREEPO if self.estimator != "treepo" else ():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name}: {value} is of estimator: treepo, found estimator: {self.estimator}")
+        return self
 
 
 class LossConfig(Section):
@@ -286,8 +316,14 @@ class MemoryConfig(Section):
 
     # optimizer and parameters wait in pinned host memory, gradients are given up. Default: optimizer and gradients on a
     # GPU, nothing on a CPU.
-    offload: list[Literal["parameters", "gradients", "optimizer"]] | None = None
+    offload: list[Holder] | None = None
     host_gib: float | None = Field(None, gt=0)  # most for the ranks of a node; default: 90 % of what is free
+
+    def offloaded(self, gpu: bool) -> set[Holder]:
+        """What leaves the device."""
+        if self.offload is not None:
+            return set(self.offload)
+        return {"optimizer", "gradients"} if gpu else set()
 
 
 class RewardConfig(Section):
@@ -302,7 +338,7 @@ class RewardConfig(Section):
     timeout: float = Field(5.0, gt=0)  # of one call; one that raises, hangs or dies scores 0.0 and is not correct
     overlong_buffer_tokens: int = Field(0, ge=0)  # soft length penalty over the last tokens (DAPO)
     overlong_penalty: float = Field(1.0, ge=0)
-    shuffle: bool = False  # control experiment: rewards permuted among all leaves of a step
+    shuffle: bool = False  # control experiment: rewards permuted among the leaves that a step trains on
 
     @property
     def custom(self) -> bool:

@@ -27,19 +27,16 @@ from pathlib import Path
 import torch
 
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.memory import Holder
 from treepo_mcore.architecture import Architecture
-from treepo_mcore.config import Config, ConfigError, MemoryConfig, RolloutConfig
+from treepo_mcore.config import Config, ConfigError, Holder, MemoryConfig, RolloutConfig
 from treepo_mcore.planner.constants import CONTEXT_BYTES, GRAPH_BYTES
-from treepo_mcore.planner.memory import plain_copies, update_working
+from treepo_mcore.planner.memory import host_memory, plain_copies, update_working
 from treepo_mcore.planner.shards import Stage
 from treepo_mcore.rollout.engine import Engine
-from treepo_mcore.weights.layout import hf_shapes
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-SAVING, LOADING = 20, 12  # bytes of host memory a parameter, see `checkpoint_bytes`
 CGROUP = Path("/sys/fs/cgroup")
 HOST_SHARE = 0.9  # of the node's free memory, when no limit is configured
 
@@ -72,13 +69,6 @@ class DeviceMemoryError(RuntimeError):
     """Out of device memory; the message names the phase and what holds most."""
 
 
-def offloaded(config: MemoryConfig, gpu: bool) -> set[Holder]:
-    """What leaves the device: as configured, by default optimizer and gradients where there is a GPU."""
-    if config.offload is not None:
-        return set(config.offload)
-    return {"optimizer", "gradients"} if gpu else set()
-
-
 def kept(phase: Phase, offload: set[Holder]) -> set[Holder]:
     """Parts of the actor that are on the device in a phase."""
     return NEEDED[phase] | (NEEDED[Phase.TRAIN] - offload)
@@ -91,7 +81,7 @@ class Phases:
         """working: bytes by name that come and go on top of what actor and engine hold, for the prediction."""
         self.actor, self.working = actor, working
         self.engine: Engine | None = None
-        self.offload = offloaded(config, torch.cuda.is_available())
+        self.offload = config.offloaded(torch.cuda.is_available())
         self.phase = Phase.IDLE
         self.engine_bytes = {"engine weights": 0, "engine": 0}
         self.values: dict[str, float] = {}
@@ -233,47 +223,18 @@ def check_allocator(environment: Mapping[str, str], rollout: RolloutConfig) -> N
 def check_host_memory(config: Config, arch: Architecture, world: int, ranks: int, gpu: bool) -> None:
     """Raise `ConfigError` when the ranks of this node would keep more in host memory than there is.
 
-    ranks: on this node. The estimate spreads the model evenly over tensor- and pipeline-parallel ranks.
+    ranks: on this node.
     """
-    needed = ranks * host_bytes(config, arch, world, gpu) + (checkpoint_bytes(config, arch, world, ranks) if gpu else 0)
+    needs = host_memory(config, arch, world, ranks, gpu=gpu)
+    needed = sum(needs.values())
     limit = config.memory.host_gib
     allowed = limit * GIB if limit else HOST_SHARE * _available_host_bytes()
     if needed > allowed:
         where = "memory.host_gib" if limit else "memory.offload"
         raise ConfigError(
-            f"{where}: {ranks} ranks of this node would need {needed / GIB:.1f} GiB of host memory (offloaded state, "
-            f"reference policy, checkpoints), allowed are {allowed / GIB:.1f}"
+            f"{where}: {ranks} ranks of this node would need {needed / GIB:.1f} GiB of host memory "
+            f"({_list(needs)}), allowed are {allowed / GIB:.1f}"
         )
-
-
-def host_bytes(config: Config, arch: Architecture, world: int, gpu: bool) -> int:
-    """What a rank keeps in host memory, predicted from the model's size."""
-    actor = config.actor
-    offload = offloaded(config.memory, gpu)
-    total = sum(_product(shape) for shape in hf_shapes(arch).values())
-    mine = total / (actor.tp * actor.pp)
-    size = 2 if actor.dtype == "bfloat16" else 4
-    result = 0.0
-    if "optimizer" in offload:  # two moments, and float32 weights where the parameters are not that themselves
-        replicas = world // (actor.tp * actor.pp) if actor.optimizer.distributed else 1
-        result += mine * (12 if size == 2 else 8) / replicas
-    if "parameters" in offload:
-        result += mine * size
-    if actor.reference == "host":  # kept, and exchanged
-        result += 2 * mine * size
-    return int(result)
-
-
-def checkpoint_bytes(config: Config, arch: Architecture, world: int, ranks: int) -> int:
-    """What the `ranks` of a node need while they save or load, whichever is more, predicted from the model's size.
-
-    Saving, the first data-parallel ranks gather the optimizer's state (12 bytes a parameter of the shard, and one part
-    of it twice more on the way); loading, every rank reads all of its shard's.
-    """
-    tp, pp = config.actor.tp, config.actor.pp
-    mine = sum(_product(shape) for shape in hf_shapes(arch).values()) // (tp * pp)
-    stages = max(1, ranks // (world // pp))  # on this node
-    return mine * max(SAVING * min(ranks, tp) * stages, LOADING * ranks)
 
 
 def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | None) -> dict[Phase, dict[str, int]]:
@@ -287,7 +248,7 @@ def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | No
     stage = Stage(actor.layers, grid.pp_rank == 0, grid.pp_rank == grid.pp - 1)
     tokens = config.actor.micro_batch_tokens
     update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
-    if update["FP8 weights"] and "gradients" not in offloaded(config.memory, capability is not None):
+    if update["FP8 weights"] and "gradients" not in config.memory.offloaded(capability is not None):
         always["FP8 weights"] = update["FP8 weights"]
     plain = plain_copies(config.actor, actor.arch, stage)
     return {
@@ -319,13 +280,6 @@ def cgroup_free_bytes(root: Path, own: str) -> Iterator[int]:
             # Files that are cached count as used, although they give way.
             used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
             yield int(limit.read_text()) - used
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def _list(held: Mapping[str, int]) -> str:

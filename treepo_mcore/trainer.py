@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from treepo_mcore import checkpoint
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.learn import learn
+from treepo_mcore.actor.learn import choose, learn
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.parallel import build_grid, init_process_group
 from treepo_mcore.architecture import read_architecture, resolve_model
@@ -33,7 +33,6 @@ from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
 from treepo_mcore.tree.pruning import make_pruner
-from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
@@ -147,7 +146,7 @@ class Trainer:
             trees, counts = self.rollout.collect(self.prompts, self.step)
         values = rollout_metrics(trees, counts, clock.seconds["rollout"])
         values |= {f"push/{name}": value for name, value in vars(push).items()}
-        kept = [tree for tree in trees if informative(tree)] if self.config.filter.enabled else trees
+        kept = choose(trees, self.config, self.step)
         with self.phases.train(), clock.phase("update"):
             values |= learn(self.actor, kept, self.config, self.step)
         values |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | self.phases.metrics()

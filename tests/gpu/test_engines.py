@@ -38,7 +38,7 @@ CASES = {  # GPUs, actor, rollout.tp, engine
 def configuration(directory, folder, actor, rollout_tp, engine):
     prompts = write_prompts(folder / "prompts.jsonl", 6, tokens=40)
     tree = {"width": 8, "segment_tokens": 16, "max_depth": 4, "stopping": {"repetition_count": 0}}
-    rollout = {"tp": rollout_tp, "tree": tree, "engine": {"gpu_memory_utilization": 0.3} | engine}
+    rollout = {"tp": rollout_tp, "tree": tree, "engine": {"kv_cache_memory_bytes": 1 << 30} | engine}
     return {
         "run": {"dir": str(folder / "run"), "deterministic": True},
         "model": {"path": str(directory)},

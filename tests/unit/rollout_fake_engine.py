@@ -1,7 +1,7 @@
 """An engine without a model for the collector's tests: one token a step for each request that has blocks."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from treepo_mcore.config import Config, parse_config
@@ -105,9 +105,6 @@ class FakeEngine:
         raise NotImplementedError
 
     def sleep(self) -> None:
-        raise NotImplementedError
-
-    def wake(self, weights: Iterable) -> None:
         raise NotImplementedError
 
 

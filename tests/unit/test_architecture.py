@@ -76,6 +76,13 @@ def test_sizes_that_are_missing_or_no_numbers(directory, key, value):
     assert text == f"{directory}/config.json: expected {key} to be a positive number, found {value!r}"
 
 
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "max_position_embeddings"])
+def test_sizes_that_may_be_null_and_nothing_else(directory, key):
+    read_architecture(edit(directory, **{key: None}))
+    text = refused(read_architecture, edit(directory, **{key: "4"}))
+    assert text == f"{directory}/config.json: expected {key} to be a positive number, found '4'"
+
+
 def test_files_that_hold_something_else(directory):
     (directory / "config.json").write_text("[1]")
     assert refused(read_architecture, directory) == f"{directory}/config.json: expected a JSON object, found list"

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mcore.config import Config, ConfigError, dump_config, load_config, parse_config
+from treepo_mcore.config import AdvantageConfig, Config, ConfigError, dump_config, load_config, parse_config
 
 SMALL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
@@ -77,6 +77,17 @@ def test_a_path_has_to_fit_a_packed_sequence(file):
 def test_cut_distributions_are_refused(file, override):
     """Their log-probs are not of the distribution that the importance ratios are about."""
     assert "use top_p=1, top_k=0" in message(file, override)
+
+
+@pytest.mark.parametrize("option", ["aggregation: group_size", "include_root: false", "max_levels: 3"])
+def test_options_of_another_estimator_are_refused(option):
+    """They would change nothing, and a comparison would say so."""
+    options = yaml.safe_load(option)
+    name, value = next(iter(options.items()))
+    assert getattr(AdvantageConfig(**options), name) == value
+    with pytest.raises(ValueError, match=rf"{name}: {value} is of estimator: treepo, found estimator: grpo"):
+        AdvantageConfig(estimator="grpo", **options)
+    AdvantageConfig(estimator="grpo", mass_loss_weight=True, whiten="none")
 
 
 def test_updates_larger_than_a_step_are_refused(file):

@@ -4,11 +4,12 @@ import os
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from treepo_mcore.observe import heartbeat
-from treepo_mcore.observe.heartbeat import ALIVE, DONE, _Watch, listen_to_nodes
+from treepo_mcore.observe.heartbeat import ALIVE, DONE, _join, _serve, _Watch, listen_to_nodes
 
 
 @pytest.fixture
@@ -88,3 +89,24 @@ def test_what_is_heard_is_not_answered(watch):
     thread.join()
     beats = len(theirs.recv(10000)) - len(DONE)
     assert 1 <= beats <= 2 + (time.monotonic() - begin) / 0.05
+
+
+def test_strangers_are_not_taken_for_nodes(monkeypatch, capsys):
+    """One that says something else, one that says nothing, one that hangs up at once; then the node."""
+    monkeypatch.setattr(heartbeat, "GREETING_SECONDS", 0.2)
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(_serve, 1)
+        meeting = ""
+        while not meeting:
+            meeting = capsys.readouterr().out.strip()
+        where = ("127.0.0.1", int(meeting.partition("/")[0]))
+        strangers = [socket.create_connection(where) for _ in range(3)]
+        strangers[0].sendall(b"GET / HTTP/1.1\r\n")
+        strangers[2].close()
+        joined = _join(f"127.0.0.1:{meeting}")
+        heard = serving.result(timeout=10)
+    assert list(heard.values()) == ["n2"]
+    assert list(joined.values()) == ["127.0.0.1"]
+    for end in (*strangers, *heard, *joined):
+        end.close()

@@ -16,13 +16,21 @@ from tree_fake_engine import grow as sampled
 from tree_fake_engine import keyed_draw
 
 from treepo_mcore.architecture import read_sizes
-from treepo_mcore.config import ActorConfig, BranchingConfig, ConfigError, StoppingConfig, TreeConfig, parse_config
+from treepo_mcore.config import (
+    ActorConfig,
+    BranchingConfig,
+    ConfigError,
+    RolloutConfig,
+    StoppingConfig,
+    TreeConfig,
+    parse_config,
+)
 from treepo_mcore.planner.hardware import make_cluster
 from treepo_mcore.planner.memory import in_flight, plan_engine, plan_memory
 from treepo_mcore.planner.plan import make_plan
 from treepo_mcore.planner.seconds import pass_time, push_time
 from treepo_mcore.planner.shards import engine_parameters, model_parameters, stage_parameters, stages
-from treepo_mcore.planner.workload import Assumptions, flat_tree, grow, hazard, make_workload
+from treepo_mcore.planner.workload import Assumptions, grow, hazard, make_workload
 from treepo_mcore.tree.advantage import LeafAdvantage
 from treepo_mcore.tree.packing import pack_trees
 from treepo_mcore.tree.tree import PROMPT
@@ -145,7 +153,7 @@ def leaf_length(tree, leaf):
 
 
 def test_flat_answers_share_nothing():
-    profile = grow(flat_tree(TreeConfig()), hazard(1792, 7168))
+    profile = grow(RolloutConfig(sampler="flat").shape, hazard(1792, 7168))
     assert profile.sharing == 1
     assert profile.physical / 16 == pytest.approx(1792, rel=0.03)
     assert profile.live[0] == 16
@@ -279,6 +287,10 @@ def test_an_ffn_that_blocks_cannot_cut_is_named():
     plan = make_plan(settings, sizes("Qwen2.5-72B"), make_cluster("h100", "ib400", 8, 8), MEANS)
     assert not plan.fits
     assert any("29568 / 4 is not a multiple of 128" in warning.message for warning in plan.warnings)
+    odd = replace(sizes("Qwen2.5-7B"), heads=8, kv_heads=8, head_dim=120, hidden=960)
+    plan = make_plan(settings, odd, make_cluster("h100", "ib400", 8, 8), MEANS)
+    assert [w.message for w in plan.warnings if "the attention width 960 / 4 is not a multiple" in w.message]
+    assert [w.message for w in plan.warnings if "the hidden width 960 / 1 is not a multiple" in w.message]
 
 
 def test_layouts_without_meaning_are_refused():

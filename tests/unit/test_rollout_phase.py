@@ -17,6 +17,7 @@ from rollout_fake_engine import (
     make_prompts,
 )
 
+from treepo_mcore.actor.learn import choose
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.rewards.pool import RewardPool
@@ -163,21 +164,27 @@ def test_another_prompt_takes_the_place_of_a_lost_one_without_the_filter_too():
     assert stream.peek(1)[0].id == "p11"
 
 
-def test_shuffled_rewards_keep_their_scores():
-    rewards = FakeRewards(lambda text, prompt: stable_seed(text) % 1000 / 1000)
-    reward = {"function": "m:f", "overlong_buffer_tokens": 16, "overlong_penalty": 0.5}
+def test_shuffled_rewards_keep_their_scores_and_the_prompts_that_are_trained_on():
+    """The filter looks at what was earned: prompts that taught nothing do not come in by the shuffle."""
+    rewards = FakeRewards(lambda text, prompt: stable_seed(text) % 3 / 2 if prompt in odd else 0.0)
+    odd = {prompt.text for prompt in make_prompts(30)[1::2]}
+    trainer = {"prompts_per_step": 8, "prompts_per_update": 8}
 
-    def leaves(shuffle):
-        config = make_config(
-            {}, reward=reward | {"shuffle": shuffle}, trainer={"prompts_per_step": 4, "prompts_per_update": 4}
-        )
-        stream = PromptStream(make_prompts(12), seed=0, shuffle=False)
+    def chosen(shuffle):
+        reward = {"function": "m:f", "overlong_buffer_tokens": 16, "overlong_penalty": 0.5, "shuffle": shuffle}
+        config = make_config({}, reward=reward, trainer=trainer)
+        stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
         trees, _ = Rollout(config, GRID, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), rewards).collect(stream, 0)
+        return choose(trees, config, 0)
+
+    def leaves(trees):
         return [(leaf.reward, leaf.score, leaf.correct) for tree in trees for leaf in tree.leaves]
 
-    plain, shuffled = leaves(False), leaves(True)
-    assert plain != shuffled
-    assert sorted(plain) == sorted(shuffled)
+    plain, shuffled = chosen(False), chosen(True)
+    assert {tree.meta["prompt"] for tree in plain} <= odd
+    assert [tree.prompt_id for tree in plain] == [tree.prompt_id for tree in shuffled]
+    assert leaves(plain) != leaves(shuffled)
+    assert sorted(leaves(plain)) == sorted(leaves(shuffled))
 
 
 def boxing_tokenizer():

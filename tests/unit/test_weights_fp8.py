@@ -12,6 +12,7 @@ from test_weights_plan import architecture, megatron_side, vllm_shard
 
 from treepo_mcore.config import ConfigError
 from treepo_mcore.weights.fp8 import (
+    CHUNK,
     FP8,
     FP8_MAX,
     Edges,
@@ -84,7 +85,7 @@ def test_dequantised_product_is_close_to_float32():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantise_into_views_in_chunks(shape, monkeypatch):
-    monkeypatch.setattr("treepo_mcore.weights.fp8.CHUNK", 200)
+    monkeypatch.setitem(CHUNK, "cpu", 200)
     original = weight(shape)
     values = torch.zeros(shape[0], shape[1] + 5, dtype=FP8)[:, 5:]
     scale = torch.zeros(scale_shape(shape))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.precision import forget_fp8_copies
 from treepo_mcore.actor.quantised import data_tensors
+from treepo_mcore.config import Holder
 
-Holder = Literal["parameters", "gradients", "optimizer"]
 ALIGNED = 512  # bytes; where copies into the host buffer begin
 
 

@@ -9,6 +9,7 @@ process along, and the other nodes notice that too.
 from __future__ import annotations
 
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -25,7 +26,8 @@ GRACE_SECONDS = 5.0  # for the ranks' own errors to come first
 LAUNCHER_SECONDS = 15.0  # for torchrun to end by itself once its ranks are gone
 BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 300.0  # nodes check their engines before, some more slowly than others
-KEY = "treepo/heartbeat"  # in the store: the port of the first node
+GREETING_SECONDS = 5.0  # for a connection to say who it is
+KEY = "treepo/heartbeat"  # in the store: where the first node is heard
 ALIVE, DONE = b".", b"D"
 
 
@@ -33,7 +35,7 @@ class Heartbeat:
     """The process of this node, for as long as the trainer runs. Only the first rank of a node makes one."""
 
     def __init__(self, address: str | None, nodes: int) -> None:
-        """address: host:port of the first node's heartbeat; None on the first node itself, which hears `nodes` - 1."""
+        """address: host:port/word of the first node's heartbeat; None on that node itself, which hears `nodes` - 1."""
         where = ["--join", address] if address else ["--serve", str(nodes - 1)]
         with deaf_children():
             self.process = subprocess.Popen(
@@ -43,10 +45,10 @@ class Heartbeat:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
+        # On the first node port/word: where it listens, and what the others say there before their names.
+        self.meeting = self.process.stdout.readline().decode().strip()
+        if not self.meeting:
             raise RuntimeError(f"the heartbeat of node {socket.gethostname()} could not start")
-        self.port = int(line)  # that the first node listens on; 0 on the others
 
     def close(self) -> None:
         """The run is over on this node: the others need not hear it any more."""
@@ -66,7 +68,7 @@ def listen_to_nodes(rank: int, world: int, store: Any) -> Heartbeat | None:
         return None
     if rank == 0:
         heartbeat = Heartbeat(None, world // on_node)
-        store.set(KEY, str(heartbeat.port))
+        store.set(KEY, heartbeat.meeting)
         return heartbeat
     return Heartbeat(f"{os.environ['MASTER_ADDR']}:{store.get(KEY).decode()}", world // on_node)
 
@@ -130,22 +132,39 @@ class _Watch:
 
 
 def _serve(others: int) -> dict[socket.socket, str]:
-    """Wait for the other nodes; each first sends its name."""
+    """Wait for the other nodes. Who does not know the word is none of them: scanners knock at every port."""
+    word = secrets.token_hex(16)
     listening = socket.create_server(("", 0), backlog=max(others, 1))
-    listening.settimeout(CONNECT_SECONDS)
-    print(listening.getsockname()[1], flush=True)
-    connected = {}
-    for _ in range(others):
+    deadline = time.monotonic() + CONNECT_SECONDS
+    print(f"{listening.getsockname()[1]}/{word}", flush=True)
+    connected: dict[socket.socket, str] = {}
+    while len(connected) < others:
+        listening.settimeout(max(deadline - time.monotonic(), 0.001))
         other, _ = listening.accept()
-        connected[other] = other.makefile("r").readline().strip()
+        said, _, name = _greeting(other).partition(" ")
+        if said == word:
+            connected[other] = name
+            deadline = time.monotonic() + CONNECT_SECONDS
+        else:
+            other.close()
     return connected
 
 
+def _greeting(other: socket.socket) -> str:
+    """The first line, or nothing where none comes."""
+    other.settimeout(GREETING_SECONDS)
+    try:
+        return other.makefile("r", errors="replace").readline(1000).strip()
+    except OSError:
+        return ""
+
+
 def _join(address: str) -> dict[socket.socket, str]:
-    host, _, port = address.rpartition(":")
+    where, _, word = address.partition("/")
+    host, _, port = where.rpartition(":")
     first = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
-    first.sendall(f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()}\n".encode())
-    print(0, flush=True)
+    first.sendall(f"{word} {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}\n".encode())
+    print("joined", flush=True)
     return {first: host}
 
 
@@ -168,7 +187,7 @@ def _end_node(rank: int, launcher: Path) -> None:
 
 
 def main() -> None:
-    """`--serve OTHERS` on the first node, `--join HOST:PORT` on the others; the rank is the parent process."""
+    """`--serve OTHERS` on the first node, `--join HOST:PORT/WORD` on the others; the rank is the parent process."""
     rank = os.getppid()
     launcher = Path("/proc") / Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]
     option, value = sys.argv[1:]

@@ -25,6 +25,7 @@ from treepo_mcore.planner.shards import (
     vocabulary_parameters,
 )
 
+SAVING, LOADING = 20, 12  # bytes of host memory a parameter: 12 of the optimizer, one part twice more on the way
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 PHASES = ("update", "log_probs", "push", "rollout")
 DEFAULT_UTILISATION = 0.6  # of GPU memory for the engine (rollout/vllm_engine.py)
@@ -68,11 +69,6 @@ class Memory:
         return sum(self.phases[phase].values())
 
 
-def offloaded(config: Config) -> tuple[str, ...]:
-    """Parts of the actor's state that leave a GPU while the engine has it (config.MemoryConfig)."""
-    return ("gradients", "optimizer") if config.memory.offload is None else tuple(config.memory.offload)
-
-
 def in_fp8(actor: ActorConfig) -> bool:
     """Whether linear layers compute in FP8."""
     return actor.fp8 != "none" or bool(actor.megatron.get("fp8"))
@@ -91,9 +87,7 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> 
     totals = [{phase: sum(there.values()) for phase, there in phases.items()} for phases in all_phases]
     fullest = {phase: max(range(len(split)), key=lambda i: totals[i][phase]) for phase in PHASES}
     phases = {phase: all_phases[i][phase] for phase, i in fullest.items()}
-    dp = cluster.world // (actor.tp * actor.pp)
-    state = max((actor_state(actor, sizes, s, dp) for s in split), key=lambda state: state["parameters"])
-    host, disk = host_memory(config, state, cluster), checkpoint_bytes(actor, sizes)
+    host, disk = host_memory(config, sizes, cluster.world, cluster.gpus_per_node), checkpoint_bytes(actor, sizes)
     return Memory(fullest, phases, host, disk, engine, cluster.gpu.memory)
 
 
@@ -107,7 +101,7 @@ def _stage_phases(
     engine: EngineMemory,
 ) -> dict[str, dict[str, int]]:
     """Phase -> item -> bytes of one GPU of a stage."""
-    actor, offload = config.actor, offloaded(config)
+    actor, offload = config.actor, config.memory.offloaded(gpu=True)
     state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
     work = update_working(actor, sizes, stage, index, tokens, cluster.gpu.capability)
     mask = {name: work[name] for name in ("tree attention", "FP8 weights")}
@@ -297,18 +291,26 @@ def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:
     return 2 * sizes.layers * max(1, sizes.kv_heads // tp) * sizes.head_dim * element
 
 
-def host_memory(config: Config, state: dict[str, int], cluster: Cluster) -> dict[str, int]:
-    """Of one node: the reference policy, the actor's weights while they change places, the offload (all pinned), and
-    what checkpoints pass through (not pinned)."""
+def host_memory(config: Config, sizes: Sizes, world: int, ranks: int, *, gpu: bool = True) -> dict[str, int]:
+    """Bytes of a node with `ranks` of the `world` ranks, as full as any: the reference policy, the actor's weights
+    while they change places, the offload (all pinned), and what checkpoints pass through (not pinned).
+
+    Saving, the first data-parallel ranks gather the optimizer's state; loading, every rank reads its whole shard's. On
+    a CPU checkpoints are left out: their memory is that of the model.
+    """
+    actor = config.actor
+    dp = world // (actor.tp * actor.pp)
+    states = [actor_state(actor, sizes, stage, dp) for stage in stages(actor, sizes.layers)]
+    state = max(states, key=lambda state: state["parameters"])
     weights = state["parameters"]
-    copies = {"reference": weights, "swap": weights} if config.actor.reference == "host" else {}
-    copies |= {name: state[name] for name in offloaded(config) if name != "gradients"}
-    ranks = cluster.gpus_per_node
-    mine = weights // ELEMENT[config.actor.dtype]
-    # As `phases.checkpoint_bytes`: saving, the first data-parallel ranks gather; loading, every rank reads its shard.
-    stages = max(1, ranks // (cluster.world // config.actor.pp))
-    checkpoint = mine * max(20 * min(ranks, config.actor.tp) * stages, 12 * ranks)
-    return {name: size * ranks for name, size in copies.items()} | {"checkpoint": checkpoint}
+    needs = {"reference": weights, "swap": weights} if actor.reference == "host" else {}
+    needs |= {name: state[name] for name in sorted(config.memory.offloaded(gpu)) if name != "gradients"}
+    needs = {name: size * ranks for name, size in needs.items()}
+    if gpu:
+        count = weights // ELEMENT[actor.dtype]
+        gathering = min(ranks, actor.tp) * max(1, ranks // (world // actor.pp))  # ranks of this node
+        needs["checkpoint"] = count * max(SAVING * gathering, LOADING * ranks)
+    return needs
 
 
 def checkpoint_bytes(actor: ActorConfig, sizes: Sizes) -> int:

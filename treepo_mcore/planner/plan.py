@@ -16,7 +16,6 @@ from treepo_mcore.planner.memory import (
     Memory,
     engine_in_fp8,
     in_fp8,
-    offloaded,
     plan_memory,
 )
 from treepo_mcore.planner.rollout import RolloutTime, rollout_time
@@ -167,11 +166,14 @@ def _precision_errors(config: Config, sizes: Sizes, gpu: Gpu) -> list[str]:
         found.append(f"{gpu.name} has no FP8 tensor cores")
     if fp8_engine and rollout.dtype == "float32":
         found.append(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
-    if fp8_engine and (sizes.ffn // rollout.tp) % FP8_BLOCK:
-        found.append(
-            f"rollout.engine.quantization: the FFN shard {sizes.ffn} / {rollout.tp} is not a multiple of "
-            f"{FP8_BLOCK}: block-scaled FP8 weights cannot be pushed (weights/fp8.py)"
-        )
+    inputs = {"hidden": (sizes.hidden, 1), "attention": (sizes.heads * sizes.head_dim, rollout.tp)}
+    inputs["FFN"] = (sizes.ffn, rollout.tp)
+    found += [
+        f"rollout.engine.quantization: the {name} width {width} / {ranks} is not a multiple of {FP8_BLOCK}: vLLM's FP8 "
+        "layers take no other (weights/fp8.py)"
+        for name, (width, ranks) in inputs.items()
+        if fp8_engine and width // ranks % FP8_BLOCK
+    ]
     return found
 
 
@@ -257,7 +259,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "micro_batch_tokens": config.actor.micro_batch_tokens,
             "rollout_tp": config.rollout.tp,
             "engines": plan.engines,
-            "offload": list(offloaded(config)),
+            "offload": sorted(config.memory.offloaded(gpu=True)),
         },
         "assumptions": asdict(plan.assumed),
         "workload": {

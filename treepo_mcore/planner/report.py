@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from treepo_mcore.planner.memory import PHASES, offloaded
+from treepo_mcore.planner.memory import PHASES
 from treepo_mcore.planner.plan import Plan
 from treepo_mcore.planner.shards import model_parameters
 
@@ -33,7 +33,7 @@ def headline(plan: Plan) -> str:
         f"recompute {actor.recompute}",
         f"micro-batches of {actor.micro_batch_tokens} tokens",
         f"{plan.engines} engines of {plan.config.rollout.tp}",
-        f"offload {', '.join(offloaded(plan.config)) or 'nothing'}",
+        f"offload {', '.join(sorted(plan.config.memory.offloaded(gpu=True))) or 'nothing'}",
     ]
     return (
         f"{plan.config.model.path} ({model_parameters(plan.sizes) / 1e9:.1f} B parameters) on {cluster.nodes} x "

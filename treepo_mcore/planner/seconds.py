@@ -11,7 +11,7 @@ from treepo_mcore.config import ActorConfig, Config
 from treepo_mcore.planner import constants
 from treepo_mcore.planner.constants import LINK_EFFICIENCY
 from treepo_mcore.planner.hardware import Cluster
-from treepo_mcore.planner.memory import ELEMENT, EngineMemory, actor_state, in_fp8, offloaded
+from treepo_mcore.planner.memory import ELEMENT, EngineMemory, actor_state, in_fp8
 from treepo_mcore.planner.shards import (
     Stage,
     matrix_parameters,
@@ -231,7 +231,7 @@ def _stages_in_node(actor: ActorConfig, cluster: Cluster) -> float:
 
 def offload_seconds(config: Config, sizes: Sizes, cluster: Cluster) -> float:
     """The actor's state to the host and back, once a step; gradients are only dropped."""
-    return 2 * _host_seconds(config, sizes, cluster, offloaded(config))
+    return 2 * _host_seconds(config, sizes, cluster, config.memory.offloaded(gpu=True))
 
 
 def _host_seconds(config: Config, sizes: Sizes, cluster: Cluster, names: Collection[str]) -> float:

@@ -83,9 +83,8 @@ class Workload:
 
 def make_workload(config: Config, assumed: Assumptions) -> Workload:
     """The step of a configuration."""
-    flat = config.rollout.sampler == "flat"
     rate = hazard(assumed.response_tokens, config.rollout.tree.response_tokens)
-    profile = grow(flat_tree(config.rollout.tree) if flat else config.rollout.tree, rate)
+    profile = grow(config.rollout.shape, rate)
     prompts = config.trainer.prompts_per_step
     drawn = prompts / assumed.informative if config.filter.enabled else float(prompts)
     drawn = min(drawn, prompts * config.filter.max_prompts_factor) if config.filter.enabled else drawn
@@ -118,15 +117,6 @@ def hazard(mean: float, longest: int) -> float:
         else:
             high = middle
     return low
-
-
-def flat_tree(tree: TreeConfig) -> TreeConfig:
-    """Width independent answers, in the sampler's own terms."""
-    longest = tree.response_tokens
-    branching = tree.branching.model_copy(update={"first": (tree.width, tree.width)})
-    return tree.model_copy(
-        update={"segment_tokens": longest, "max_depth": 1, "branching": branching, "max_response_tokens": None}
-    )
 
 
 def grow(tree: TreeConfig, rate: float) -> TreeProfile:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
-from treepo_mcore.config import BranchingConfig, Config, RolloutConfig, TreeConfig
+from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.rewards.pool import Result, RewardPool
@@ -89,7 +89,7 @@ class Collector:
     ) -> None:
         """rewards: only on the engine's first rank. group: the engine's ranks, None when it has one."""
         self.config = config
-        self.tree_config = tree_config(config.rollout)
+        self.tree_config = config.rollout.shape
         self.engine, self.tokenizer, self.rewards, self.group = engine, tokenizer, rewards, group
         stopping = self.tree_config.stopping
         self.stopper = RuleStopper(stopping, BoxDetector(_decoder(tokenizer)) if stopping.boxed != "none" else None)
@@ -355,14 +355,6 @@ class _Phase:
                 self.queue.report(rejected=False)
         if self.queue is not None:
             self.queue.give_up()
-
-
-def tree_config(rollout: RolloutConfig) -> TreeConfig:
-    """The tree's shape; flat sampling is a tree that only forks at the prompt."""
-    if rollout.sampler == "tree":
-        return rollout.tree
-    width = rollout.tree.width
-    return rollout.tree.model_copy(update={"branching": BranchingConfig(factor=(1, 1), first=(width, width))})
 
 
 def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:

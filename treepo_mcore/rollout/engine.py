@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
-
-from torch import Tensor
 
 from treepo_mcore.tree.sampler import Finish, Request
 
@@ -53,9 +50,6 @@ class Engine(Protocol):
 
     def sleep(self) -> None:
         """Give the device's memory to the trainer."""
-
-    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take memory back with new weights (full HF tensors); cached prefixes are dropped."""
 
     def wake_weights(self) -> None:
         """Take memory for the weights back, without values: a push writes all of them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -56,8 +55,6 @@ class Rollout:
         if not result.trees:
             raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
         self._move(stream, result)
-        if self.config.reward.shuffle:
-            _shuffle_rewards(result.trees, random.Random(f"{self.config.run.seed}/{step}"))
         return result.trees, result.counts
 
     def _move(self, stream: PromptStream, result: Collection) -> None:
@@ -125,12 +122,3 @@ class Rollout:
             for e in range(self.grid.engines)
         ]
         return groups[self.grid.engine]
-
-
-def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
-    """The control experiment: the same rewards on other leaves."""
-    leaves = [leaf for tree in trees for leaf in tree.leaves]
-    verdicts = [(leaf.reward, leaf.score, leaf.correct) for leaf in leaves]
-    rng.shuffle(verdicts)
-    for leaf, verdict in zip(leaves, verdicts, strict=True):
-        leaf.reward, leaf.score, leaf.correct = verdict

@@ -22,7 +22,8 @@ from treepo_mcore.weights.plan import Transfer, part_of
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-4  # amax below which vLLM's quantiser does not go, so that an empty block has a finite scale
-CHUNK = 1 << 20  # elements quantised at a time: what bounds the float32 copies
+# Elements quantised at a time: what bounds the float32 copies. On a GPU more, or starting kernels would take the time.
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
 Where = Literal["owner", "receiver", "both"]
 
 
@@ -44,7 +45,7 @@ def quantise_into(weight: Tensor, values: Tensor, scale: Tensor, dtype: torch.dt
 
     dtype: what the weight is rounded to first, as it would be on its way into the engine.
     """
-    step = max(CHUNK // weight.shape[1] // BLOCK, 1) * BLOCK
+    step = max(CHUNK[weight.device.type] // weight.shape[1] // BLOCK, 1) * BLOCK
     for first in range(0, weight.shape[0], step):
         some, scales = quantise(weight[first : first + step].to(dtype))
         values[first : first + step].copy_(some)

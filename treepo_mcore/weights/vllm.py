@@ -26,6 +26,15 @@ LINEAR = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.
 SCALE = "_scale_inv"  # behind the name of a block-quantised weight
 
 
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What vLLM says to its arguments, as one line of ours: raises `ConfigError`."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
+
+
 class MetaEngine:
     """vLLM's own process groups and model class, without an engine: what one rank would hold, on the meta device.
 
@@ -37,10 +46,8 @@ class MetaEngine:
         """arguments: those of `vllm.LLM`. Raises `ConfigError` for what vLLM refuses."""
         from vllm.engine.arg_utils import EngineArgs
 
-        try:
+        with refusals():
             self.config = EngineArgs(**arguments).create_engine_config()
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError(f"rollout: vLLM refuses this: {' '.join(str(error).split())}") from error
         self.quantised = self.config.quant_config is not None
         # Otherwise vLLM looks for a kernel that this processor has. It quantises after loading: until then, parameters
         # are those of a model that is not quantised.
