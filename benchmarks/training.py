@@ -86,9 +86,13 @@ class Case:
         return f"b{self.factor} prompt {self.prompt} answer {self.answer}"
 
     def count(self, layout: str) -> int:
-        """Trees: few where they are long, more where stages of a pipeline would wait for sequences."""
-        few = 4 if self.prompt + self.answer < 1024 else 1
-        return max(4, 2 * few) if "pp" in LAYOUTS[layout] else few
+        """Trees: few where they are long, more where stages of a pipeline would wait for sequences.
+
+        Long answers make trees of several sequences.
+        """
+        if "pp" in LAYOUTS[layout]:
+            return 8 if self.answer < 1024 else 4
+        return 4 if self.prompt + self.answer < 1024 else 1
 
 
 PAPER = Case(factor=2, prompt=16, answer=128, segment=32)  # 14 x 512 tokens, answers near 2048, by 16
