@@ -348,6 +348,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Geometric means over the rows, and the rows."""
     names = ("speedup_update", "speedup_logprob", "logical_over_unique", "share_update", "share_logprob")
     means = {name: statistics.geometric_mean(row[name] for row in rows) for name in names}
+    for what in ("logprob", "update"):
+        shares = [row[f"speedup_{what}"] / row["arithmetic_ratio"] for row in rows]
+        means[f"share_of_arithmetic_{what}"] = statistics.geometric_mean(shares)
     return means | {"models": MODELS, "rows": rows}
 
 

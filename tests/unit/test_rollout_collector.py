@@ -261,6 +261,15 @@ def test_the_tail_is_cut_and_what_was_unfinished_is_named(deterministic):
     assert patient.counts.tail_steps > 13
 
 
+def test_no_tail_while_prompts_are_left_that_the_engine_may_not_draw_yet():
+    """Another engine has room for none of its own prompts: this one holds its half, and takes the rest later."""
+    queue = SharedQueue(dist.HashStore(), 0, 2, 8, 8)
+    result = collect(FakeEngine(hazard_draw(0.02)), make_prompts(8), make_config({"tail_steps": 20}), queue=queue)
+    assert [tree.meta["number"] for tree in result.trees] == list(range(8))
+    assert result.unfinished == []
+    assert 0 < result.counts.tail_steps <= 20 < result.counts.steps
+
+
 # Failures.
 
 
@@ -306,7 +315,9 @@ def test_no_engine_takes_more_than_its_share_at_a_time():
     store = dist.HashStore()
     fast, slow = (SharedQueue(store, engine, 2, 5, 8) for engine in range(2))
     assert [fast.draw() for _ in range(4)] == [0, 1, 2, None]
+    assert fast.held_back()
     assert [slow.draw() for _ in range(3)] == [3, 4, None]
+    assert not fast.held_back()
     for _ in range(2):
         fast.report(rejected=True)
     assert [fast.draw(), slow.draw(), slow.draw()] == [5, 6, None]  # the queue is empty, or the share is held

@@ -40,13 +40,13 @@ class Agreement:
         tokens = array("q", [token for chunk in chunks for token in chunk.tokens])
         self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(text.encode(), self._digest))
         if self._step - self._last >= self._every:
-            self.order(None, False)
+            self.order(None, False, False)
 
-    def order(self, number: int | None, closed: bool) -> tuple[int | None, bool]:
+    def order(self, number: int | None, closed: bool, held_back: bool) -> tuple[int | None, bool, bool]:
         """What the engine's first rank passed in, on all of its ranks. Raises RuntimeError where they differ."""
         if self._group is None:
-            return number, closed
-        mine = torch.tensor([self._digest, -1 if number is None else number, int(closed)])
+            return number, closed, held_back
+        mine = torch.tensor([self._digest, -1 if number is None else number, int(closed), int(held_back)])
         rows = [torch.empty_like(mine) for _ in range(self._group.size())]
         try:
             dist.all_gather(rows, mine, group=self._group)
@@ -59,7 +59,7 @@ class Agreement:
             raise RuntimeError(f"{self._where()}: the ranks of this engine sampled different tokens: {digests}")
         self._last = self._step
         first = rows[0].tolist()
-        return (None if first[1] < 0 else first[1]), bool(first[2])
+        return (None if first[1] < 0 else first[1]), bool(first[2]), bool(first[3])
 
     def _where(self) -> str:
         return f"engine steps {self._last} to {self._step} of this phase"

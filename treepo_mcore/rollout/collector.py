@@ -141,7 +141,8 @@ class _Phase:
         self.scoring: dict[int, _Prompt] = {}  # complete, verdicts outstanding
         self.owner: dict[str, tuple[_Prompt, str]] = {}  # the engine's request id -> its prompt, the sampler's id
         self.waiting: dict[str, int] = {}  # the engine's request id -> blocks of a context it has not taken in yet
-        self.dry = False  # the queue had nothing at the last look
+        self.dry = False  # the queue had nothing for this engine at the last look
+        self.tail = False  # nor will it, unless prompts are rejected
         self.next_look = 0
         self.over = False  # the tail was cut
         self.closed = False
@@ -193,12 +194,15 @@ class _Phase:
         return self.engine.free_blocks() - sum(self.waiting.values()) >= growth
 
     def _draw(self) -> int | None:
-        number, closed = None, False
+        number, closed, held_back = None, False, False
         if self.queue is not None:
             number = None if self.over else self.queue.draw()
-            closed = not self.active and not self.scoring and number is None and self.queue.closed()
-        number, self.closed = self.agreement.order(number, closed)
+            if number is None:
+                closed = not self.active and not self.scoring and self.queue.closed()
+                held_back = self.queue.held_back()
+        number, self.closed, held_back = self.agreement.order(number, closed, held_back)
         self.dry = number is None
+        self.tail = self.dry and not held_back
         return number
 
     def _start(self, number: int, prompt: Prompt) -> None:
@@ -234,7 +238,7 @@ class _Phase:
                 self._tick()
             elif self.rewards is not None:
                 self._scored(self.rewards.poll())
-        if self.dry and self._fits():
+        if self.tail and self._fits():
             counts.tail_steps += 1
             limit = self.config.rollout.tail_steps
             if limit is not None and counts.tail_steps > limit and not self.over:

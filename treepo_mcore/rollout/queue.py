@@ -23,6 +23,9 @@ class PromptQueue(Protocol):
     def draw(self) -> int | None:
         """The number of a prompt for this engine, None when there is none at the moment."""
 
+    def held_back(self) -> bool:
+        """Whether there is a prompt that this engine may draw once one of its own is done."""
+
     def report(self, rejected: bool) -> None:
         """A prompt of this engine is done: accepted, or rejected so that another one takes its place."""
 
@@ -63,6 +66,10 @@ class SharedQueue:
                 self._held += 1
                 return number
         return None
+
+    def held_back(self) -> bool:
+        """See `PromptQueue`."""
+        return self._held >= self._share and int(self._store.get("drawn").split()[0]) < self._allowed()
 
     def report(self, rejected: bool) -> None:
         """See `PromptQueue`."""
@@ -109,6 +116,10 @@ class LockstepQueue:
         number = self._next
         self._next += self._engines
         return number
+
+    def held_back(self) -> bool:
+        """Never: the numbers of an engine are its own."""
+        return False
 
     def report(self, rejected: bool) -> None:
         """See `PromptQueue`."""
