@@ -95,7 +95,7 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     import torch
 
     from treepo_mcore.actor.actor import Actor
-    from treepo_mcore.actor.learn import mini_batches
+    from treepo_mcore.actor.learn import mini_batches, token_work
     from treepo_mcore.actor.model import unwrap
     from treepo_mcore.actor.parallel import build_grid, init_process_group
     from treepo_mcore.architecture import read_architecture, resolve_model
@@ -109,7 +109,7 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     grid = build_grid(config.actor, 1, seed=0)
     arch = read_architecture(directory)
     actor = Actor(config.actor, arch, directory, grid, temperature=config.rollout.temperature, total_steps=1)
-    batch = mini_batches([tree for tree in read_trees(trees) if informative(tree)], config, 1, 0)[0]
+    batch = mini_batches([tree for tree in read_trees(trees) if informative(tree)], config, grid, token_work(arch))[0]
     old = [output[0] for output in actor.log_probs(batch.sequences)]
     actor.update(batch.sequences, old, normaliser=batch.normaliser)
     parameters = [named for chunk in actor.chunks for named in unwrap(chunk).named_parameters()]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
@@ -22,6 +26,7 @@ from treepo_mcore.config import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name and content
 STATE = "trainer_state.json"
+SHARED = "it has to be one directory, on a file system that all nodes share"
 
 
 def newest(directory: Path) -> Path | None:
@@ -38,6 +43,18 @@ def newest(directory: Path) -> Path | None:
 def forget(directory: Path) -> None:
     """No checkpoint is the newest any more."""
     (directory / TRACKER).unlink(missing_ok=True)
+
+
+def check_same(run_dir: Path, found: Path | None) -> None:
+    """Raise `ConfigError` on all ranks where they would not begin with the same checkpoint. Collective."""
+    mine = found.name if found else "none"
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, name in enumerate(everyone):
+        if name != everyone[0]:
+            raise ConfigError(
+                f"run.dir: {run_dir}: rank 0 finds checkpoint {everyone[0]}, rank {rank} {name}; {SHARED}"
+            )
 
 
 @on_megatron_device
@@ -63,6 +80,8 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
         for old in upto[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
+    if TRACKER not in os.listdir(directory):
+        raise RuntimeError(f"{directory}: what rank 0 has saved is not here on {socket.gethostname()}; {SHARED}")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -79,7 +98,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load(checkpoint: Path, actor: Actor) -> None:
     """Fill model and optimizer. The layout may differ from the one that saved."""
     with _any_adam(actor.optimizer):
-        loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint))
+        # Every replica wants all of its shard: each reads a part, and they exchange them. Otherwise the file system
+        # would be read as often as there are replicas.
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
+        loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint), strategy)
         for index, chunk in enumerate(actor.chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
         actor.optimizer.load_state_dict(loaded["optimizer"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treepo_mcore.config import AdvantageConfig, ConfigError
+from treepo_mcore.config import AdvantageConfig, ConfigError, parse_section
 from treepo_mcore.rewards.math import boxed_answer
 from treepo_mcore.tree import advantage
 from treepo_mcore.tree.stats import informative, tree_stats
@@ -43,7 +43,7 @@ def advantages(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Advantages of every leaf (spec section 3). All lines of the file are one training batch.
+    """Advantages of every leaf. All lines of the file are one training batch.
 
     A run saves what it sampled; with filter.enabled it trained on the part that --informative leaves.
 
@@ -51,19 +51,20 @@ def advantages(
     loss. A segment estimator gives a leaf one value per node of its path, the prompt left out. The plain form does not
     tell how long inner nodes are: there `segment` is whitened as if a path's tokens were all in its last node.
     """
-    config = AdvantageConfig(
-        estimator=estimator,
-        aggregation=aggregation,
-        reject_uniform_subgroups=reject_uniform_subgroups,
-        include_root=include_root,
-        leave_one_out=leave_one_out,
-        distinct_groups=distinct_groups,
-        mass_baseline=mass_baseline,
-        mass_loss_weight=mass_loss_weight,
-        max_levels=max_levels,
-        whiten=whiten,
-        whiten_shift=whiten_shift,
-    )
+    options = {
+        "estimator": estimator,
+        "aggregation": aggregation,
+        "reject_uniform_subgroups": reject_uniform_subgroups,
+        "include_root": include_root,
+        "leave_one_out": leave_one_out,
+        "distinct_groups": distinct_groups,
+        "mass_baseline": mass_baseline,
+        "mass_loss_weight": mass_loss_weight,
+        "max_levels": max_levels,
+        "whiten": whiten,
+        "whiten_shift": whiten_shift,
+    }
+    config = parse_section(AdvantageConfig, options)
     trees = _read(file)
     try:
         if only_informative:

@@ -108,7 +108,9 @@ class StoppingConfig(Section):
 class FallbackConfig(Section):
     """Restarting from finished paths when live ones run out before W (spec 2.7)."""
 
+    # soft_boxed_and_eos: leaves that ended by a box or EOS. random_all: any leaf. Where there is none, the prompt.
     candidates: Literal["soft_boxed_and_eos", "random_all"] = "soft_boxed_and_eos"
+    # Where on its path the new one begins: at any of the boundaries, before the least likely token, at the prompt.
     cut: Literal["random", "min_logprob_token", "from_start"] = "random"
 
 
@@ -198,7 +200,7 @@ class AdvantageConfig(Section):
     """Estimators over a tree's sub-groups (paper equations 5 to 7; spec 3.2)."""
 
     estimator: Literal["treepo", "segment", "spo", "grpo", "rloo", "reinforce_pp_baseline"] = "treepo"
-    # The seven up to max_levels are of treepo alone.
+    # The seven up to max_levels are of treepo, and refused under other estimators.
     aggregation: Literal["average", "group_size"] = "average"  # weight of the levels
     reject_uniform_subgroups: bool = False  # drop levels >= 1 whose leaves all agree (hurts, paper 4.2)
     include_root: bool = True
@@ -427,6 +429,14 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(error)}") from error
+
+
+def parse_section[S: Section](kind: type[S], options: dict[str, Any]) -> S:
+    """A section from command-line options. Raises `ConfigError` naming the first bad one."""
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
 
 
 def check_grid(config: Config, world: int) -> None:

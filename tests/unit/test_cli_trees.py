@@ -183,3 +183,9 @@ def test_starts_without_heavy_libraries():
     code = "import sys, treepo_mcore.cli; print([m for m in ('torch', 'vllm', 'megatron') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_option_of_another_estimator(tmp_path):
+    file = plain(tmp_path / "a.jsonl", "C")
+    text = command("advantages", file, "--estimator", "grpo", "--max-levels", "2", status=2)
+    assert text.strip() == "error: max_levels: 2 is of estimator: treepo, found estimator: grpo"

@@ -56,6 +56,12 @@ def test_rows_without_id_are_named_by_file_and_row(tmp_path):
     assert [prompt.answer for prompt in prompts] == ["7", "0.5"]
 
 
+def test_an_id_names_the_prompt_and_reaches_the_reward(tmp_path):
+    (prompt,) = load(tmp_path / "math.jsonl", [{"id": 12, "prompt": "a", "answer": 7, "level": 3}])
+    assert prompt.id == "12"
+    assert prompt.meta == {"id": 12, "level": 3}
+
+
 def test_verl_parquet(tmp_path):
     row = {"prompt": CHAT, "reward_model": {"ground_truth": "42", "style": "rule"}, "data_source": "x"}
     (prompt,) = load(tmp_path / "verl.parquet", [row], answer_key="reward_model.ground_truth")

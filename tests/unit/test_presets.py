@@ -33,7 +33,6 @@ def test_preset_loads(preset):
         ("advantage.estimator", "treepo"),
         ("advantage.aggregation", "average"),
         ("advantage.reject_uniform_subgroups", False),
-        ("advantage.max_levels", 14),
         ("actor.micro_batch_tokens", 8192),
         ("actor.old_logprobs", "recompute"),
         ("actor.reference", "none"),

@@ -9,7 +9,7 @@ from tree_fake_engine import grow, keyed_draw
 
 from treepo_mcore.config import AdvantageConfig, TreeConfig
 from treepo_mcore.tree.advantage import LeafAdvantage, advantages, tree_from_plain
-from treepo_mcore.tree.packing import PackedSequence, attention_work, balance, pack_flat, pack_trees, split_leaves
+from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees, split_leaves, tree_work
 from treepo_mcore.tree.tree import EOS, Tree
 
 
@@ -216,16 +216,19 @@ def test_order_of_siblings_does_not_matter():
 
 def test_balance_is_even_and_deterministic():
     trees = [by_hand([(0, size)], [1]) for size in (50, 3, 20, 20, 41, 8)]
-    assert [attention_work(tree) for tree in trees[:2]] == [52 * 53 // 2, 5 * 6 // 2]
-    shares = balance(trees, 2)
-    assert shares == balance(trees, 2)
-    assert sorted(shares[0] + shares[1]) == list(range(6))
-    loads = [sum(attention_work(trees[index]) for index in share) for share in shares]
-    assert max(loads) < 1.1 * min(loads)
-    assert balance(trees[:1], 3) == [[0], [], []]
+    assert [tree_work(tree, 0) for tree in trees[:2]] == [52 * 53 // 2, 5 * 6 // 2]
+    for linear in (0, 1e6):
+        shares = balance(trees, 2, linear)
+        assert shares == balance(trees, 2, linear)
+        assert sorted(shares[0] + shares[1]) == list(range(6))
+        loads = [sum(tree_work(trees[index], linear) for index in share) for share in shares]
+        assert max(loads) < 1.1 * min(loads)
+    assert balance(trees[:1], 3, 0) == [[0], [], []]
+    assert balance(trees[:2], 3, 0, first=2) == [[1], [], [0]]
 
 
 def test_balance_weighs_what_is_packed():
     tree = by_hand([(0, 2), (0, 700), (2, 1)], [1])
     (packed,) = pack_trees([tree], [plain(tree, [1.0])], 100)
-    assert attention_work(tree) == int((packed.positions + 1).sum())
+    seen = int((packed.positions + 1).sum())
+    assert tree_work(tree, 10) == seen + 10 * len(packed.tokens)

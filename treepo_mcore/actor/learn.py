@@ -13,7 +13,10 @@ from torch import Tensor
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.correction import check_mismatch, leaf_factors
+from treepo_mcore.actor.parallel import Grid
+from treepo_mcore.architecture import Sizes
 from treepo_mcore.config import Config
+from treepo_mcore.planner.shards import matrix_parameters
 from treepo_mcore.tree.advantage import Advantage, advantages
 from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
 from treepo_mcore.tree.stats import informative
@@ -55,7 +58,7 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
     Old log-probs are those before the first of these steps. Raises `MismatchError` on all ranks together.
     """
     actor.set_step(step)
-    batches = mini_batches(trees, config, actor.grid.dp, actor.grid.dp_rank)
+    batches = mini_batches(trees, config, actor.grid, token_work(actor.arch))
     sequences = [sequence for batch in batches for sequence in batch.sequences]
     old = iter(_old_log_probs(actor, sequences, config))
     reference = iter(actor.reference_log_probs(sequences) if config.actor.reference == "host" else ())
@@ -78,8 +81,13 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
     return _step_metrics(results, config) | {"actor/lr": actor.learning_rate, "actor/updates": len(results)}
 
 
-def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -> list[MiniBatch]:
-    """The share of data-parallel rank `rank` in every mini-batch.
+def token_work(sizes: Sizes) -> float:
+    """Query-key pairs that take as many multiplications as one token in the linear layers: 52,000 in Llama 70B."""
+    return matrix_parameters(sizes) / (2 * sizes.heads * sizes.head_dim)
+
+
+def mini_batches(trees: Sequence[Tree], config: Config, grid: Grid, work: float) -> list[MiniBatch]:
+    """This data-parallel rank's share of every mini-batch. work: see `token_work`.
 
     As few as `trainer.prompts_per_update` allows, and evenly: a few prompts too many do not get a step of their own.
     """
@@ -87,9 +95,9 @@ def mini_batches(trees: Sequence[Tree], config: Config, ranks: int, rank: int) -
     count = math.ceil(len(trees) / config.trainer.prompts_per_update)
     ends = [math.ceil(len(trees) * number / max(count, 1)) for number in range(count + 1)]
     batches = []
-    for begin, end in pairwise(ends):
+    for number, (begin, end) in enumerate(pairwise(ends)):
         part, values = trees[begin:end], worth[begin:end]
-        mine = balance(part, ranks)[rank]
+        mine = balance(part, grid.dp, work, first=number)[grid.dp_rank]
         my_trees, my_worth = [part[i] for i in mine], [values[i] for i in mine]
         batches.append(MiniBatch(my_trees, my_worth, _pack(my_trees, my_worth, config), _normaliser(values, config)))
     return batches

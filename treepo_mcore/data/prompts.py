@@ -30,7 +30,7 @@ class Prompt:
     tokens: list[int]
     text: str  # what was encoded: after the chat template
     answer: str
-    meta: Row = field(default_factory=dict)  # the row's other columns
+    meta: Row = field(default_factory=dict)  # the row without prompt and answer
 
 
 def load_prompts(path: str | Path, config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
@@ -80,6 +80,7 @@ class PromptStream:
             raise ValueError("prompts: expected at least one")
         self._prompts = prompts
         self._seed, self._shuffle = seed, shuffle
+        self._identity = {"seed": seed, "shuffle": shuffle, "prompts_sha256": _digest(prompts)}
         self._epoch, self._position = 0, 0
         self._order = self._draw()
         self._returned: list[int] = []
@@ -120,12 +121,12 @@ class PromptStream:
             "epoch": self._epoch,
             "position": self._position,
             "returned": self._returned[:],
-            **self._identity(),
+            **self._identity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises `ConfigError` when data, seed or shuffling are not the same."""
-        for key, ours in self._identity().items():
+        for key, ours in self._identity.items():
             if state[key] != ours:
                 raise ConfigError(f"cannot resume the prompts: {key} is {ours!r}, the checkpoint has {state[key]!r}")
         self._epoch, self._position = state["epoch"], state["position"]
@@ -139,11 +140,12 @@ class PromptStream:
         order: list[int] = np.random.default_rng([self._seed, self._epoch]).permutation(count).tolist()
         return order
 
-    def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for prompt in self._prompts:
-            digest.update(json.dumps([prompt.id, prompt.tokens, prompt.answer]).encode())
-        return {"seed": self._seed, "shuffle": self._shuffle, "prompts_sha256": digest.hexdigest()}
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.tokens, prompt.answer]).encode())
+    return digest.hexdigest()
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -193,7 +195,7 @@ def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer
     tokens = tokenizer.encode(text, start=messages is None)
     if not tokens:
         raise ConfigError(f"{place}: the prompt is empty")
-    used = ("id", config.prompt_key, config.answer_key)
+    used = (config.prompt_key, config.answer_key)
     meta = {key: value for key, value in row.items() if key not in used}
     own = row.get("id")  # null where parquet fills gaps
     return Prompt(default_id if own is None else str(own), tokens, text, str(answer), meta)

@@ -31,7 +31,6 @@ class PassTime:
     seconds: float
     micro_batches: int  # of one data-parallel rank, in one pass
     bubble: float  # share of the time in which the mean stage waits
-    flops: float  # of one GPU, without what recomputing adds
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def pass_time(
     busy = [_stage_seconds(config, sizes, cluster, stage, each, rows, work.attended, backward) for stage in split]
     slowest, mean = max(busy), sum(busy) / len(busy)
     seconds = (count + (actor.pp - 1) / (actor.vpp or 1)) * slowest
-    flops = sum(_stage_flops(sizes, s, each, rows, work.attended) for s in split) * count * (3 if backward else 1)
-    return PassTime(seconds, count, 1 - count * mean / seconds, flops / (actor.tp * actor.pp))
+    return PassTime(seconds, count, 1 - count * mean / seconds)
 
 
 def _stage_flops(sizes: Sizes, stage: Stage, tokens: float, rows: float, attended: float) -> float:

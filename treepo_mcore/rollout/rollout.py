@@ -34,7 +34,8 @@ class Rollout:
         """rewards: only on the first rank of each engine. Collective: makes process groups."""
         self.config, self.grid, self.engine = config, grid, engine
         self.tokenizer, self.rewards = tokenizer, rewards
-        self.engine_group = self._engine_group()
+        self.engine_group = self._engine_group(short=not config.run.deterministic)
+        self.tree_group = self._engine_group(short=False)
         self.collector = Collector(config, engine, tokenizer, rewards, self.engine_group)
         self.leaders = dist.new_group(list(range(0, grid.world, config.rollout.tp)), backend="gloo")
         self.phases = 0  # begun; their counters in the store must not meet
@@ -84,8 +85,8 @@ class Rollout:
         everyone: list[Any] = [None] * self.grid.engines
         if self.grid.leads_engine:
             dist.all_gather_object(everyone, mine, group=self.leaders)
-        if self.engine_group is not None:
-            dist.broadcast_object_list(everyone, self.grid.engine * self.config.rollout.tp, group=self.engine_group)
+        if self.tree_group is not None:
+            dist.broadcast_object_list(everyone, self.grid.engine * self.config.rollout.tp, group=self.tree_group)
         total = Collection()
         for part in everyone:
             total.trees += part.trees
@@ -110,13 +111,16 @@ class Rollout:
         dist.all_reduce(sums)
         return evaluation.metrics(sums, len(prompts), samples, self.config.reward)
 
-    def _engine_group(self) -> dist.ProcessGroup | None:
-        """A group of this engine's ranks; all ranks make all groups."""
+    def _engine_group(self, short: bool) -> dist.ProcessGroup | None:
+        """A group of this engine's ranks; all ranks make all groups.
+
+        short: a rank that went another way must not keep the others for half an hour. Slow verdicts may, where all wait
+        for them, and trees, which the first rank gets from all engines before its own ranks do.
+        """
         size = self.config.rollout.tp
         if size == 1:
             return None
-        # A rank that went another way must not keep the others for half an hour. Slow verdicts may, where all wait.
-        wait = None if self.config.run.deterministic else timedelta(seconds=ENGINE_TIMEOUT)
+        wait = timedelta(seconds=ENGINE_TIMEOUT) if short else None
         groups = [
             dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo", timeout=wait)
             for e in range(self.grid.engines)

@@ -102,28 +102,31 @@ def pack_flat(
     return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens, least)]
 
 
-def balance(trees: Sequence[Tree], ranks: int) -> list[list[int]]:
-    """Indices of whole trees for each data-parallel rank, evened out by attention work.
+def balance(trees: Sequence[Tree], ranks: int, token_work: float, first: int = 0) -> list[list[int]]:
+    """Indices of whole trees for each data-parallel rank, evened out by `tree_work`.
 
-    The largest tree goes to the least loaded rank, and so on; ties go by index. A rank's indices are in order.
+    The largest tree goes to the least loaded rank, and so on; ties go by index, from rank `first` on: another one in
+    every mini-batch, or the same ranks would have the remainder each time. A rank's indices are in order.
     """
-    work = [attention_work(tree) for tree in trees]
-    loads = [(0, rank) for rank in range(ranks)]
+    work = [tree_work(tree, token_work) for tree in trees]
+    loads = [(0.0, turn) for turn in range(ranks)]
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for index in sorted(range(len(trees)), key=lambda i: -work[i]):
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(index)
-        heapq.heappush(loads, (load + work[index], rank))
+        load, turn = heapq.heappop(loads)
+        shares[(first + turn) % ranks].append(index)
+        heapq.heappush(loads, (load + work[index], turn))
     return [sorted(share) for share in shares]
 
 
-def attention_work(tree: Tree) -> int:
-    """Query-key pairs of the packed tree: the sum over its tokens of the tokens they see, themselves included."""
-    work = 0
+def tree_work(tree: Tree, token_work: float) -> float:
+    """What a packed tree costs, in query-key pairs: the tokens that each of its tokens sees, itself included, and
+    `token_work` for the linear layers of each.
+    """
+    work = 0.0
     for node, leaves in zip(tree.nodes, tree.leaf_counts(), strict=True):
         if leaves:
             size = len(node.tokens)
-            work += size * node.start + size * (size + 1) // 2
+            work += size * node.start + size * (size + 1) // 2 + size * token_work
     return work
 
 
