@@ -261,6 +261,18 @@ def test_the_tail_is_cut_and_what_was_unfinished_is_named(deterministic):
     assert patient.counts.tail_steps > 13
 
 
+def test_verdicts_on_prompts_that_were_given_up_are_not_waited_for():
+    """A judge may need half a minute for each; the next step throws them away."""
+    rewards = FakeRewards(lambda text, prompt: stable_seed(text) % 2)
+
+    def wait():
+        raise AssertionError("waited for verdicts")
+
+    rewards.drain = wait
+    result = collect(FakeEngine(slow_last), make_prompts(10), make_config({"tail_steps": 12}), rewards)
+    assert sorted(result.unfinished) == [8, 9]
+
+
 def test_no_tail_while_prompts_are_left_that_the_engine_may_not_draw_yet():
     """Another engine has room for none of its own prompts: this one holds its half, and takes the rest later."""
     queue = SharedQueue(dist.HashStore(), 0, 2, 8, 8)

@@ -158,8 +158,6 @@ class _Phase:
             else:
                 self._idle()
         self.counts.preemptions = self.engine.preemptions() - preempted
-        if self.rewards is not None:
-            self.rewards.drain()  # of prompts that were given up
         self.result.trees.sort(key=lambda tree: int(tree.meta["number"]))
         return self.result
 
