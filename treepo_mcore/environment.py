@@ -40,7 +40,7 @@ GPU_ENVIRONMENT = {
 }
 
 
-OPEN_FILES = 65536  # a process; the usual soft limit of 1024 ends at about 450 ranks
+OPEN_FILES = 65536  # a process; two sockets to every other rank are more than the usual 1024 from 512 ranks on
 
 
 def driver_is_there() -> bool:
