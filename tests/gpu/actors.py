@@ -35,8 +35,11 @@ def gradients(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> d
     }
 
 
-def updates(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> dict[str, dict[str, float]]:
-    """Against the first case, over two updates with everything offloaded in between: log-probs and readable tensors."""
+def updates(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> dict[str, dict[str, Any]]:
+    """Against the first case, with everything offloaded between two updates: readable tensors, and log-probs.
+
+    The largest difference of log-probs, nats, before the first update, after it, and after the second.
+    """
     from layouts import mini_batches
     from log_probs import make_actor
 
@@ -53,11 +56,11 @@ def updates(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> dic
             logp.append(torch.cat([out[0] for out in actor.log_probs(batch)]))
         with actor.readable():
             tensors = {tensor: values.float().cpu() for tensor, values in actor.tensors.items()}
-        results[name] = (torch.cat(logp), tensors, len(actor.copies.tensors))
+        results[name] = (logp, tensors, len(actor.copies.tensors))
     first, other, _ = results[next(iter(cases))]
     return {
         name: {
-            "logp": float((logp - first).abs().max()),
+            "logp": [float((mine - theirs).abs().max()) for mine, theirs in zip(logp, first, strict=True)],
             "read": max(float((t - other[key]).abs().max() / other[key].abs().max()) for key, t in tensors.items()),
             "quantised": quantised,
         }

@@ -60,7 +60,8 @@ def test_fp8_parameters_are_another_place_for_the_same_numbers(arguments, fp8):
     }
     found = launch("gpu.actors:updates", 1, arguments | {"cases": cases})[0]["parameters"]
     assert found["quantised"] > 0
-    assert found["logp"] < 1e-3, found
+    # Failed on an H200 with "current" on 26 November 2026: 0.57 nats in one of the three. docs/gpu.md
+    assert max(found["logp"]) < 1e-3, found
     assert 0 < found["read"] < 0.1, found  # what is pushed: eight bits instead of bf16, relative to the largest weight
 
 
