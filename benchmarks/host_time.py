@@ -25,11 +25,11 @@ from machine import machine
 
 from treepo_mcore.config import parse_config
 from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.engine.protocol import Chunk
+from treepo_mcore.grow.sampler import Request
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import Collector
-from treepo_mcore.rollout.engine import Chunk
 from treepo_mcore.rollout.queue import SharedQueue
-from treepo_mcore.tree.sampler import Request
 
 LIVE = 384
 EOS, OPEN, CLOSE, WORDS = 0, 1, 2, 1000

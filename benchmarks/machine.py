@@ -13,7 +13,7 @@ import treepo_mcore
 
 def machine() -> dict[str, Any]:
     """With a load above 1 before the start, seconds are worth little."""
-    from treepo_mcore.observe.versions import versions  # brings torch, which the environment must be prepared for
+    from treepo_mcore.system.versions import versions  # brings torch, which the environment must be prepared for
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from treepo_mcore.environment import has_gpu, prepare_environment
+from treepo_mcore.system.environment import has_gpu, prepare_environment
 
 prepare_environment()
 
@@ -95,11 +95,11 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     import torch
 
     from treepo_mcore.actor.actor import Actor
-    from treepo_mcore.actor.learn import mini_batches, token_work
     from treepo_mcore.actor.model import unwrap
     from treepo_mcore.actor.parallel import build_grid, init_process_group
-    from treepo_mcore.architecture import read_architecture, resolve_model
     from treepo_mcore.config import load_config
+    from treepo_mcore.learn.step import mini_batches, token_work
+    from treepo_mcore.model.architecture import read_architecture, resolve_model
     from treepo_mcore.tree.stats import informative
     from treepo_mcore.tree.tree import read_trees
 
@@ -228,7 +228,7 @@ def main() -> None:
 
 def begin(file: Path, steps: int, reference: str, fresh: bool) -> dict[str, Any]:
     """What the file holds, if it was measured with the same versions and steps; else nothing yet."""
-    from treepo_mcore.observe.versions import versions
+    from treepo_mcore.system.versions import versions
 
     result: dict[str, Any] = {"versions": versions(), "steps": steps, "reference": reference}
     before = json.loads(file.read_text()) if file.is_file() and not fresh else {}

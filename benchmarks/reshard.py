@@ -135,7 +135,7 @@ def line(row: dict[str, Any]) -> str:
 
 def measure(options: argparse.Namespace, rollout_tp: int) -> None:
     """Inside a rank."""
-    from treepo_mcore.environment import prepare_environment
+    from treepo_mcore.system.environment import prepare_environment
 
     prepare_environment()
     import torch.distributed as dist
@@ -157,9 +157,9 @@ def measure(options: argparse.Namespace, rollout_tp: int) -> None:
 class _Bench:
     def __init__(self, directory: Path, settings: dict[str, int], rollout_tp: int) -> None:
         from treepo_mcore.actor.parallel import build_grid
-        from treepo_mcore.architecture import read_architecture
         from treepo_mcore.config import parse_config
-        from treepo_mcore.rollout.vllm_engine import VllmEngine
+        from treepo_mcore.engine.vllm.engine import VllmEngine
+        from treepo_mcore.model.architecture import read_architecture
 
         self.arch = read_architecture(directory)
         self.config = parse_config(
@@ -178,10 +178,10 @@ class _Bench:
         import torch
 
         from treepo_mcore.actor.cpu import megatron_device
+        from treepo_mcore.actor.layout import megatron_layout, megatron_tensors
         from treepo_mcore.actor.model import build_model, megatron_configs
-        from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
+        from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
         from treepo_mcore.weights.transfer import Push, plan_push
-        from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 
         with megatron_device():
             model = build_model(megatron_configs(self.config.actor, self.arch), self.arch)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from treepo_mcore.observe.versions import versions
+from treepo_mcore.system.versions import versions
 
 MODELS = Path(__file__).resolve().parents[1] / "examples" / "models"
 UNEVEN = {"first_stage_layers": 7, "last_stage_layers": 7}  # 126 layers over 16 stages

@@ -113,10 +113,10 @@ def prepare(cell: dict[str, Any]) -> tuple[Any, ...]:
     from samplers import watch
 
     from treepo_mcore.actor.parallel import init_process_group
-    from treepo_mcore.architecture import read_architecture
     from treepo_mcore.config import parse_config
     from treepo_mcore.data.prompts import Prompt
-    from treepo_mcore.rollout.vllm_engine import VllmEngine
+    from treepo_mcore.engine.vllm.engine import VllmEngine
+    from treepo_mcore.model.architecture import read_architecture
 
     with tempfile.TemporaryDirectory() as folder:
         directory = make_model(Path(folder))
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
-        from treepo_mcore.environment import prepare_environment
+        from treepo_mcore.system.environment import prepare_environment
 
         prepare_environment()
         cell = json.loads(options.cell)

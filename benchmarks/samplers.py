@@ -13,10 +13,10 @@ from vllm import SamplingParams
 
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.engine.vllm.engine import VllmEngine
+from treepo_mcore.grow.branching import first_children
 from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
-from treepo_mcore.rollout.vllm_engine import VllmEngine
-from treepo_mcore.tree.branching import first_children
 
 
 @dataclass

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 
 prepare_environment()
 
@@ -39,9 +39,9 @@ import torch.distributed as dist  # noqa: E402
 from machine import machine  # noqa: E402
 
 from treepo_mcore.config import StoppingConfig, TreeConfig, parse_config  # noqa: E402
-from treepo_mcore.tree.packing import PackedSequence, pack_flat, pack_trees  # noqa: E402
-from treepo_mcore.tree.sampler import Request, TreeSampler  # noqa: E402
-from treepo_mcore.tree.stopping import BoxDetector, RuleStopper  # noqa: E402
+from treepo_mcore.grow.sampler import Request, TreeSampler  # noqa: E402
+from treepo_mcore.grow.stopping import BoxDetector, RuleStopper  # noqa: E402
+from treepo_mcore.learn.packing import PackedSequence, pack_flat, pack_trees  # noqa: E402
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, read_trees, write_trees  # noqa: E402
 
 VOCAB = 2048
@@ -221,7 +221,7 @@ def measure(job: Path) -> None:
     """Inside a rank: the row of the table."""
     from treepo_mcore.actor.actor import Actor
     from treepo_mcore.actor.parallel import build_grid, init_process_group
-    from treepo_mcore.architecture import read_architecture
+    from treepo_mcore.model.architecture import read_architecture
 
     settings = json.loads((job / "job.json").read_text())
     trees = list(read_trees(job / "trees.jsonl"))
@@ -254,7 +254,7 @@ def measure(job: Path) -> None:
 def pack(trees: Sequence[Tree], budget: int, least: int) -> dict[str, list[PackedSequence]]:
     """The same leaves three ways."""
     from treepo_mcore.config import AdvantageConfig
-    from treepo_mcore.tree.advantage import advantages
+    from treepo_mcore.learn.advantage import advantages
 
     worth = advantages(trees, AdvantageConfig())
     return {

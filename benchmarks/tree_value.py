@@ -51,12 +51,12 @@ class Lab:
 
     def __init__(self, model: Path, data: Path) -> None:
         from treepo_mcore.actor.parallel import init_process_group
-        from treepo_mcore.architecture import read_architecture
         from treepo_mcore.config import parse_config
         from treepo_mcore.data.prompts import load_prompts
         from treepo_mcore.data.tokenizer import load_tokenizer
+        from treepo_mcore.engine.vllm.engine import VllmEngine
+        from treepo_mcore.model.architecture import read_architecture
         from treepo_mcore.rewards.pool import RewardPool
-        from treepo_mcore.rollout.vllm_engine import VllmEngine
 
         self.model, self.data = model, data
         config = parse_config(configuration(model, data, {}))
@@ -176,8 +176,8 @@ def _free(taken: list[tuple[float, float]], left: float, height: float) -> float
 
 def main() -> None:
     """All settings on one engine."""
-    from treepo_mcore.environment import prepare_environment
-    from treepo_mcore.observe.versions import versions
+    from treepo_mcore.system.environment import prepare_environment
+    from treepo_mcore.system.versions import versions
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)

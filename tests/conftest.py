@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from treepo_mcore.environment import has_gpu, prepare_environment
+from treepo_mcore.system.environment import has_gpu, prepare_environment
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 prepare_environment()

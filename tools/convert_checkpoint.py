@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 
 DTYPES = ["bfloat16", "float32"]
 
@@ -27,14 +27,14 @@ def main() -> None:
     prepare_environment()
     options = _arguments()
     _check_paths(options)
+    from treepo_mcore.actor.checkpoint import load_weights, save_weights
     from treepo_mcore.actor.cpu import megatron_device
+    from treepo_mcore.actor.layout import megatron_layout, megatron_tensors
     from treepo_mcore.actor.model import build_model, megatron_configs
     from treepo_mcore.actor.parallel import build_grid, init_process_group
-    from treepo_mcore.architecture import read_architecture
-    from treepo_mcore.checkpoint import load_weights, save_weights
     from treepo_mcore.config import ActorConfig
+    from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.weights.hf import export_directory, gather_tensors, load_pieces
-    from treepo_mcore.weights.megatron import megatron_layout, megatron_tensors
 
     arch = read_architecture(options.model)
     actor = ActorConfig(tp=options.tp, pp=options.pp, dtype=options.dtype or _dtype_of(options.model))

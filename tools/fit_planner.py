@@ -11,7 +11,7 @@ Each constant is solved for so that one published number comes out exactly:
     ENGINE_LAYER_SECONDS  generation, the same run, and
     ENGINE_REQUEST_SECONDS the total of Qwen3-32B on 32 H100, together
 
-The result is copied into treepo_mcore/planner/constants.py by hand; a test compares.
+The result is copied into treepo_mcore/plan/constants.py by hand; a test compares.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from treepo_mcore.planner import constants
-from treepo_mcore.planner.references import EIGHT, PHASES, THIRTY_TWO, comparison, predict
+from treepo_mcore.plan import constants
+from treepo_mcore.plan.references import EIGHT, PHASES, THIRTY_TWO, comparison, predict
 
 NAMES = (
     "UPDATE_EFFICIENCY",

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treepo_mcore.architecture import read_sizes
 from treepo_mcore.config import parse_config
-from treepo_mcore.planner.hardware import make_cluster
-from treepo_mcore.planner.plan import Plan, make_plan
-from treepo_mcore.planner.workload import Assumptions
+from treepo_mcore.model.architecture import read_sizes
+from treepo_mcore.plan.hardware import make_cluster
+from treepo_mcore.plan.plan import Plan, make_plan
+from treepo_mcore.plan.workload import Assumptions
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30

@@ -50,7 +50,7 @@ def output(command: str) -> str:
         import plot_scaling
 
         return _printed(plot_scaling.print_table)
-    from treepo_mcore.cli_plan import app
+    from treepo_mcore.cli.plan import app
 
     assert words[:2] == ["treepo-mcore", "plan"], command
     return _printed(lambda: app(words[2:], standalone_mode=False))

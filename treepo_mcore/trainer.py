@@ -12,32 +12,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from treepo_mcore import checkpoint
+from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.learn import choose, learn
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.parallel import build_grid, init_process_group
-from treepo_mcore.architecture import read_architecture, resolve_model
 from treepo_mcore.config import Config, ConfigError, check_grid, dump_config
 from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
-from treepo_mcore.machine import this_machine
-from treepo_mcore.observe.heartbeat import listen_to_nodes
+from treepo_mcore.engine.vllm.engine import VllmEngine, check_engine, engine_arguments
+from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
+from treepo_mcore.grow.pruning import make_pruner
+from treepo_mcore.learn.step import choose, learn
+from treepo_mcore.model.architecture import read_architecture, resolve_model
 from treepo_mcore.observe.metrics import Clock, MetricsLog, rollout_metrics
 from treepo_mcore.observe.progress import Progress
-from treepo_mcore.observe.signals import STOPPED, StopRequest
 from treepo_mcore.observe.trackers import Tracker, check_trackers, open_trackers
-from treepo_mcore.observe.versions import versions
-from treepo_mcore.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.rollout import Rollout
-from treepo_mcore.rollout.vllm_engine import VllmEngine, check_engine, engine_arguments
-from treepo_mcore.tree.pruning import make_pruner
+from treepo_mcore.system.heartbeat import listen_to_nodes
+from treepo_mcore.system.machine import this_machine
+from treepo_mcore.system.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
+from treepo_mcore.system.signals import STOPPED, StopRequest
+from treepo_mcore.system.versions import versions
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, plan_push
-from treepo_mcore.weights.vllm import vllm_layout, vllm_padding
 
 POLICY = "policy"  # below run.dir: what was trained, as a Hugging Face directory
 

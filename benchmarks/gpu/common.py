@@ -80,14 +80,14 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
 
 def require_gpu(script: str) -> dict[str, Any]:
     """The device and the versions, or one line and exit status 3."""
-    from treepo_mcore.environment import has_gpu
+    from treepo_mcore.system.environment import has_gpu
 
     if not has_gpu():
         print(f"{script}: no NVIDIA GPU on this machine; nothing was measured")
         sys.exit(NO_GPU)
     import torch
 
-    from treepo_mcore.observe.versions import versions
+    from treepo_mcore.system.versions import versions
 
     gpu = torch.cuda.get_device_properties(0)
     return versions() | {"memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}

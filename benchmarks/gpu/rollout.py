@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from common import MODELS, main, write_model  # noqa: E402
 
-from treepo_mcore.environment import prepare_environment  # noqa: E402
+from treepo_mcore.system.environment import prepare_environment  # noqa: E402
 
 prepare_environment()
 
@@ -57,10 +57,10 @@ def measure(cell: tuple[str, str]) -> dict[str, Any]:
     from samplers import Trace, watch
 
     from treepo_mcore.actor.parallel import init_process_group
-    from treepo_mcore.architecture import read_architecture
     from treepo_mcore.config import parse_config
     from treepo_mcore.data.prompts import Prompt
-    from treepo_mcore.rollout.vllm_engine import VllmEngine, engine_arguments
+    from treepo_mcore.engine.vllm.engine import VllmEngine, engine_arguments
+    from treepo_mcore.model.architecture import read_architecture
 
     model, sampler = cell
     if sampler == "flat, async":  # which a trainer's setting for Megatron must not slow down

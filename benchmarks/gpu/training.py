@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from common import benchmark, main, write_model
 
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 
 prepare_environment()
 
@@ -34,7 +34,7 @@ def measure(cell: tuple[str, int]) -> dict[str, Any]:
     """Both passes on trees and on flattened leaves, in turns."""
     import torch
 
-    from treepo_mcore.architecture import read_architecture
+    from treepo_mcore.model.architecture import read_architecture
 
     fp8, prompt = cell
     with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,8 @@ def build(fp8: str, directory: Path) -> Any:
     """An actor with random weights."""
     from treepo_mcore.actor import actor as module
     from treepo_mcore.actor.parallel import build_grid, init_process_group
-    from treepo_mcore.architecture import read_architecture
     from treepo_mcore.config import parse_config
+    from treepo_mcore.model.architecture import read_architecture
 
     module.load_pieces = fill  # there is no checkpoint of this shape
     config = parse_config(configuration(fp8, directory)).actor
@@ -64,8 +64,8 @@ def build(fp8: str, directory: Path) -> Any:
 def pack(prompt: int) -> dict[str, list[Any]]:
     """The same leaves as trees and one by one, from the real sampler (benchmarks/training.py)."""
     from treepo_mcore.config import AdvantageConfig
-    from treepo_mcore.tree.advantage import advantages
-    from treepo_mcore.tree.packing import pack_flat, pack_trees
+    from treepo_mcore.learn.advantage import advantages
+    from treepo_mcore.learn.packing import pack_flat, pack_trees
 
     maker = benchmark("cpu_training")
     case = maker.Case(factor=2, prompt=prompt, answer=MEAN, segment=MEAN // 4, width=WIDTH)
@@ -96,9 +96,9 @@ def how_many_layers(arch: Any, memory: int, capability: tuple[int, int]) -> int:
     memory: bytes of the GPU.
     """
     from treepo_mcore.config import ActorConfig
-    from treepo_mcore.planner.constants import CONTEXT_BYTES
-    from treepo_mcore.planner.memory import actor_state, update_working
-    from treepo_mcore.planner.shards import Stage
+    from treepo_mcore.model.shards import Stage
+    from treepo_mcore.plan.constants import CONTEXT_BYTES
+    from treepo_mcore.plan.memory import actor_state, update_working
 
     actor = ActorConfig.model_validate(configuration("blockwise", Path())["actor"])
 

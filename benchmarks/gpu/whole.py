@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from common import main, run_to_the_end, write_model
 
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 
 prepare_environment()
 
@@ -52,7 +52,7 @@ def measure(cell: tuple[str, str]) -> dict[str, Any]:
 
 def architecture(directory: Path) -> Any:
     """Of a written configuration."""
-    from treepo_mcore.architecture import read_architecture
+    from treepo_mcore.model.architecture import read_architecture
 
     return read_architecture(directory)
 
@@ -60,9 +60,9 @@ def architecture(directory: Path) -> Any:
 def push(arch: Any, shards: int, device: str, fp8: bool) -> dict[str, Any]:
     """Seconds and bytes/s of a push, with and without checksums, and of the floor. Bytes are the weights' in bf16."""
     from treepo_mcore.actor.parallel import init_process_group
+    from treepo_mcore.engine.vllm.layout import vllm_pieces
     from treepo_mcore.weights.plan import make_plan
     from treepo_mcore.weights.transfer import Push
-    from treepo_mcore.weights.vllm import vllm_pieces
 
     init_process_group()
     pieces, sources = shards_on(arch, shards, device)
@@ -83,8 +83,8 @@ def engine_parameters(arch: Any, device: str, fp8: bool) -> dict[str, Any]:
     """vLLM's, of an engine of one rank: bf16, or linear weights in E4M3 with the scales of their blocks."""
     import torch
 
+    from treepo_mcore.engine.vllm.layout import SCALE, fp8_shapes, vllm_shapes
     from treepo_mcore.weights.fp8 import scale_shape
-    from treepo_mcore.weights.vllm import SCALE, fp8_shapes, vllm_shapes
 
     shapes = vllm_shapes(arch, 1)
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()}
@@ -98,8 +98,8 @@ def shards_on(arch: Any, shards: int, device: str) -> tuple[list[Any], dict[str,
     """Megatron's tensors of all tensor-parallel ranks, named by rank, and their pieces."""
     import torch
 
+    from treepo_mcore.actor.layout import parameter_pieces
     from treepo_mcore.weights.layout import Piece
-    from treepo_mcore.weights.megatron import parameter_pieces
 
     pieces: list[Piece] = []
     tensors = {}

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from treepo_mcore.config import Config, ConfigError, load_config
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(".cache/quickstart")

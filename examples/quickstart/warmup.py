@@ -16,7 +16,7 @@ import time
 from array import array
 from pathlib import Path
 
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 
 prepare_environment()
 
@@ -27,10 +27,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed  # noqa: E402
 from treepo_mcore.actor.parallel import init_process_group  # noqa: E402
 from treepo_mcore.config import Config, parse_config  # noqa: E402
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from treepo_mcore.learn.advantage import LeafAdvantage  # noqa: E402
+from treepo_mcore.learn.packing import pack_trees  # noqa: E402
 from treepo_mcore.observe.logs import set_up_logging  # noqa: E402
 from treepo_mcore.trainer import Trainer  # noqa: E402
-from treepo_mcore.tree.advantage import LeafAdvantage  # noqa: E402
-from treepo_mcore.tree.packing import pack_trees  # noqa: E402
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree  # noqa: E402
 from treepo_mcore.weights.hf import export_directory, gather_tensors  # noqa: E402
 

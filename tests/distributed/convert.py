@@ -15,7 +15,7 @@ from push import Allocations, step
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treepo_mcore import checkpoint
+from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.weights.hf import gather_tensors
 

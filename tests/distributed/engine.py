@@ -16,7 +16,7 @@ from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 
 from log_probs import no_advantages  # isort: skip
-from treepo_mcore.tree.packing import pack_trees  # isort: skip
+from treepo_mcore.learn.packing import pack_trees  # isort: skip
 
 
 def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, out: str) -> dict[str, Any]:

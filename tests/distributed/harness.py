@@ -77,7 +77,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
     faulthandler.dump_traceback_later(job["limit"] * 0.9)  # a job that hangs says where
-    from treepo_mcore.environment import prepare_environment
+    from treepo_mcore.system.environment import prepare_environment
 
     prepare_environment()
     module, name = job["function"].split(":")

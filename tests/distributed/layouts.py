@@ -12,14 +12,14 @@ from log_probs import by_edge, make_actor
 from torch import Tensor
 
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.learn import token_work
+from treepo_mcore.actor.layout import unwrap
 from treepo_mcore.config import AdvantageConfig
-from treepo_mcore.tree.advantage import advantages
-from treepo_mcore.tree.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.learn.advantage import advantages
+from treepo_mcore.learn.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.learn.step import token_work
 from treepo_mcore.tree.tree import Tree, read_trees
 from treepo_mcore.weights.hf import gather_tensors
 from treepo_mcore.weights.layout import box
-from treepo_mcore.weights.megatron import unwrap
 
 BUDGET = 256  # tokens of a sequence: several micro-batches a rank
 

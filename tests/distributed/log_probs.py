@@ -10,10 +10,10 @@ from megatron.core import parallel_state
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.parallel import Grid, build_grid, init_process_group
-from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_flat, pack_trees
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.packing import pack_flat, pack_trees
+from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.tree.tree import Tree, read_trees
 
 GRIDS: dict[tuple[int | None, ...], Grid] = {}  # the one there is

@@ -12,7 +12,7 @@ import torch
 from layouts import mini_batches, noise
 from log_probs import make_actor
 
-from treepo_mcore import checkpoint
+from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.memory import storages
 from treepo_mcore.trainer import Trainer
 

@@ -13,9 +13,9 @@ from models import EOS_IDS
 
 from treepo_mcore.actor.parallel import init_process_group
 from treepo_mcore.config import parse_config
-from treepo_mcore.rollout.vllm_engine import VllmEngine
+from treepo_mcore.engine.vllm.engine import VllmEngine
+from treepo_mcore.engine.vllm.layout import vllm_layout
 from treepo_mcore.weights.transfer import Push, plan_push
-from treepo_mcore.weights.vllm import vllm_layout
 
 
 def run(config: dict[str, Any], gpus_per_node: int, staging: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.tree.packing import PackedSequence
+from treepo_mcore.learn.packing import PackedSequence
 
 
 def sequence(tokens: int, vocab: int) -> PackedSequence:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from layouts import in_hf, mini_batches, noise
 from log_probs import make_actor
 
-from treepo_mcore import checkpoint
+from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
 from treepo_mcore.trainer import Trainer

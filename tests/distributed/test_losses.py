@@ -17,7 +17,7 @@ from losses import TEMPERATURE, configuration, shift
 from models import Reference
 from trees import path_of, random_tree
 
-from treepo_mcore.tree.advantage import advantages
+from treepo_mcore.learn.advantage import advantages
 from treepo_mcore.tree.tree import write_trees
 
 CASES = {

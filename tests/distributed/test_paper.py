@@ -13,12 +13,12 @@ import torch.distributed as dist
 from harness import launch
 from models import write_prompts
 
-from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ConfigError, parse_config
-from treepo_mcore.planner.dry_run import dry_run
-from treepo_mcore.planner.hardware import GPUS, NETWORKS
-from treepo_mcore.planner.paper import fake_rank, put_on_paper
-from treepo_mcore.planner.reshard import reshard_report
+from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.plan.dry_run import dry_run
+from treepo_mcore.plan.hardware import GPUS, NETWORKS
+from treepo_mcore.plan.paper import fake_rank, put_on_paper
+from treepo_mcore.plan.reshard import reshard_report
 
 WORLD = 4
 STAGING = 512 << 10  # bytes: several rounds

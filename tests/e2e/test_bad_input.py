@@ -17,9 +17,9 @@ from models import make_model, make_tokenizer, write_prompts
 from reward_functions import last_number
 
 from treepo_mcore.actor.model import megatron_configs
-from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ActorConfig, ConfigError, OptimizerConfig, load_config
 from treepo_mcore.data.prompts import Prompt, PromptStream
+from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.trainer import Trainer
 from treepo_mcore.tree.tree import read_trees
 

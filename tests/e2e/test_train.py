@@ -156,7 +156,7 @@ def test_demo_learns(tmp_path: Path) -> None:
 
 VLLM = """
 import json, sys
-from treepo_mcore.environment import prepare_environment
+from treepo_mcore.system.environment import prepare_environment
 prepare_environment()
 from vllm import LLM, SamplingParams
 from treepo_mcore.rewards.math import boxed_answer

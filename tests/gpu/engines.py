@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treepo_mcore import checkpoint
-from treepo_mcore.actor.learn import learn
+from treepo_mcore.actor import checkpoint
 from treepo_mcore.config import parse_config
+from treepo_mcore.learn.packing import PackedSequence, pack_trees
+from treepo_mcore.learn.step import learn
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.packing import PackedSequence, pack_trees
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 

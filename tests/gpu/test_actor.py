@@ -8,7 +8,7 @@ import pytest
 from models import write_prompts
 from trees import random_tree
 
-from treepo_mcore.machine import has_module
+from treepo_mcore.system.machine import has_module
 from treepo_mcore.tree.tree import write_trees
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

@@ -6,8 +6,8 @@ from trees import random_tree
 
 from treepo_mcore.actor.attention import ancestor_mask, dense_attention
 from treepo_mcore.actor.flex import MULTIPLE, flex, tree_block_mask
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_trees
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.packing import pack_trees
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from treepo_mcore.cli import app
+from treepo_mcore.cli.app import app
 from treepo_mcore.launch import preflight
 from treepo_mcore.launch.preflight import (
     Findings,

@@ -14,9 +14,9 @@ from models import make_model
 
 from treepo_mcore.actor.memory import ActorMemory, HostCopy, storages
 from treepo_mcore.actor.quantised import PlainCopies, data_tensors
-from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.machine import has_module
+from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.system.machine import has_module
 from treepo_mcore.weights.fp8 import dequantise, quantise
 
 from test_te_spec import HOPPER, grid  # isort: skip
@@ -198,8 +198,8 @@ def made_model(kind, directory):
 @KINDS
 def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
     """Megatron's data-parallel wrapper and distributed optimizer over a model of TransformerEngine's layers."""
+    from treepo_mcore.actor.layout import megatron_parameters
     from treepo_mcore.actor.parallel import build_grid
-    from treepo_mcore.weights.megatron import megatron_parameters
 
     build_grid(ActorConfig(), 1, seed=0)
     chunks, optimizer, loaded = made_model(kind, tmp_path)
@@ -227,7 +227,7 @@ def test_a_checkpoint_is_that_of_plain_parameters(kind, alone, tmp_path):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
-    from treepo_mcore import checkpoint
+    from treepo_mcore.actor import checkpoint
     from treepo_mcore.actor.cpu import megatron_device
     from treepo_mcore.actor.parallel import build_grid
 

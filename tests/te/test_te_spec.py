@@ -13,9 +13,9 @@ from models import make_model
 
 from treepo_mcore.actor.attention import TreeAttention
 from treepo_mcore.actor.cpu import megatron_device
-from treepo_mcore.architecture import read_architecture
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.machine import Machine, has_module, this_machine
+from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.system.machine import Machine, has_module, this_machine
 from treepo_mcore.weights.layout import hf_shapes
 
 pytestmark = pytest.mark.skipif(
@@ -118,7 +118,7 @@ def test_quantised_copies_of_weights_are_found_and_forgotten(grid, tmp_path):
 @pytest.mark.parametrize("fp8", ["none", "current", "blockwise"])
 def test_ranks_hold_every_element(arch, grid, tp, pp, fp8):
     """Once, but replicated tensors on every rank of a stage, and a tied embedding on both ends of a pipeline."""
-    from treepo_mcore.weights.megatron import megatron_layout
+    from treepo_mcore.actor.layout import megatron_layout
 
     held = {name: torch.zeros(shape, dtype=torch.int) for name, shape in hf_shapes(arch).items()}
     for rank in range(tp * pp):
@@ -134,7 +134,7 @@ def test_ranks_hold_every_element(arch, grid, tp, pp, fp8):
 
 def test_same_tensors_as_megatrons_own_layers(arch, grid):
     """Shapes, dtypes and places in the checkpoint do not depend on whose layers they are."""
-    from treepo_mcore.weights.megatron import megatron_layout
+    from treepo_mcore.actor.layout import megatron_layout
 
     tables = []
     for te_layers in (True, False):

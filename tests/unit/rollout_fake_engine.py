@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from treepo_mcore.config import Config, parse_config
 from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.engine.protocol import Chunk
+from treepo_mcore.grow.sampler import Request, stable_seed
 from treepo_mcore.rewards.pool import Result
-from treepo_mcore.rollout.engine import Chunk
-from treepo_mcore.tree.sampler import Request, stable_seed
 
 EOS_TOKEN = 0
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from trees import random_tree
 
-from treepo_mcore.actor.correction import MismatchError, check_mismatch, leaf_factors, token_factors
 from treepo_mcore.config import ActorConfig, ConfigError, parse_config
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_flat, pack_trees
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.correction import MismatchError, check_mismatch, leaf_factors, token_factors
+from treepo_mcore.learn.packing import pack_flat, pack_trees
 
 LOG_RHO = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
 

@@ -9,8 +9,8 @@ from trees import random_tree
 from treepo_mcore.actor.batch import empty_sequence
 from treepo_mcore.actor.measures import edge_means, edge_sums
 from treepo_mcore.config import LossConfig
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_trees
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.packing import pack_trees
 
 LIMITS = LossConfig(clip_low=0.2, clip_high=0.28)
 

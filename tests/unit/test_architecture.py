@@ -8,8 +8,8 @@ import torch
 from models import LLAMA3, YARN, make_model
 from transformers import AutoModelForCausalLM
 
-from treepo_mcore.architecture import read_architecture, resolve_model, weight_files
 from treepo_mcore.config import ConfigError, ModelConfig
+from treepo_mcore.model.architecture import read_architecture, resolve_model, weight_files
 from treepo_mcore.weights.hf import check_weights
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from trees import random_tree
 
 from treepo_mcore.actor.attention import ChainAttention, ancestor_mask, dense_attention, find_chains
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_trees
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.tree.tree import PROMPT, Tree
 
 HEAD = 8

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from treepo_mcore.actor.actor import _scheduler
-from treepo_mcore.checkpoint import _any_adam, check_same
+from treepo_mcore.actor.checkpoint import _any_adam, check_same
 from treepo_mcore.config import ActorConfig, ConfigError
 
 

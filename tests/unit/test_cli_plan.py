@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from treepo_mcore.cli_plan import app
+from treepo_mcore.cli.plan import app
 from treepo_mcore.config import ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]

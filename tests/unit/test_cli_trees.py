@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treepo_mcore.tree.advantage import tree_from_plain
+from treepo_mcore.learn.advantage import tree_from_plain
 from treepo_mcore.tree.tree import EOS, Tree, write_trees
 
 CASES = json.loads((Path(__file__).parent / "data" / "advantage_cases.json").read_text())
@@ -180,7 +180,7 @@ def test_a_leaf_without_a_reward_is_named(tmp_path):
 
 
 def test_starts_without_heavy_libraries():
-    code = "import sys, treepo_mcore.cli; print([m for m in ('torch', 'vllm', 'megatron') if m in sys.modules])"
+    code = "import sys, treepo_mcore.cli.app; print([m for m in ('torch', 'vllm', 'megatron') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

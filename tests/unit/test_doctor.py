@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from treepo_mcore.cli import app
-from treepo_mcore.machine import Machine, this_machine
-from treepo_mcore.observe.doctor import as_json, can_start, examine, table
+from treepo_mcore.cli.app import app
+from treepo_mcore.system.doctor import as_json, can_start, examine, table
+from treepo_mcore.system.machine import Machine, this_machine
 
 LOCK = {"torch": "2.11.0", "megatron-core": "0.19.2", "transformers": "5.12.1"}
 CPU, HOPPER = Machine(cuda=(13, 0)), Machine((9, 0), (13, 0), (2, 16, 1))
@@ -96,7 +96,7 @@ def test_the_command_on_this_machine():
 
 def test_exit_status_says_that_nothing_can_start(monkeypatch):
     monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
-    monkeypatch.setattr("treepo_mcore.observe.doctor.this_machine", lambda: HOPPER)
+    monkeypatch.setattr("treepo_mcore.system.doctor.this_machine", lambda: HOPPER)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "no run can start here" in result.stdout

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from treepo_mcore import environment
+from treepo_mcore.system import environment
 
 
 @pytest.fixture
@@ -65,12 +65,13 @@ def test_without_a_driver_nothing_is_hidden(machine, caplog):
 
 
 def test_it_comes_before_torch():
-    code = "import sys, treepo_mcore.environment; sys.exit('torch' in sys.modules)"
+    code = "import sys, treepo_mcore.system.environment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_rank_may_have_a_socket_to_every_other():
-    code = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 4000)); from treepo_mcore import environment as e; "
-    code += "e.prepare_environment(); print(r.getrlimit(r.RLIMIT_NOFILE))"
+    code = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 4000)); "
+    code += "from treepo_mcore.system.environment import prepare_environment; "
+    code += "prepare_environment(); print(r.getrlimit(r.RLIMIT_NOFILE))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(4000, 4000)"

@@ -11,8 +11,8 @@ from treepo_mcore.actor import flex as module
 from treepo_mcore.actor.attention import ancestor_mask, attention_multiple, dense_attention
 from treepo_mcore.actor.batch import empty_sequence, micro_batch
 from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_trees
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.packing import pack_trees
 
 HEAD = 16
 SCALE = HEAD**-0.5

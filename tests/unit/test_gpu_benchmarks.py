@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from treepo_mcore.config import parse_config
-from treepo_mcore.environment import has_gpu
-from treepo_mcore.planner.hardware import make_cluster
-from treepo_mcore.planner.memory import plan_memory
+from treepo_mcore.plan.hardware import make_cluster
+from treepo_mcore.plan.memory import plan_memory
+from treepo_mcore.system.environment import has_gpu
 from treepo_mcore.weights.layout import hf_shapes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
@@ -143,8 +143,8 @@ def test_flops_count_what_a_token_sees(tmp_path):
     packed = training.benchmark("cpu_training")
     case = packed.Case(factor=2, prompt=4, answer=8, segment=4, width=4)
     from treepo_mcore.config import AdvantageConfig
-    from treepo_mcore.tree.advantage import advantages
-    from treepo_mcore.tree.packing import pack_flat
+    from treepo_mcore.learn.advantage import advantages
+    from treepo_mcore.learn.packing import pack_flat
 
     tree = packed.generate(case, 0)
     flat = pack_flat([tree], advantages([tree], AdvantageConfig()), 10**6)

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from treepo_mcore.observe import heartbeat
-from treepo_mcore.observe.heartbeat import ALIVE, DONE, _join, _serve, _Watch, listen_to_nodes
+from treepo_mcore.system import heartbeat
+from treepo_mcore.system.heartbeat import ALIVE, DONE, _join, _serve, _Watch, listen_to_nodes
 
 
 @pytest.fixture

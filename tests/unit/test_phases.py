@@ -7,7 +7,10 @@ import torch
 
 from treepo_mcore.actor.memory import HostCopy, PinnedBuffer, storages
 from treepo_mcore.config import ActorConfig, ConfigError, MemoryConfig, parse_config
-from treepo_mcore.phases import (
+from treepo_mcore.model.shards import Stage, matrix_parameters, model_parameters, stage_parameters, stages
+from treepo_mcore.plan.hardware import make_cluster
+from treepo_mcore.plan.memory import fp8_weights, host_memory, plan_memory
+from treepo_mcore.system.phases import (
     GIB,
     DeviceMemoryError,
     Phase,
@@ -18,9 +21,6 @@ from treepo_mcore.phases import (
     kept,
     working_bytes,
 )
-from treepo_mcore.planner.hardware import make_cluster
-from treepo_mcore.planner.memory import fp8_weights, host_memory, plan_memory
-from treepo_mcore.planner.shards import Stage, matrix_parameters, model_parameters, stage_parameters, stages
 
 from test_precision import architecture  # isort: skip
 

@@ -15,7 +15,6 @@ from test_weights_plan import architecture, hf_tensors, megatron_side
 from tree_fake_engine import grow as sampled
 from tree_fake_engine import keyed_draw
 
-from treepo_mcore.architecture import read_sizes
 from treepo_mcore.config import (
     ActorConfig,
     BranchingConfig,
@@ -25,17 +24,18 @@ from treepo_mcore.config import (
     TreeConfig,
     parse_config,
 )
-from treepo_mcore.planner.hardware import make_cluster
-from treepo_mcore.planner.memory import in_flight, plan_engine, plan_memory
-from treepo_mcore.planner.plan import make_plan
-from treepo_mcore.planner.seconds import pass_time, push_time
-from treepo_mcore.planner.shards import engine_parameters, model_parameters, stage_parameters, stages
-from treepo_mcore.planner.workload import Assumptions, grow, hazard, make_workload
-from treepo_mcore.tree.advantage import LeafAdvantage
-from treepo_mcore.tree.packing import pack_trees
+from treepo_mcore.engine.vllm.layout import vllm_pieces
+from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.packing import pack_trees
+from treepo_mcore.model.architecture import read_sizes
+from treepo_mcore.model.shards import engine_parameters, model_parameters, stage_parameters, stages
+from treepo_mcore.plan.hardware import make_cluster
+from treepo_mcore.plan.memory import in_flight, plan_engine, plan_memory
+from treepo_mcore.plan.plan import make_plan
+from treepo_mcore.plan.seconds import pass_time, push_time
+from treepo_mcore.plan.workload import Assumptions, grow, hazard, make_workload
 from treepo_mcore.tree.tree import PROMPT
 from treepo_mcore.weights.plan import make_plan as make_transfers
-from treepo_mcore.weights.vllm import vllm_pieces
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 MEANS = Assumptions(256, 1792, 0.6)
@@ -315,5 +315,5 @@ def test_layouts_without_meaning_are_refused():
 
 
 def test_planning_takes_no_torch():
-    code = "import sys, treepo_mcore.planner.suggest, treepo_mcore.planner.references; sys.exit('torch' in sys.modules)"
+    code = "import sys, treepo_mcore.plan.suggest, treepo_mcore.plan.references; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

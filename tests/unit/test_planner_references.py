@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from treepo_mcore.planner import constants
-from treepo_mcore.planner.references import comparison
+from treepo_mcore.plan import constants
+from treepo_mcore.plan.references import comparison
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "fit_planner.py"
 ROWS = {(row["run"], row["phase"]): row for row in comparison()}

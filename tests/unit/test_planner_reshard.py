@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from treepo_mcore.planner.hardware import GPUS, NETWORKS, Network
-from treepo_mcore.planner.reshard import covered_once, describe, reshard_report, staging_used, traffic
+from treepo_mcore.plan.hardware import GPUS, NETWORKS, Network
+from treepo_mcore.plan.reshard import covered_once, describe, reshard_report, staging_used, traffic
 from treepo_mcore.weights.layout import Piece, rows
 from treepo_mcore.weights.plan import Transfer, make_plan
 

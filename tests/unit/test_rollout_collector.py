@@ -19,10 +19,10 @@ from rollout_fake_engine import (
 )
 
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.grow.sampler import stable_seed
 from treepo_mcore.rewards.math import extract_boxed
 from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
-from treepo_mcore.tree.sampler import stable_seed
 from treepo_mcore.tree.stats import informative
 
 

@@ -17,16 +17,16 @@ from rollout_fake_engine import (
     make_prompts,
 )
 
-from treepo_mcore.actor.learn import choose
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.data.prompts import PromptStream
+from treepo_mcore.grow.sampler import stable_seed
+from treepo_mcore.learn.step import choose
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import queue as queue_module
 from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.evaluation import majority, sample
 from treepo_mcore.rollout.queue import LockstepQueue
 from treepo_mcore.rollout.rollout import Rollout
-from treepo_mcore.tree.sampler import stable_seed
 
 GRID = Grid(rank=0, world=1, tp=1, tp_rank=0, pp=1, pp_rank=0, dp=1, dp_rank=0, engines=1, engine=0, engine_rank=0)
 

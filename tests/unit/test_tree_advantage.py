@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from treepo_mcore.config import AdvantageConfig
-from treepo_mcore.tree.advantage import (
+from treepo_mcore.learn.advantage import (
     NodeAdvantage,
     advantages,
     node_advantages,

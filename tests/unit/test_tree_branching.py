@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo_mcore.config import BranchingConfig
-from treepo_mcore.tree.branching import (
+from treepo_mcore.grow.branching import (
     allocate_evenly,
     first_children,
     make_allocation,

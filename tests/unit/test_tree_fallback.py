@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 from treepo_mcore.config import FallbackConfig
-from treepo_mcore.tree.fallback import CUTS, plan_restarts
+from treepo_mcore.grow.fallback import CUTS, plan_restarts
 from treepo_mcore.tree.tree import BOXED, EOS, FINISHED, LENGTH, PRUNED, REPETITION, Tree
 
 

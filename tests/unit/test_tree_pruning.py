@@ -3,7 +3,7 @@
 import pytest
 
 from treepo_mcore.config import PruningConfig
-from treepo_mcore.tree.pruning import PathView, make_pruner
+from treepo_mcore.grow.pruning import PathView, make_pruner
 from treepo_mcore.tree.tree import Tree
 
 

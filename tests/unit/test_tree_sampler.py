@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tree_fake_engine import EOS_TOKEN, decode, grow, keyed_draw
 
 from treepo_mcore.config import TreeConfig
-from treepo_mcore.tree.sampler import TreeSampler, stable_seed
-from treepo_mcore.tree.stopping import REPETITION_STRIDE, BoxDetector, RuleStopper
+from treepo_mcore.grow.sampler import TreeSampler, stable_seed
+from treepo_mcore.grow.stopping import REPETITION_STRIDE, BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import BOXED, DEPTH, EOS, FINISHED, LENGTH, PRUNED, REPETITION, Tree
 
 PLAIN = {"boxed": "none", "repetition_count": 0}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tree_fake_engine import PIECES, decode
 
 from treepo_mcore.config import StoppingConfig
-from treepo_mcore.tree.stopping import REPETITION_STRIDE, BoxDetector, RuleStopper, Watch
+from treepo_mcore.grow.stopping import REPETITION_STRIDE, BoxDetector, RuleStopper, Watch
 from treepo_mcore.tree.tree import BOXED, EOS, FINISHED, REPETITION
 
 CHARACTERS = "\\boxed{}a 1"

@@ -2,7 +2,7 @@
 
 import torch
 
-from treepo_mcore.rollout.vllm_cpu import draw
+from treepo_mcore.engine.vllm.cpu import draw
 
 LOGITS = torch.tensor([2.0, 0.5, float("-inf"), -1.0, 0.0, -4.0, float("-inf")])
 

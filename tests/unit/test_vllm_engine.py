@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from treepo_mcore.config import ConfigError, parse_config
-from treepo_mcore.rollout import vllm_engine
+from treepo_mcore.engine.vllm import engine as vllm_engine
 
 from test_precision import architecture  # isort: skip
 

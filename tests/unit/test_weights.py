@@ -10,13 +10,13 @@ import torch
 from models import EOS_IDS, Reference, make_model
 from safetensors.torch import load_file, save_file
 
-from treepo_mcore.architecture import read_architecture
+from treepo_mcore.actor.layout import parameter_pieces
 from treepo_mcore.config import ConfigError
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.weights import hf
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors, load_pieces
 from treepo_mcore.weights.layout import Piece, hf_shapes
-from treepo_mcore.weights.megatron import parameter_pieces
 
 FAMILIES = {"qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "llama": {"num_key_value_heads": 1}}
 

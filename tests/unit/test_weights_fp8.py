@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_weights_plan import architecture, megatron_side, vllm_shard
 
 from treepo_mcore.config import ConfigError
+from treepo_mcore.engine.vllm.layout import SCALE, fp8_shapes, vllm_layout, vllm_pieces, vllm_shapes
 from treepo_mcore.weights.fp8 import (
     CHUNK,
     FP8,
@@ -26,7 +27,6 @@ from treepo_mcore.weights.fp8 import (
 )
 from treepo_mcore.weights.layout import BLOCK, box, hf_shapes
 from treepo_mcore.weights.plan import PlanError, make_plan, make_rounds
-from treepo_mcore.weights.vllm import SCALE, fp8_shapes, vllm_layout, vllm_pieces, vllm_shapes
 
 SHAPES = [(128, 128), (256, 384), (300, 200), (1, 1), (129, 127)]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from treepo_mcore.config import TreeConfig
-from treepo_mcore.tree.sampler import Actions, Request, TreeSampler, stable_seed
-from treepo_mcore.tree.stopping import BoxDetector, RuleStopper
+from treepo_mcore.grow.sampler import Actions, Request, TreeSampler, stable_seed
+from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import Tree
 
 EOS_TOKEN = 0

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from treepo_mcore.actor.attention import attention_multiple, choose_attention
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
-from treepo_mcore.actor.correction import token_factors
 from treepo_mcore.actor.cpu import on_megatron_device
+from treepo_mcore.actor.layout import megatron_layout, megatron_parameters, megatron_tensors
 from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
 from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
 from treepo_mcore.actor.memory import ActorMemory, HostTensors
@@ -30,12 +30,12 @@ from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megat
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.actor.quantised import PlainCopies
-from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.tree.packing import PackedSequence
+from treepo_mcore.learn.correction import token_factors
+from treepo_mcore.learn.packing import PackedSequence
+from treepo_mcore.model.architecture import Architecture
 from treepo_mcore.weights.hf import load_pieces
 from treepo_mcore.weights.layout import Piece
-from treepo_mcore.weights.megatron import megatron_layout, megatron_parameters, megatron_tensors
 
 Objective = Literal["policy", "supervised"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from treepo_mcore.actor.loss import likelihood_ratio
 from treepo_mcore.config import LossConfig
-from treepo_mcore.tree.packing import PackedSequence
+from treepo_mcore.learn.packing import PackedSequence
 
 # Sums over edges, each edge counted once per leaf; `loss` is already a mean. The last one is a maximum.
 NAMES = (

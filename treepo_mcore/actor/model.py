@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from treepo_mcore.actor.attention import TreeAttention, choose_attention
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.precision import precision_fields
-from treepo_mcore.architecture import Architecture
 from treepo_mcore.config import ActorConfig, ConfigError
-from treepo_mcore.machine import Machine, this_machine
+from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.system.machine import Machine, this_machine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

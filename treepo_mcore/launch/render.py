@@ -11,9 +11,9 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from treepo_mcore.config import Config, ConfigError, check_grid, load_config
-from treepo_mcore.observe.signals import STOPPED
+from treepo_mcore.system.signals import STOPPED
 
-TRACKER = "checkpoints/latest_checkpointed_iteration.txt"  # below run.dir; checkpoint.py moves it
+TRACKER = "checkpoints/latest_checkpointed_iteration.txt"  # below run.dir; actor/checkpoint.py moves it
 
 EARLY_SECONDS = 60  # by which Slurm's --signal may come before the time it is asked for
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treepo_mcore.config import Config, ConfigError
-from treepo_mcore.environment import deaf_children
+from treepo_mcore.system.environment import deaf_children
 
 log = logging.getLogger(__name__)
 

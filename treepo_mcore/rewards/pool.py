@@ -27,9 +27,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from treepo_mcore.config import ConfigError, RewardConfig
-from treepo_mcore.environment import deaf_children
 from treepo_mcore.rewards.math import quick_verdict
 from treepo_mcore.rewards.worker import PROGRESS, Outcome, resolve
+from treepo_mcore.system.environment import deaf_children
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from treepo_mcore.rollout.engine import Chunk
+from treepo_mcore.engine.protocol import Chunk
 
 
 class Agreement:

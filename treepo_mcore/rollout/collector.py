@@ -13,14 +13,14 @@ import torch.distributed as dist
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
+from treepo_mcore.engine.protocol import Chunk, Engine
+from treepo_mcore.grow.sampler import Actions, TreeSampler
+from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import shape
 from treepo_mcore.rollout.agreement import Agreement
-from treepo_mcore.rollout.engine import Chunk, Engine
 from treepo_mcore.rollout.queue import PromptQueue
-from treepo_mcore.tree.sampler import Actions, TreeSampler
 from treepo_mcore.tree.stats import informative
-from treepo_mcore.tree.stopping import BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import Tree
 
 IDLE_POLL_SECONDS = 0.005

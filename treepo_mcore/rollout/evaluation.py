@@ -10,10 +10,10 @@ from torch import Tensor
 
 from treepo_mcore.config import RewardConfig
 from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.engine.protocol import Engine
+from treepo_mcore.grow.sampler import Request, stable_seed
 from treepo_mcore.rewards.math import boxed_answer
 from treepo_mcore.rewards.pool import Result, RewardPool
-from treepo_mcore.rollout.engine import Engine
-from treepo_mcore.tree.sampler import Request, stable_seed
 
 
 def sample(engine: Engine, prompts: Sequence[Prompt], samples: int, max_tokens: int, seed: int) -> list[list[int]]:

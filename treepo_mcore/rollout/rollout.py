@@ -15,10 +15,10 @@ from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.data.tokenizer import Tokenizer
+from treepo_mcore.engine.protocol import Engine
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import evaluation
 from treepo_mcore.rollout.collector import Collection, Collector, Counts
-from treepo_mcore.rollout.engine import Engine
 from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
 from treepo_mcore.tree.tree import Tree
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treepo_mcore.architecture import Architecture, safetensors_header, weight_files
 from treepo_mcore.config import ConfigError
+from treepo_mcore.model.architecture import Architecture, safetensors_header, weight_files
 from treepo_mcore.weights.layout import Piece, box, hf_shapes
 
 SHARD_BYTES = 5 << 30  # of one exported safetensors file, the hub's habit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from treepo_mcore.architecture import Architecture
+from treepo_mcore.model.architecture import Architecture
 
 BLOCK = 128  # side of a block of weights that shares one FP8 scale
 

@@ -1,0 +1,164 @@
+"""`treepo-mcore trees`: advantages and statistics of a JSONL file, without an engine or a trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from treepo_mcore.config import AdvantageConfig, ConfigError, parse_section
+from treepo_mcore.learn import advantage
+from treepo_mcore.rewards.math import boxed_answer
+from treepo_mcore.tree.stats import informative, tree_stats
+from treepo_mcore.tree.tree import Tree, read_trees
+
+app = typer.Typer(no_args_is_help=True, help="Recompute advantages and statistics of saved trees.")
+
+File = Annotated[Path, typer.Argument(help="JSONL: saved trees, or one prompt a line in the plain form")]
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+
+
+@app.command()
+def advantages(
+    file: File,
+    estimator: Annotated[
+        Literal["treepo", "grpo", "rloo", "reinforce_pp_baseline", "segment", "spo"], typer.Option()
+    ] = "treepo",
+    aggregation: Annotated[Literal["average", "group_size"], typer.Option(help="weight of the levels")] = "average",
+    reject_uniform_subgroups: Annotated[bool, typer.Option("--reject-uniform-subgroups")] = False,
+    include_root: Annotated[bool, typer.Option(help="use the whole prompt's group")] = True,
+    leave_one_out: Annotated[bool, typer.Option("--leave-one-out")] = False,
+    distinct_groups: Annotated[bool, typer.Option("--distinct-groups")] = False,
+    mass_baseline: Annotated[bool, typer.Option("--mass-baseline")] = False,
+    mass_loss_weight: Annotated[bool, typer.Option("--mass-loss-weight")] = False,
+    max_levels: Annotated[int | None, typer.Option(min=1)] = None,
+    whiten: Annotated[Literal["batch", "none"], typer.Option()] = "batch",
+    whiten_shift: Annotated[bool, typer.Option(help="subtract the batch mean as well")] = True,
+    only_informative: Annotated[
+        bool, typer.Option("--informative", help="leave out what filter.enabled does: all leaves with the same score")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Advantages of every leaf. All lines of the file are one training batch.
+
+    A run saves what it sampled; with filter.enabled it trained on the part that --informative leaves.
+
+    One line a prompt: `raw` is the estimator alone, `advantage` after whitening and times the leaf's weight in the
+    loss. A segment estimator gives a leaf one value per node of its path, the prompt left out. The plain form does not
+    tell how long inner nodes are: there `segment` is whitened as if a path's tokens were all in its last node.
+    """
+    options = {
+        "estimator": estimator,
+        "aggregation": aggregation,
+        "reject_uniform_subgroups": reject_uniform_subgroups,
+        "include_root": include_root,
+        "leave_one_out": leave_one_out,
+        "distinct_groups": distinct_groups,
+        "mass_baseline": mass_baseline,
+        "mass_loss_weight": mass_loss_weight,
+        "max_levels": max_levels,
+        "whiten": whiten,
+        "whiten_shift": whiten_shift,
+    }
+    config = parse_section(AdvantageConfig, options)
+    trees = _read(file)
+    try:
+        if only_informative:
+            trees = _informative(trees)
+        rows = advantage_rows(trees, config)
+    except ValueError as error:  # a leaf without a reward or score
+        raise ConfigError(f"{file}: {error}") from error
+    for row in rows:
+        print(json.dumps(row) if as_json else _advantage_line(row))
+
+
+@app.command()
+def stats(file: File, as_json: Json = False) -> None:
+    """Sharing by depth, tokens, how leaves ended, distinct answers, rewards; null where the file does not say.
+
+    Prefix-hit and recomputed tokens are the engine's and come with saved trees. The plain form does not tell how long
+    inner nodes are, so sharing and physical tokens are unknown.
+    """
+    row = stats_row(_read(file))
+    if as_json:
+        print(json.dumps(row))
+        return
+    for name, value in row.items():
+        print(f"{name:18} {_cell(value)}")
+
+
+def stats_row(trees: Sequence[Tree]) -> dict[str, Any]:
+    """`TreeStats` of all trees with the engine's counts; None for what is not known."""
+    texts = any(leaf.text is not None for tree in trees for leaf in tree.leaves)
+    row = asdict(tree_stats(trees, boxed_answer if texts else None))
+    if any(not node.tokens for tree in trees for node in tree.nodes):
+        row["physical_tokens"] = row["sharing"] = None
+    for name in ("prefix_hit_tokens", "recomputed_tokens"):
+        known = all(isinstance(tree.meta.get(name), int) for tree in trees)
+        row[name] = sum(tree.meta[name] for tree in trees) if known else None
+    return row
+
+
+def advantage_rows(trees: Sequence[Tree], config: AdvantageConfig) -> list[dict[str, Any]]:
+    """One mapping a tree with `prompt_id`, `raw` and `advantage`, both in the order of the file's leaves."""
+    whitened = advantage.advantages(trees, config)
+    alone = {"whiten": "none", "mass_loss_weight": False}
+    raw = advantage.advantages(trees, config.model_copy(update=alone))
+    per_node = config.estimator in ("segment", "spo")
+
+    def values(of: advantage.Advantage, tree: Tree) -> list[Any]:
+        paths = [of.along(tree, leaf) for leaf in range(len(tree.leaves))]
+        return [path[1:].tolist() if per_node else float(path[0]) for path in paths]
+
+    return [
+        {"prompt_id": tree.prompt_id, "raw": values(before, tree), "advantage": values(after, tree)}
+        for tree, before, after in zip(trees, raw, whitened, strict=True)
+    ]
+
+
+def _informative(trees: Sequence[Tree]) -> list[Tree]:
+    for tree in trees:
+        if any(leaf.score is None for leaf in tree.leaves):
+            raise ValueError(f"prompt {tree.prompt_id}: leaves have no scores, --informative needs saved trees")
+    return [tree for tree in trees if informative(tree)]
+
+
+def _read(file: Path) -> list[Tree]:
+    """Trees of either form. Raises `ConfigError` with the line's number."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file")
+    try:
+        trees = list(read_trees(file, _tree))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not trees:
+        raise ConfigError(f"{file}: no trees in it")
+    return trees
+
+
+def _tree(data: dict[str, Any]) -> Tree:
+    tree = Tree.from_json(data) if "nodes" in data else advantage.tree_from_plain(data)
+    if not tree.leaves:
+        raise ValueError(f"prompt {tree.prompt_id}: no leaves")
+    return tree
+
+
+def _advantage_line(row: dict[str, Any]) -> str:
+    pairs = zip(row["raw"], row["advantage"], strict=True)
+    return f"{row['prompt_id']}\n" + "\n".join(f"  {_cell(raw):>28}  {_cell(adv):>28}" for raw, adv in pairs)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return "  ".join(f"{key}: {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "  ".join(map(_cell, value))
+    return str(value)
