@@ -96,22 +96,24 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
 
     from treepo_mcore.actor.actor import Actor
     from treepo_mcore.actor.model import unwrap
-    from treepo_mcore.actor.parallel import build_grid, init_process_group
+    from treepo_mcore.actor.parallel import build_grid
     from treepo_mcore.config import load_config
+    from treepo_mcore.learn.loss import PolicyObjective
     from treepo_mcore.learn.step import mini_batches, token_work
     from treepo_mcore.model.architecture import read_architecture, resolve_model
+    from treepo_mcore.system.placement import init_process_group
     from treepo_mcore.tree.stats import informative
     from treepo_mcore.tree.tree import read_trees
 
     config = load_config(QUICKSTART / "config.yaml", [*ACTORS[trainer], "actor.optimizer.clip_grad=1e9", *overrides])
     init_process_group()
     directory = resolve_model(config.model)
-    grid = build_grid(config.actor, 1, seed=0)
+    grid = build_grid(config.actor, seed=0)
     arch = read_architecture(directory)
     actor = Actor(config.actor, arch, directory, grid, temperature=config.rollout.temperature, total_steps=1)
     batch = mini_batches([tree for tree in read_trees(trees) if informative(tree)], config, grid, token_work(arch))[0]
     old = [output[0] for output in actor.log_probs(batch.sequences)]
-    actor.update(batch.sequences, old, normaliser=batch.normaliser)
+    actor.update(batch.sequences, old, PolicyObjective(actor.config), normaliser=batch.normaliser)
     parameters = [named for chunk in actor.chunks for named in unwrap(chunk).named_parameters()]
     gradients = {name: parameter.main_grad.float().cpu() for name, parameter in parameters}
     torch.save({"gradients": gradients, "log_probs": torch.cat(old).cpu()}, out)

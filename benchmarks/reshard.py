@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, rollout_tp: int) -> None:
     prepare_environment()
     import torch.distributed as dist
 
-    from treepo_mcore.actor.parallel import init_process_group
+    from treepo_mcore.system.placement import init_process_group
 
     init_process_group()
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +170,7 @@ class _Bench:
                 "rollout": {"tp": rollout_tp, "tree": {"segment_tokens": 16, "max_depth": 4}},
             }
         )
-        self.grid = build_grid(self.config.actor, rollout_tp, 0)
+        self.grid = build_grid(self.config.actor, 0)
         self.engine = VllmEngine(self.config, self.arch, directory, ())
         self._build()
 
@@ -181,6 +181,7 @@ class _Bench:
         from treepo_mcore.actor.layout import megatron_layout, megatron_tensors
         from treepo_mcore.actor.model import build_model, megatron_configs
         from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
+        from treepo_mcore.system.placement import colocated
         from treepo_mcore.weights.transfer import Push, plan_push
 
         with megatron_device():
@@ -191,7 +192,8 @@ class _Bench:
         for tensor in self.tensors.values():
             tensor.normal_()
         parameters = self.engine.parameters()
-        where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
+        placement = colocated(self.grid.rank, self.grid.world, self.config.rollout.tp)
+        where = (parameters, self.arch, self.config.rollout.tp, placement.engine_rank)
         wanted = vllm_layout(*where)
         begin = time.perf_counter()
         self.plan = plan_push(self.pieces, wanted)

@@ -112,11 +112,11 @@ def prepare(cell: dict[str, Any]) -> tuple[Any, ...]:
     import torch.distributed as dist
     from samplers import watch
 
-    from treepo_mcore.actor.parallel import init_process_group
     from treepo_mcore.config import parse_config
     from treepo_mcore.data.prompts import Prompt
     from treepo_mcore.engine.vllm.engine import VllmEngine
     from treepo_mcore.model.architecture import read_architecture
+    from treepo_mcore.system.placement import init_process_group
 
     with tempfile.TemporaryDirectory() as folder:
         directory = make_model(Path(folder))

@@ -41,7 +41,9 @@ from machine import machine  # noqa: E402
 from treepo_mcore.config import StoppingConfig, TreeConfig, parse_config  # noqa: E402
 from treepo_mcore.grow.sampler import Request, TreeSampler  # noqa: E402
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper  # noqa: E402
-from treepo_mcore.learn.packing import PackedSequence, pack_flat, pack_trees  # noqa: E402
+from treepo_mcore.learn.loss import PolicyObjective  # noqa: E402
+from treepo_mcore.learn.packing import pack_flat, pack_trees  # noqa: E402
+from treepo_mcore.records import PackedSequence  # noqa: E402
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, read_trees, write_trees  # noqa: E402
 
 VOCAB = 2048
@@ -220,8 +222,9 @@ def launch(trees: Sequence[Tree], model: str, layout: str, repeats: int) -> dict
 def measure(job: Path) -> None:
     """Inside a rank: the row of the table."""
     from treepo_mcore.actor.actor import Actor
-    from treepo_mcore.actor.parallel import build_grid, init_process_group
+    from treepo_mcore.actor.parallel import build_grid
     from treepo_mcore.model.architecture import read_architecture
+    from treepo_mcore.system.placement import init_process_group
 
     settings = json.loads((job / "job.json").read_text())
     trees = list(read_trees(job / "trees.jsonl"))
@@ -234,7 +237,7 @@ def measure(job: Path) -> None:
         }
     ).actor
     init_process_group()
-    grid = build_grid(config, 1, seed=0)
+    grid = build_grid(config, seed=0)
     arch = read_architecture(job / "model")
     actor = Actor(config, arch, job / "model", grid, temperature=1.0, total_steps=1)
     packed = pack(trees, config.micro_batch_tokens, config.least_micro_batches)
@@ -267,7 +270,10 @@ def pack(trees: Sequence[Tree], budget: int, least: int) -> dict[str, list[Packe
 def passes(actor: Any, sequences: list[PackedSequence]) -> dict[str, Callable[[], Any]]:
     """What is measured."""
     old = [sequence.behaviour_logprob for sequence in sequences]
-    return {"logprob": lambda: actor.log_probs(sequences), "update": lambda: actor.update(sequences, old)}
+    return {
+        "logprob": lambda: actor.log_probs(sequences),
+        "update": lambda: actor.update(sequences, old, PolicyObjective(actor.config)),
+    }
 
 
 def timed(act: Callable[[], Any]) -> float:

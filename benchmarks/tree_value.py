@@ -50,13 +50,13 @@ class Lab:
     """One engine with the model's weights, used for all settings."""
 
     def __init__(self, model: Path, data: Path) -> None:
-        from treepo_mcore.actor.parallel import init_process_group
         from treepo_mcore.config import parse_config
         from treepo_mcore.data.prompts import load_prompts
         from treepo_mcore.data.tokenizer import load_tokenizer
         from treepo_mcore.engine.vllm.engine import VllmEngine
         from treepo_mcore.model.architecture import read_architecture
         from treepo_mcore.rewards.pool import RewardPool
+        from treepo_mcore.system.placement import init_process_group
 
         self.model, self.data = model, data
         config = parse_config(configuration(model, data, {}))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.model import megatron_configs
-from treepo_mcore.actor.parallel import build_grid, init_process_group
+from treepo_mcore.actor.parallel import build_grid
 from treepo_mcore.config import Config, ConfigError, check_grid, dump_config
 from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
@@ -32,6 +32,7 @@ from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.system.heartbeat import listen_to_nodes
 from treepo_mcore.system.machine import this_machine
 from treepo_mcore.system.phases import Phases, check_allocator, check_host_memory, local_ranks, working_bytes
+from treepo_mcore.system.placement import colocated, init_process_group
 from treepo_mcore.system.signals import STOPPED, StopRequest
 from treepo_mcore.system.versions import versions
 from treepo_mcore.tree.tree import Tree, write_trees
@@ -79,8 +80,9 @@ class Trainer:
         check_engine(config, self.arch, self.directory)
         store = dist.distributed_c10d._get_default_store()
         self.heartbeat = listen_to_nodes(dist.get_rank(), dist.get_world_size(), store)
-        self.rewards = RewardPool(config.reward) if dist.get_rank() % config.rollout.tp == 0 else None
-        self.grid = build_grid(config.actor, config.rollout.tp, config.run.seed)
+        self.placement = colocated(dist.get_rank(), dist.get_world_size(), config.rollout.tp)
+        self.rewards = RewardPool(config.reward) if self.placement.leads_engine else None
+        self.grid = build_grid(config.actor, config.run.seed)
         self.actor = Actor(
             config.actor,
             self.arch,
@@ -95,8 +97,8 @@ class Trainer:
         # The push looks at the actor's parameters, which must be there for it.
         with self.phases.train(), self.actor.readable():
             self.push = self._make_push()
-        self.rollout = Rollout(config, self.grid, self.engine, tokenizer, self.rewards)
-        self.progress = Progress(config.trainer.steps, self.grid.rank == 0)
+        self.rollout = Rollout(config, self.placement, self.engine, tokenizer, self.rewards)
+        self.progress = Progress(config.trainer.steps, self.placement.reports)
         self._say_who_quantises()
         self.step = 0
         self.saved: int | None = None  # step of the newest checkpoint
@@ -175,7 +177,7 @@ class Trainer:
             "seed": self.config.run.seed,
             "layout": self._layout(),
         }
-        if self.grid.rank == 0:
+        if self.placement.reports:
             self.config.run.dir.mkdir(parents=True, exist_ok=True)
             (self.config.run.dir / "eval.json").write_text(json.dumps(result) + "\n")
         self.close()
@@ -184,7 +186,7 @@ class Trainer:
     def _make_push(self) -> Push:
         """From the actor's shards into the engine's parameters; the plan is made once."""
         parameters = self.engine.parameters()
-        where = (parameters, self.arch, self.config.rollout.tp, self.grid.engine_rank)
+        where = (parameters, self.arch, self.config.rollout.tp, self.placement.engine_rank)
         plan = plan_push(self.actor.pieces, vllm_layout(*where))
         staging_bytes = self.config.rollout.push_staging_mb << 20
         return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
@@ -234,7 +236,7 @@ class Trainer:
     def _resume(self) -> None:
         run = self.config.run
         self._load()
-        if self.grid.rank == 0:
+        if self.placement.reports:
             run.dir.mkdir(parents=True, exist_ok=True)
             if not run.resume:  # or a run that is cut off before it saves would be continued as the one before it
                 checkpoint.forget(run.dir / "checkpoints")
@@ -264,7 +266,7 @@ class Trainer:
             "seed": run.seed,
             "layout": self._layout(),
         }
-        if self.grid.rank == 0:
+        if self.placement.reports:
             (run.dir / "summary.json").write_text(json.dumps(summary) + "\n")
         self.close()
         return summary
@@ -312,14 +314,14 @@ class Trainer:
         return values["eval/accuracy"]
 
     def _write(self, values: dict[str, Any]) -> None:
-        if self.grid.rank == 0:
+        if self.placement.reports:
             self.metrics.write(self.step, values)
         for tracker in self.trackers:
             tracker.write(self.step, values)
 
     def _save_trees(self, trees: list[Tree]) -> None:
         every = self.config.trainer.save_trees_every
-        if every and self.step % every == 0 and self.grid.rank == 0:
+        if every and self.step % every == 0 and self.placement.reports:
             folder = self.config.run.dir / "trees"
             folder.mkdir(exist_ok=True)
             write_trees(folder / f"step_{self.step:06d}.jsonl", trees)

@@ -56,11 +56,11 @@ def measure(cell: tuple[str, str]) -> dict[str, Any]:
     """One sampler after a warm-up with a quarter of the prompts."""
     from samplers import Trace, watch
 
-    from treepo_mcore.actor.parallel import init_process_group
     from treepo_mcore.config import parse_config
     from treepo_mcore.data.prompts import Prompt
     from treepo_mcore.engine.vllm.engine import VllmEngine, engine_arguments
     from treepo_mcore.model.architecture import read_architecture
+    from treepo_mcore.system.placement import init_process_group
 
     model, sampler = cell
     if sampler == "flat, async":  # which a trainer's setting for Megatron must not slow down

@@ -48,14 +48,15 @@ def measure(cell: tuple[str, int]) -> dict[str, Any]:
 def build(fp8: str, directory: Path) -> Any:
     """An actor with random weights."""
     from treepo_mcore.actor import actor as module
-    from treepo_mcore.actor.parallel import build_grid, init_process_group
+    from treepo_mcore.actor.parallel import build_grid
     from treepo_mcore.config import parse_config
     from treepo_mcore.model.architecture import read_architecture
+    from treepo_mcore.system.placement import init_process_group
 
     module.load_pieces = fill  # there is no checkpoint of this shape
     config = parse_config(configuration(fp8, directory)).actor
     init_process_group()
-    grid = build_grid(config, 1, seed=0)
+    grid = build_grid(config, seed=0)
     arch = read_architecture(directory)
     assert arch.vocab >= benchmark("cpu_training").VOCAB, "the trees have tokens that the model has not"
     return module.Actor(config, arch, directory, grid, temperature=1.0, total_steps=1)
@@ -130,8 +131,13 @@ def in_turns(actor: Any, packed: dict[str, list[Any]]) -> dict[str, list[float]]
 
 def passes(actor: Any, sequences: list[Any]) -> dict[str, Callable[[], Any]]:
     """What is measured."""
+    from treepo_mcore.learn.loss import PolicyObjective
+
     old = [sequence.behaviour_logprob for sequence in sequences]
-    return {"logprob": lambda: actor.log_probs(sequences), "update": lambda: actor.update(sequences, old)}
+    return {
+        "logprob": lambda: actor.log_probs(sequences),
+        "update": lambda: actor.update(sequences, old, PolicyObjective(actor.config)),
+    }
 
 
 def timed(act: Callable[[], Any]) -> float:

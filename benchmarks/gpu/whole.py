@@ -59,8 +59,8 @@ def architecture(directory: Path) -> Any:
 
 def push(arch: Any, shards: int, device: str, fp8: bool) -> dict[str, Any]:
     """Seconds and bytes/s of a push, with and without checksums, and of the floor. Bytes are the weights' in bf16."""
-    from treepo_mcore.actor.parallel import init_process_group
     from treepo_mcore.engine.vllm.layout import vllm_pieces
+    from treepo_mcore.system.placement import init_process_group
     from treepo_mcore.weights.plan import make_plan
     from treepo_mcore.weights.transfer import Push
 

@@ -24,12 +24,13 @@ import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed  # noqa: E402
 
-from treepo_mcore.actor.parallel import init_process_group  # noqa: E402
 from treepo_mcore.config import Config, parse_config  # noqa: E402
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from treepo_mcore.learn.advantage import LeafAdvantage  # noqa: E402
+from treepo_mcore.learn.loss import SupervisedObjective  # noqa: E402
 from treepo_mcore.learn.packing import pack_trees  # noqa: E402
 from treepo_mcore.observe.logs import set_up_logging  # noqa: E402
+from treepo_mcore.system.placement import init_process_group  # noqa: E402
 from treepo_mcore.trainer import Trainer  # noqa: E402
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree  # noqa: E402
 from treepo_mcore.weights.hf import export_directory, gather_tensors  # noqa: E402
@@ -105,7 +106,7 @@ def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Na
         packed = pack_trees(batch, [worth] * len(batch), trainer.config.actor.micro_batch_tokens)
         with trainer.phases.train():
             trainer.actor.set_step(step)
-            metrics = trainer.actor.update(packed, None, objective="supervised")
+            metrics = trainer.actor.update(packed, None, SupervisedObjective())
             trainer.actor.finish_updates()
         if (step + 1) % arguments.look_every and step + 1 < arguments.steps:
             continue

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from layouts import mini_batches, noise
 
 from treepo_mcore.config import parse_config
+from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.trainer import Trainer
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import export_directory, gather_tensors
@@ -37,7 +38,7 @@ def step(trainer: Trainer, batch: list[Any]) -> None:
     """A real one; the rate is high enough to change every answer."""
     trainer.actor.set_step(0)
     old = [out[0] + noise(sequence) for sequence, out in zip(batch, trainer.actor.log_probs(batch), strict=True)]
-    trainer.actor.update(batch, old)
+    trainer.actor.update(batch, old, PolicyObjective(trainer.config.actor))
 
 
 def prompts(trainer: Trainer) -> list[list[int]]:

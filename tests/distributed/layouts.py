@@ -15,8 +15,10 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.layout import unwrap
 from treepo_mcore.config import AdvantageConfig
 from treepo_mcore.learn.advantage import advantages
-from treepo_mcore.learn.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.learn.loss import PolicyObjective
+from treepo_mcore.learn.packing import balance, pack_flat, pack_trees
 from treepo_mcore.learn.step import token_work
+from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.tree import Tree, read_trees
 from treepo_mcore.weights.hf import gather_tensors
 from treepo_mcore.weights.layout import box
@@ -94,7 +96,7 @@ def one_case(directory: str, settings: dict[str, Any], trees: str, per_update: i
     actor.set_step(0)
     result: dict[str, Any] = {"metrics": [], "weights": [], "gaps": []}
     for batch in batches:
-        result["metrics"].append(actor.update(batch, [next(old) for _ in batch]))
+        result["metrics"].append(actor.update(batch, [next(old) for _ in batch], PolicyObjective(actor.config)))
         actor.finish_updates()
         weights, gap = in_hf(actor, actor.tensors)
         result["weights"].append(weights)
@@ -145,14 +147,14 @@ def idle_rank(directory: str, trees: str, megatron: dict[str, Any]) -> float:
     (batch,) = mini_batches(actor, trees, 8, "tree")
     assert bool(batch) == (actor.grid.rank == 0)
     old = [out[0] for out in actor.log_probs(batch)]
-    return actor.update(batch, old)["tokens"]
+    return actor.update(batch, old, PolicyObjective(actor.config))["tokens"]
 
 
 def _not_finite(actor: Actor, batch: list[PackedSequence]) -> str:
     if actor.grid.rank == 0:
         batch[0].adv_pos[:] = float("nan")
     try:
-        actor.update(batch, [sequence.behaviour_logprob for sequence in batch])
+        actor.update(batch, [sequence.behaviour_logprob for sequence in batch], PolicyObjective(actor.config))
     except RuntimeError as error:
         return str(error)
     return "went on"

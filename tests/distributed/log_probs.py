@@ -6,33 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.actor.parallel import Grid, build_grid, init_process_group
+from treepo_mcore.actor.parallel import Grid, build_grid
 from treepo_mcore.config import ActorConfig
 from treepo_mcore.learn.advantage import LeafAdvantage
 from treepo_mcore.learn.packing import pack_flat, pack_trees
 from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.system.placement import colocated, init_process_group
 from treepo_mcore.tree.tree import Tree, read_trees
 
 GRIDS: dict[tuple[int | None, ...], Grid] = {}  # the one there is
 
 
-def make_actor(directory: Path, settings: dict[str, Any], temperature: float = 1.0, rollout_tp: int = 1) -> Actor:
+def make_actor(directory: Path, settings: dict[str, Any], temperature: float = 1.0) -> Actor:
     """An actor in the groups of its layout, which replace those of another layout before it.
 
     Groups are kept where they can be: each has a gloo thread that wakes every 10 ms, and none of them ever goes.
     """
     init_process_group()
     config = ActorConfig.model_validate({"dtype": "float32"} | settings)
-    layout = (config.tp, config.pp, config.vpp, rollout_tp)
+    layout = (config.tp, config.pp, config.vpp)
     if layout not in GRIDS:
         parallel_state.destroy_model_parallel()
         GRIDS.clear()
-        GRIDS[layout] = build_grid(config, rollout_tp, seed=0)
+        GRIDS[layout] = build_grid(config, seed=0)
     grid = GRIDS[layout]
     return Actor(config, read_architecture(directory), directory, grid, temperature=temperature, total_steps=1)
+
+
+def engine_rank(rollout_tp: int) -> int:
+    """Of this rank in its engine, in today's placement."""
+    return colocated(dist.get_rank(), dist.get_world_size(), rollout_tp).engine_rank
 
 
 def no_advantages(trees: list[Tree]) -> list[LeafAdvantage]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import Config, parse_config
-from treepo_mcore.learn.packing import PackedSequence
 from treepo_mcore.learn.step import learn
+from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.tree import read_trees
 
 TEMPERATURE = 0.7

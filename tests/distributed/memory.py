@@ -14,6 +14,7 @@ from log_probs import make_actor
 
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.memory import storages
+from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -43,7 +44,7 @@ def updates(
         memory.keep(EVERYTHING)
         actor.set_step(0)
         old = [o[0] + noise(s) for s, o in zip(batch, actor.log_probs(batch), strict=True)]
-        actor.update(batch, old)
+        actor.update(batch, old, PolicyObjective(actor.config))
         if number == 1:
             checkpoint.save(out, 2, actor, {}, keep=1)
             newest = checkpoint.newest(out)

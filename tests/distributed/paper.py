@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from log_probs import make_actor
+from log_probs import engine_rank, make_actor
 from models import EOS_IDS
 
-from treepo_mcore.actor.parallel import init_process_group
 from treepo_mcore.config import parse_config
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.engine.vllm.layout import vllm_layout
+from treepo_mcore.system.placement import init_process_group
 from treepo_mcore.weights.transfer import Push, plan_push
 
 
@@ -25,10 +25,12 @@ def run(config: dict[str, Any], gpus_per_node: int, staging: int) -> dict[str, A
     created = record_groups()
     settings = parse_config(config)
     source = Path(settings.model.path)
-    actor = make_actor(source, config["actor"], rollout_tp=settings.rollout.tp)
+    actor = make_actor(source, config["actor"])
     engine = VllmEngine(settings, actor.arch, source, EOS_IDS)
     parameters = engine.parameters()
-    plan = plan_push(actor.pieces, vllm_layout(parameters, actor.arch, settings.rollout.tp, actor.grid.engine_rank))
+    plan = plan_push(
+        actor.pieces, vllm_layout(parameters, actor.arch, settings.rollout.tp, engine_rank(settings.rollout.tp))
+    )
     push = Push(plan, actor.tensors, parameters, staging_bytes=staging)
     return {
         "plan": [asdict(transfer) for transfer in push.plan],

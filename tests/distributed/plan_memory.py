@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from treepo_mcore.actor.actor import Actor
-from treepo_mcore.learn.packing import PackedSequence
+from treepo_mcore.learn.loss import PolicyObjective
+from treepo_mcore.records import PackedSequence
 
 
 def sequence(tokens: int, vocab: int) -> PackedSequence:
@@ -71,7 +72,7 @@ def state(actor: Actor) -> dict[str, int]:
 def peak_of(actor: Actor, batch: list[PackedSequence], old: list[Tensor]) -> int:
     """Bytes above those at the start that the allocator has given out at the height of an update."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        actor.update(batch, old)
+        actor.update(batch, old, PolicyObjective(actor.config))
     level = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -88,6 +89,6 @@ def measure(directory: str, layouts: dict[str, dict[str, Any]], tokens: int, voc
         batch = [sequence(tokens, vocab)]
         old = [torch.full((tokens - 1,), -5.0)]
         actor.set_step(0)
-        actor.update(batch, old)  # the optimizer's state is made by its first step
+        actor.update(batch, old, PolicyObjective(actor.config))  # the optimizer's state is made by its first step
         results[name] = state(actor) | {"peak": peak_of(actor, batch, old)}
     return results

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from layouts import mini_batches, noise
-from log_probs import make_actor
+from log_probs import engine_rank, make_actor
 from models import EOS_IDS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.engine.vllm.layout import SCALE, fp8_shapes, vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
+from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.weights.fp8 import FP8, quantise, quantisers, scale_shape
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 from treepo_mcore.weights.layout import BLOCK, box
@@ -28,7 +29,7 @@ from treepo_mcore.weights.transfer import Push, TransferError, plan_push
 
 def make_push(actor: Actor, parameters: dict[str, Tensor], rollout_tp: int, staging_bytes: int) -> tuple[Push, int]:
     """From an actor into parameters beside it; and the most bytes that tensors made by binding the plan took."""
-    where = (parameters, actor.arch, rollout_tp, actor.grid.engine_rank)
+    where = (parameters, actor.arch, rollout_tp, engine_rank(rollout_tp))
     plan = plan_push(actor.pieces, vllm_layout(*where))
     padding = vllm_padding(*where)
     with Allocations() as made:
@@ -45,7 +46,7 @@ def run(
     """
     settings = parse_config(config)
     source = Path(settings.model.path)
-    actor = make_actor(source, config["actor"], rollout_tp=settings.rollout.tp)
+    actor = make_actor(source, config["actor"])
     engine = VllmEngine(settings, actor.arch, source, EOS_IDS)
     push, bound = make_push(actor, engine.parameters(), settings.rollout.tp, staging)
     result: dict[str, Any] = {"answers": [], "different": [], "reports": [], "made_binding": bound, "made": []}
@@ -79,7 +80,7 @@ def run_blocks(
 
     After each of `rounds` optimizer steps, compared with the gathered tensors, cut and quantised here.
     """
-    actor = make_actor(Path(directory), settings, rollout_tp=rollout_tp)
+    actor = make_actor(Path(directory), settings)
     quantised = fp8_shapes(actor.arch, rollout_tp)
     parameters = {
         name: torch.zeros(shape, dtype=FP8 if name in quantised else torch.bfloat16)
@@ -104,7 +105,7 @@ def sliced(actor: Actor, parameters: dict[str, Tensor], rollout_tp: int) -> dict
     """What should stand in the parameters."""
     whole = {name: torch.zeros(tensor.shape) for name, tensor in parameters.items()}
     full = dict(named(actor))
-    for piece in vllm_pieces(actor.arch, rollout_tp, actor.grid.engine_rank):
+    for piece in vllm_pieces(actor.arch, rollout_tp, engine_rank(rollout_tp)):
         piece.of_local(whole).copy_(box(full[piece.tensor], piece.start, piece.shape))
     expected = {name: tensor.to(parameters[name].dtype) for name, tensor in whole.items()}
     for name in fp8_shapes(actor.arch, rollout_tp):
@@ -163,7 +164,7 @@ def step(actor: Actor, batch: list[Any]) -> None:
     """A real one; the rate is high enough to change every answer."""
     actor.set_step(0)
     old = [out[0] + noise(sequence) for sequence, out in zip(batch, actor.log_probs(batch), strict=True)]
-    actor.update(batch, old)
+    actor.update(batch, old, PolicyObjective(actor.config))
 
 
 def named(actor: Actor) -> Any:

@@ -14,6 +14,7 @@ from log_probs import make_actor
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
+from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.trainer import Trainer
 
 
@@ -37,7 +38,7 @@ def steps(actor: Actor, trees: str, out: Path) -> None:
     for batch in mini_batches(actor, trees, 5, "tree"):
         actor.set_step(0)
         old = [o[0] + noise(s) for s, o in zip(batch, actor.log_probs(batch), strict=True)]
-        metrics.append(actor.update(batch, old))
+        metrics.append(actor.update(batch, old, PolicyObjective(actor.config)))
     save_weights(actor, out, metrics)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from treepo_mcore.learn.loss import PolicyObjective
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 
@@ -22,7 +24,7 @@ def gradients(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> d
         seen = look_before_stepping(actor)
         (batch,) = mini_batches(actor, trees, 100, "tree")
         logp = [out[0] for out in actor.log_probs(batch)]
-        actor.update(batch, logp)
+        actor.update(batch, logp, PolicyObjective(actor.config))
         flat = torch.cat([grad.flatten().double() for _, grad in sorted(actor_grads(actor, seen[0]).items())])
         results[name] = (flat, torch.cat(logp))
     first = results[next(iter(cases))]
@@ -49,7 +51,8 @@ def updates(directory: str, cases: dict[str, dict[str, Any]], trees: str) -> dic
         (batch,) = mini_batches(actor, trees, 100, "tree")
         logp = [torch.cat([out[0] for out in actor.log_probs(batch)])]
         for _ in range(2):
-            actor.update(batch, [out[0] for out in actor.log_probs(batch)])
+            old = [out[0] for out in actor.log_probs(batch)]
+            actor.update(batch, old, PolicyObjective(actor.config))
             actor.finish_updates()
             actor.memory.keep(set())
             actor.memory.keep({"parameters", "gradients", "optimizer"})

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.config import parse_config
-from treepo_mcore.learn.packing import PackedSequence, pack_trees
+from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.learn.step import learn
+from treepo_mcore.records import PackedSequence
 from treepo_mcore.trainer import Trainer
 from treepo_mcore.tree.tree import Tree, write_trees
 from treepo_mcore.weights.hf import export_directory, gather_tensors

@@ -201,7 +201,7 @@ def test_the_optimizer_begins_with_the_weights_as_loaded(kind, alone, tmp_path):
     from treepo_mcore.actor.layout import megatron_parameters
     from treepo_mcore.actor.parallel import build_grid
 
-    build_grid(ActorConfig(), 1, seed=0)
+    build_grid(ActorConfig(), seed=0)
     chunks, optimizer, loaded = made_model(kind, tmp_path)
     memory = ActorMemory(chunks, optimizer, megatron_parameters(chunks))
     assert len(loaded) == 4 * 2  # layers between the first and the last
@@ -231,7 +231,7 @@ def test_a_checkpoint_is_that_of_plain_parameters(kind, alone, tmp_path):
     from treepo_mcore.actor.cpu import megatron_device
     from treepo_mcore.actor.parallel import build_grid
 
-    build_grid(ActorConfig(), 1, seed=0)
+    build_grid(ActorConfig(), seed=0)
     chunks, optimizer, loaded = made_model(kind, tmp_path / "model")
     with megatron_device():
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):

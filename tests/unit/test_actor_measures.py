@@ -7,10 +7,11 @@ import torch
 from trees import random_tree
 
 from treepo_mcore.actor.batch import empty_sequence
-from treepo_mcore.actor.measures import edge_means, edge_sums
 from treepo_mcore.config import LossConfig
 from treepo_mcore.learn.advantage import LeafAdvantage
+from treepo_mcore.learn.measures import edge_means, edge_sums
 from treepo_mcore.learn.packing import pack_trees
+from treepo_mcore.records import EdgeValues
 
 LIMITS = LossConfig(clip_low=0.2, clip_high=0.28)
 
@@ -19,9 +20,8 @@ def sums(sequence, old, own, loss=0.0, **given):
     size = len(sequence.target)
     logp = sequence.behaviour_logprob
     values = {"entropy": torch.arange(size).float(), "correction": None, "reference_kl": None} | given
-    return edge_sums(
-        sequence, loss=torch.tensor(loss), logp=logp, old=logp + old, own=logp + own, limits=LIMITS, **values
-    )
+    edges = EdgeValues(sequence, logp, values.pop("entropy"), None, None)
+    return edge_sums(edges, torch.tensor(loss), logp + old, logp + own, limits=LIMITS, **values)
 
 
 def test_means_count_an_edge_once_for_each_leaf():

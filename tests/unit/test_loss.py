@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_mcore.actor.loss import VocabParallelLogProb, nll_loss, policy_loss
+from treepo_mcore.actor.log_probs import VocabParallelLogProb
 from treepo_mcore.config import LossConfig
+from treepo_mcore.learn.loss import nll_loss, policy_loss
 
 
 def one_leaf_loss(logp, old, advantage, config):

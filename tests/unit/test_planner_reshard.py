@@ -11,6 +11,7 @@ import torch
 
 from treepo_mcore.plan.hardware import GPUS, NETWORKS, Network
 from treepo_mcore.plan.reshard import covered_once, describe, reshard_report, staging_used, traffic
+from treepo_mcore.system.placement import colocated
 from treepo_mcore.weights.layout import Piece, rows
 from treepo_mcore.weights.plan import Transfer, make_plan
 
@@ -25,10 +26,10 @@ def move(source, target, count, local="w", start=0):
 def job(sources, targets, nodes, numel):
     """What a report needs of a paper job: everything in one engine parameter `w`."""
     grid = SimpleNamespace(tp=1, pp=1, dp=len(nodes))
-    grid.engines = len(nodes)
     return SimpleNamespace(
         nodes=nodes,
         grids=[grid] * len(nodes),
+        places=[colocated(rank, len(nodes), 1) for rank in range(len(nodes))],
         parameters=[{"w": torch.empty(numel, dtype=torch.bfloat16, device="meta")}],
         itemsize=2,
         plan=lambda: make_plan(sources, targets, nodes),

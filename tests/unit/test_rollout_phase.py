@@ -17,7 +17,6 @@ from rollout_fake_engine import (
     make_prompts,
 )
 
-from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.grow.sampler import stable_seed
 from treepo_mcore.learn.step import choose
@@ -27,8 +26,9 @@ from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.evaluation import majority, sample
 from treepo_mcore.rollout.queue import LockstepQueue
 from treepo_mcore.rollout.rollout import Rollout
+from treepo_mcore.system.placement import colocated
 
-GRID = Grid(rank=0, world=1, tp=1, tp_rank=0, pp=1, pp_rank=0, dp=1, dp_rank=0, engines=1, engine=0, engine_rank=0)
+PLACEMENT = colocated(rank=0, world=1, rollout_tp=1)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_unfinished_prompts(unfinished, expected):
         trainer={"prompts_per_step": 10, "prompts_per_update": 10},
     )
     stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
-    rollout = Rollout(config, GRID, FakeEngine(slow_last), FakeTokenizer(), None)
+    rollout = Rollout(config, PLACEMENT, FakeEngine(slow_last), FakeTokenizer(), None)
     trees, counts = rollout.collect(stream, 0)
     assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(8)]
     assert counts.unfinished_prompts == 2
@@ -74,7 +74,7 @@ def test_what_was_carried_is_not_given_up_again():
         trainer={"prompts_per_step": 10, "prompts_per_update": 10},
     )
     stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
-    rollout = Rollout(config, GRID, FakeEngine(draw), FakeTokenizer(), None)
+    rollout = Rollout(config, PLACEMENT, FakeEngine(draw), FakeTokenizer(), None)
     seen = []
     for step in range(3):
         trees, counts = rollout.collect(stream, step)
@@ -130,7 +130,7 @@ def test_a_tail_cut_on_one_of_two_engines_skips_and_repeats_no_prompt(unfinished
         filter={"max_prompts_factor": 3.5},
         trainer={"prompts_per_step": 12, "prompts_per_update": 12},
     )
-    rollout = Rollout(config, GRID, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), None)
+    rollout = Rollout(config, PLACEMENT, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), None)
     rollout.collector = engines = TwoEngines(
         config, lambda text, prompt: stable_seed(prompt) % 3 == 0 and stable_seed(text) % 2 == 0, monkeypatch
     )
@@ -158,7 +158,7 @@ def test_another_prompt_takes_the_place_of_a_lost_one_without_the_filter_too():
     engine.submit = losing
     config = make_config({}, filter={"enabled": False}, trainer={"prompts_per_step": 10, "prompts_per_update": 10})
     stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
-    trees, counts = Rollout(config, GRID, engine, FakeTokenizer(), None).collect(stream, 0)
+    trees, counts = Rollout(config, PLACEMENT, engine, FakeTokenizer(), None).collect(stream, 0)
     assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(11) if i != 3]
     assert counts.failed_prompts == 1
     assert stream.peek(1)[0].id == "p11"
@@ -174,7 +174,7 @@ def test_shuffled_rewards_keep_their_scores_and_the_prompts_that_are_trained_on(
         reward = {"function": "m:f", "overlong_buffer_tokens": 16, "overlong_penalty": 0.5, "shuffle": shuffle}
         config = make_config({}, reward=reward, trainer=trainer)
         stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
-        trees, _ = Rollout(config, GRID, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), rewards).collect(stream, 0)
+        trees, _ = Rollout(config, PLACEMENT, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), rewards).collect(stream, 0)
         return choose(trees, config, 0)
 
     def leaves(trees):
@@ -200,7 +200,7 @@ def test_evaluation_with_several_samples():
     config = make_config({}, trainer={"eval_samples": 5})
     engine, tokenizer = FakeEngine(hazard_draw(0.3)), boxing_tokenizer()
     with RewardPool(config.reward) as rewards:
-        rollout = Rollout(config, GRID, engine, tokenizer, rewards)
+        rollout = Rollout(config, PLACEMENT, engine, tokenizer, rewards)
         values = rollout.evaluate(prompts)
         assert rollout.evaluate(prompts[::-1]) == values  # draws belong to prompts
     lengths = [len(answer) for answer in sample(FakeEngine(hazard_draw(0.3)), prompts, 5, 20, 0)]
@@ -220,7 +220,7 @@ def test_evaluation_with_several_samples():
 def test_evaluation_with_a_custom_function_has_scores_and_no_majority():
     config = make_config({}, trainer={"eval_samples": 4}, reward={"function": "m:f"})
     rewards = FakeRewards(lambda text, prompt: 0.75 if prompt == "prompt 1" else -0.25)
-    rollout = Rollout(config, GRID, FakeEngine(hazard_draw(0.3)), FakeTokenizer(), rewards)
+    rollout = Rollout(config, PLACEMENT, FakeEngine(hazard_draw(0.3)), FakeTokenizer(), rewards)
     assert rollout.evaluate(make_prompts(4)) == {"eval/accuracy": 0.25, "eval/score": 0.0, "eval/best": 0.25}
 
 
@@ -230,7 +230,7 @@ def test_evaluation_with_one_sample_is_greedy():
     engine.greedy = lambda prompts, max_tokens: [[1, 2] if prompt == [3] else [1] * 4 for prompt in prompts]
     prompts = [replace(prompt, tokens=[i], answer="2") for i, prompt in enumerate(make_prompts(8))]
     with RewardPool(config.reward) as rewards:
-        assert Rollout(config, GRID, engine, tokenizer, rewards).evaluate(prompts) == {"eval/accuracy": 0.125}
+        assert Rollout(config, PLACEMENT, engine, tokenizer, rewards).evaluate(prompts) == {"eval/accuracy": 0.125}
     assert engine.submitted == []
 
 
@@ -246,4 +246,4 @@ def test_a_phase_without_a_tree_is_an_error():
     config = make_config({"tail_steps": 0}, trainer={"prompts_per_step": 4, "prompts_per_update": 4})
     stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
     with pytest.raises(RuntimeError, match=r"no prompt was finished; see rollout\.tail_steps"):
-        Rollout(config, GRID, FakeEngine(slow_last), FakeTokenizer(), None).collect(stream, 0)
+        Rollout(config, PLACEMENT, FakeEngine(slow_last), FakeTokenizer(), None).collect(stream, 0)

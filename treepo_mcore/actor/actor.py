@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,21 +23,17 @@ from treepo_mcore.actor.attention import attention_multiple, choose_attention
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.layout import megatron_layout, megatron_parameters, megatron_tensors
-from treepo_mcore.actor.loss import edge_log_probs, nll_loss, policy_loss, reference_kl
-from treepo_mcore.actor.measures import NAMES, edge_means, edge_sums
+from treepo_mcore.actor.log_probs import edge_log_probs
 from treepo_mcore.actor.memory import ActorMemory, HostTensors
 from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs, unwrap
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.actor.quantised import PlainCopies
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.learn.correction import token_factors
-from treepo_mcore.learn.packing import PackedSequence
 from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.records import EdgeValues, Objective, PackedSequence
 from treepo_mcore.weights.hf import load_pieces
 from treepo_mcore.weights.layout import Piece
-
-Objective = Literal["policy", "supervised"]
 
 
 class Actor:
@@ -120,7 +116,7 @@ class Actor:
         self,
         sequences: list[PackedSequence],
         old_logp: list[Tensor] | None,
-        objective: Objective = "policy",
+        objective: Objective,
         *,
         reference_logp: list[Tensor] | None = None,
         normaliser: float | None = None,
@@ -130,7 +126,7 @@ class Actor:
         The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
         with weights of one the mean over logical tokens. Returns metrics, the same on every rank. Call `finish_updates`
         behind the last one. Raises RuntimeError on all ranks together when the gradient is not finite.
-        old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for the supervised objective.
+        old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for an objective that takes no ratios.
         """
         batches = self._micro_batches(sequences, old_logp, reference_logp, least=self._most(len(sequences)))
         if normaliser is None:
@@ -141,11 +137,11 @@ class Actor:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(batches, partial(self._loss, objective, normaliser))
+        outputs = self._run(batches, partial(_loss, objective, normaliser), objective.entropy_grad)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise RuntimeError(f"the gradient's norm is {grad_norm}: these weights are lost; go on from a checkpoint")
-        return self._metrics(outputs, float(grad_norm))
+        return objective.means(self._totals(outputs, len(objective.names))) | {"grad_norm": float(grad_norm)}
 
     @on_megatron_device
     def finish_updates(self) -> None:
@@ -221,12 +217,12 @@ class Actor:
         settings: Any = {"multiple": multiple, "implementation": self.implementation, "device": self._device()}
         return [micro_batch(*row, **settings) for row in rows]
 
-    def _run(self, batches: list[MicroBatch], loss: Callable[..., Any] | None) -> list[Any]:
+    def _run(self, batches: list[MicroBatch], loss: Callable[..., Any] | None, entropy_grad: bool = False) -> list[Any]:
         """Forward, and backward from `loss` if there is one; returns what each micro-batch gave on the last stage."""
         iterators = [iter(batches) for _ in self.chunks]
         schedule = get_forward_backward_func()
         return schedule(
-            forward_step_func=partial(self._forward, loss or _output),
+            forward_step_func=partial(self._forward, loss or _output, entropy_grad),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
@@ -236,7 +232,9 @@ class Actor:
             collect_non_loss_data=loss is None,
         )
 
-    def _forward(self, loss: Callable[..., Any], iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Any, Any]:
+    def _forward(
+        self, loss: Callable[..., Any], entropy_grad: bool, iterator: Iterator[MicroBatch], model: nn.Module
+    ) -> tuple[Any, Any]:
         batch = next(iterator)
         sequence = batch.sequence
         output = model(
@@ -250,52 +248,27 @@ class Actor:
                 "target": sequence.target,
                 "temperature": self.temperature,
                 "vocab": self.arch.vocab,
-                "entropy_grad": bool(self.config.loss.entropy_coef),
+                "entropy_grad": entropy_grad,
             },
         )
         return output, partial(loss, batch)
 
-    def _loss(self, objective: Objective, normaliser: float, batch: MicroBatch, output: Tensor) -> tuple[Tensor, ...]:
-        """In the form of Megatron's loss functions: the loss, a token count (see `_connect`), and what to collect."""
-        logp, entropy = output
-        s, config = batch.sequence, self.config
-        kl = correction = None
-        if objective == "supervised":
-            old = own = logp.detach()
-            loss = nll_loss(logp, s.weight)
-        else:
-            assert batch.old_logp is not None
-            old = batch.old_logp
-            own = logp.detach() if config.old_logprobs == "engine" else old
-            correction = token_factors(own, s.behaviour_logprob, config)
-            factor = 1.0 if correction is None else correction
-            if batch.reference_logp is not None:
-                kl = reference_kl(logp, batch.reference_logp)
-            good, bad = s.adv_pos * factor, s.adv_neg * factor
-            loss = policy_loss(logp, old, good, bad, entropy, s.weight, config.loss, kl)
-        loss = loss / normaliser
-        sums = edge_sums(
-            s,
-            loss=loss.detach(),
-            logp=logp.detach(),
-            entropy=entropy.detach(),
-            old=old,
-            own=own,
-            correction=correction,
-            reference_kl=None if kl is None else kl.detach(),
-            limits=config.loss,
-        )
-        return loss, torch.ones_like(loss, dtype=torch.int), sums
-
-    def _metrics(self, outputs: list[Tensor], grad_norm: float) -> dict[str, float]:
-        """Token means over the whole mini-batch. Only one rank of each replica holds the sums."""
-        total = torch.zeros(len(NAMES), dtype=torch.float64, device=self._device())
+    def _totals(self, outputs: list[Tensor], size: int) -> Tensor:
+        """Of what the objective measured, over the whole mini-batch. Only one rank of each replica holds its share."""
+        total = torch.zeros(size, dtype=torch.float64, device=self._device())
         if self.grid.leads_model:
             stacked = torch.stack(outputs)
             total = torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)])
         dist.all_reduce(total[:-1])
         dist.all_reduce(total[-1:], op=dist.ReduceOp.MAX)
-        return edge_means(total) | {"grad_norm": grad_norm}
+        return total
+
+
+def _loss(objective: Objective, normaliser: float, batch: MicroBatch, output: Tensor) -> tuple[Tensor, ...]:
+    """In the form of Megatron's loss functions: the loss, a token count (see `_connect`), and what to collect."""
+    logp, entropy = output
+    loss, sums = objective(EdgeValues(batch.sequence, logp, entropy, batch.old_logp, batch.reference_logp), normaliser)
+    return loss, torch.ones_like(loss, dtype=torch.int), sums
 
 
 def _output(batch: MicroBatch, output: Tensor, non_loss_data: bool) -> Tensor:

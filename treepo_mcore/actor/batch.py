@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treepo_mcore.actor.attention import Implementation, TreeParams, tree_params
-from treepo_mcore.learn.packing import PackedSequence
+from treepo_mcore.records import PackedSequence
 
 
 @dataclass

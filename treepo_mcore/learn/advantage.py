@@ -12,35 +12,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from treepo_mcore.config import AdvantageConfig, Aggregation
+from treepo_mcore.records import Advantage
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, get
 
 LONGEST = 10**7  # tokens of a leaf in the plain form
 WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without (spec 3.2)
-
-
-class Advantage(Protocol):
-    """What a tree's tokens are worth."""
-
-    @property
-    def weights(self) -> np.ndarray:
-        """Of each leaf's loss, float64[leaves]."""
-
-    def scaled(self, factors: np.ndarray) -> Advantage:
-        """The same, with each leaf's values but not its weight multiplied by a factor >= 0; float64[leaves]."""
-
-    def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
-        """(A+, A-) of any token of each node, float64[nodes]: sums over the leaves below of max(A, 0) and min(A, 0).
-
-        Two scalars per unique token give the clipped loss of all leaves through it (spec 3.3, I2).
-        """
-
-    def along(self, tree: Tree, leaf: int) -> np.ndarray:
-        """A of leaf number `leaf` on each node of its path, prompt included, float64[path]."""
 
 
 @dataclass(frozen=True)

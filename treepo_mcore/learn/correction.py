@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.learn.packing import PackedSequence
+from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.tree import Tree
 
 

@@ -16,26 +16,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from treepo_mcore.learn.advantage import Advantage, sums_below
+from treepo_mcore.learn.advantage import sums_below
+from treepo_mcore.records import Advantage, PackedSequence
 from treepo_mcore.tree.tree import PROMPT, Tree
-
-
-@dataclass
-class PackedSequence:
-    """S tokens and E edges; torch tensors on the CPU."""
-
-    tokens: torch.Tensor  # int64[S]
-    positions: torch.Tensor  # int64[S], from the start of the prompt
-    parent: torch.Tensor  # int64[S], packed index of the predecessor, -1 for a prompt's first token
-    subtree_end: torch.Tensor  # int64[S], one past the last packed index that sees this token
-    source: torch.Tensor  # int64[E], packed index whose output predicts the target
-    target: torch.Tensor  # int64[E], token id
-    multiplicity: torch.Tensor  # int64[E], leaves through the edge
-    adv_pos: torch.Tensor  # float32[E], sum over these leaves of max(A, 0)
-    adv_neg: torch.Tensor  # float32[E], sum over these leaves of min(A, 0)
-    weight: torch.Tensor  # float32[E], sum over these leaves of the weight of their loss (A+ and A- contain it)
-    behaviour_logprob: torch.Tensor  # float32[E], of the engine
-    edge_key: torch.Tensor  # int64[E, 3]: index of the tree in the list given, node id, offset of the target in it
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from torch import Tensor
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
-from treepo_mcore.learn.advantage import Advantage, advantages
+from treepo_mcore.learn.advantage import advantages
 from treepo_mcore.learn.correction import check_mismatch, leaf_factors
-from treepo_mcore.learn.packing import PackedSequence, balance, pack_flat, pack_trees
+from treepo_mcore.learn.loss import PolicyObjective
+from treepo_mcore.learn.packing import balance, pack_flat, pack_trees
 from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.shards import matrix_parameters
+from treepo_mcore.records import Advantage, PackedSequence
 from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree
 
@@ -62,6 +64,7 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
     sequences = [sequence for batch in batches for sequence in batch.sequences]
     old = iter(_old_log_probs(actor, sequences, config))
     reference = iter(actor.reference_log_probs(sequences) if config.actor.reference == "host" else ())
+    objective = PolicyObjective(config.actor)
     results: list[dict[str, float]] = []
     for batch in batches:
         old_logp = [next(old) for _ in batch.sequences]
@@ -71,7 +74,9 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
             factors = leaf_factors(batch.trees, batch.sequences, old_logp, config.actor)
             batch = _corrected(batch, factors, config)
         results.append(
-            actor.update(batch.sequences, old_logp, reference_logp=reference_logp, normaliser=batch.normaliser)
+            actor.update(
+                batch.sequences, old_logp, objective, reference_logp=reference_logp, normaliser=batch.normaliser
+            )
         )
         if factors is not None:  # which are in the advantages, where the actor does not see them
             results[-1]["correction"] = _mean_factor(actor, batch.trees, factors)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from treepo_mcore.rollout.collector import Counts
+from treepo_mcore.records import Counts
 from treepo_mcore.tree.stats import tree_stats
 from treepo_mcore.tree.tree import Tree
 

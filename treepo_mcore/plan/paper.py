@@ -25,6 +25,7 @@ from treepo_mcore.engine.vllm.engine import engine_arguments
 from treepo_mcore.engine.vllm.layout import SCALE, MetaEngine, fp8_parameters, vllm_layout, vllm_padding, vllm_shapes
 from treepo_mcore.model.architecture import Architecture
 from treepo_mcore.system.machine import Machine, this_machine
+from treepo_mcore.system.placement import Placement, colocated
 from treepo_mcore.weights.fp8 import block_plan
 from treepo_mcore.weights.layout import Piece
 from treepo_mcore.weights.plan import Layouts, PlanError, Transfer, make_plan
@@ -39,6 +40,7 @@ class PaperJob:
     """What every rank of a job would hold."""
 
     grids: list[Grid]  # by rank
+    places: list[Placement]  # by rank
     groups: list[Group]  # process groups, in the order in which every rank creates them
     sources: Layouts
     targets: Layouts
@@ -64,7 +66,7 @@ class PaperJob:
 
         Scales are not counted: they come with their blocks.
         """
-        place = self.grids[rank].engine_rank
+        place = self.places[rank].engine_rank
         counts = {name: tensor.numel() - self.padding[place][name] for name, tensor in self.parameters[place].items()}
         return {name: count for name, count in counts.items() if count and not name.endswith(SCALE)}
 
@@ -120,11 +122,13 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
         groups = groups or created
         _check_same_groups(rank, created, groups)
     wanted = [vllm_layout(parameters[r], arch, tp, r) for r in range(tp)]
+    places = [colocated(rank, world, tp) for rank in range(world)]
     return PaperJob(
         grids,
+        places,
         groups,
         [held[grid.tp_rank, grid.pp_rank] for grid in grids],
-        [wanted[grid.engine_rank] for grid in grids],
+        [wanted[place.engine_rank] for place in places],
         parameters,
         [_padding(parameters[r], arch, tp, r) for r in range(tp)],
         [rank // gpus_per_node for rank in range(world)],
@@ -134,7 +138,7 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
 @contextlib.contextmanager
 def _grid(config: Config) -> Iterator[Grid]:
     try:
-        yield build_grid(config.actor, config.rollout.tp, config.run.seed)
+        yield build_grid(config.actor, config.run.seed)
     finally:
         leave_grid()
 

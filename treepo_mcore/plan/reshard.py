@@ -41,7 +41,7 @@ def reshard_report(job: PaperJob, gpu: Gpu, network: Network, staging_bytes: int
         "ranks": len(job.nodes),
         "nodes": job.nodes[-1] + 1,
         "actor": {name: getattr(job.grids[0], name) for name in ("tp", "pp", "dp")},
-        "engines": job.grids[0].engines,
+        "engines": len(job.places[0].engines),
         "rollout_tp": len(job.parameters),
         "transfers": len(plan),
         "rounds": len(rounds),

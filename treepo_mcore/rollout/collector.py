@@ -16,6 +16,7 @@ from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Chunk, Engine
 from treepo_mcore.grow.sampler import Actions, TreeSampler
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
+from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import shape
 from treepo_mcore.rollout.agreement import Agreement
@@ -27,31 +28,6 @@ IDLE_POLL_SECONDS = 0.005
 ANCHOR = "boxed"  # any text does; a tokenizer that cannot write this one has no boxes to find
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counts:
-    """What one engine did; summed over engines."""
-
-    steps: int = 0
-    decoded_tokens: int = 0  # physical
-    context_tokens: int = 0  # sent to the engine, over all requests
-    cached_tokens: int = 0  # of these, served by the prefix cache
-    requests: int = 0
-    live_sum: int = 0  # live paths summed over steps: occupancy is live_sum / steps
-    preemptions: int = 0  # requests that lost their cache blocks and were recomputed
-    drawn_prompts: int = 0
-    failed_prompts: int = 0
-    failed_rewards: int = 0  # the function raised, died or ran too long: the score is 0.0
-    unfinished_prompts: int = 0  # given up in the tail
-    discarded_tokens: int = 0  # decoded for failed and unfinished prompts
-    tail_steps: int = 0  # engine steps with room for another prompt and none to draw
-    idle_seconds: float = 0.0  # nothing to run, and the phase not over
-
-    def add(self, other: Counts) -> None:
-        """Sum in place."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass

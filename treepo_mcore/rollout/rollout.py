@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Engine
+from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import evaluation
-from treepo_mcore.rollout.collector import Collection, Collector, Counts
+from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
+from treepo_mcore.system.placement import Placement
 from treepo_mcore.tree.tree import Tree
 
 ENGINE_TIMEOUT = 60  # seconds that the ranks of an engine wait for each other
@@ -29,15 +30,15 @@ class Rollout:
     """Every rank makes one and calls it at the same time as the others."""
 
     def __init__(
-        self, config: Config, grid: Grid, engine: Engine, tokenizer: Tokenizer, rewards: RewardPool | None
+        self, config: Config, placement: Placement, engine: Engine, tokenizer: Tokenizer, rewards: RewardPool | None
     ) -> None:
         """rewards: only on the first rank of each engine. Collective: makes process groups."""
-        self.config, self.grid, self.engine = config, grid, engine
+        self.config, self.placement, self.engine = config, placement, engine
         self.tokenizer, self.rewards = tokenizer, rewards
         self.engine_group = self._engine_group(short=not config.run.deterministic)
         self.tree_group = self._engine_group(short=False)
         self.collector = Collector(config, engine, tokenizer, rewards, self.engine_group)
-        self.leaders = dist.new_group(list(range(0, grid.world, config.rollout.tp)), backend="gloo")
+        self.leaders = dist.new_group(list(placement.leaders), backend="gloo")
         self.phases = 0  # begun; their counters in the store must not meet
 
     def collect(self, stream: PromptStream, step: int) -> tuple[list[Tree], Counts]:
@@ -50,7 +51,7 @@ class Rollout:
         limit = math.ceil(wanted * self.config.filter.max_prompts_factor)
         prompts = stream.peek(limit)
         self.phases += 1
-        queue = self._queue(wanted, limit) if self.grid.leads_engine else None
+        queue = self._queue(wanted, limit) if self.placement.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
         result = self._exchange(self.collector.collect(prompts, queue, step, progress, stream.returned))
         if not result.trees:
@@ -70,7 +71,8 @@ class Rollout:
         stream.put_back([passed[number] for number in sorted(again)])
 
     def _queue(self, wanted: int, limit: int) -> PromptQueue:
-        engine, engines = self.grid.engine, self.grid.engines
+        engine, engines = self.placement.engine, len(self.placement.engines)
+        assert engine is not None
         if self.config.run.deterministic:
             return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
         # The store that the process groups met at; with one engine nobody else looks.
@@ -82,11 +84,11 @@ class Rollout:
         begin = time.perf_counter()
         dist.barrier()
         mine.counts.idle_seconds += time.perf_counter() - begin  # until the slowest engine is done
-        everyone: list[Any] = [None] * self.grid.engines
-        if self.grid.leads_engine:
+        everyone: list[Any] = [None] * len(self.placement.engines)
+        if self.placement.leads_engine:
             dist.all_gather_object(everyone, mine, group=self.leaders)
         if self.tree_group is not None:
-            dist.broadcast_object_list(everyone, self.grid.engine * self.config.rollout.tp, group=self.tree_group)
+            dist.broadcast_object_list(everyone, self.placement.leader, group=self.tree_group)
         total = Collection()
         for part in everyone:
             total.trees += part.trees
@@ -99,7 +101,7 @@ class Rollout:
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """What all engines together answer, see `evaluation.metrics`; the same values on every rank."""
         samples, longest = self.config.trainer.eval_samples, self.collector.tree_config.response_tokens
-        mine = prompts[self.grid.engine :: self.grid.engines]
+        mine = prompts[self.placement.engine :: len(self.placement.engines)]
         if samples == 1:
             answers = self.engine.greedy([prompt.tokens for prompt in mine], longest)
         else:
@@ -117,12 +119,9 @@ class Rollout:
         short: a rank that went another way must not keep the others for half an hour. Slow verdicts may, where all wait
         for them, and trees, which the first rank gets from all engines before its own ranks do.
         """
-        size = self.config.rollout.tp
-        if size == 1:
+        if len(self.placement.engine_ranks) == 1:
             return None
         wait = timedelta(seconds=ENGINE_TIMEOUT) if short else None
-        groups = [
-            dist.new_group(list(range(e * size, (e + 1) * size)), backend="gloo", timeout=wait)
-            for e in range(self.grid.engines)
-        ]
-        return groups[self.grid.engine]
+        groups = [dist.new_group(list(ranks), backend="gloo", timeout=wait) for ranks in self.placement.engines]
+        assert self.placement.engine is not None
+        return groups[self.placement.engine]

@@ -1,4 +1,4 @@
-"""Log-probs of a vocabulary-parallel output layer, and the clipped policy loss on trees."""
+"""Log-probs and entropies of sampled tokens, from hidden states and a vocabulary-parallel output layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from treepo_mcore.config import LossConfig
-
-BOUND = 20.0  # nats, of differences of log-probs before they are exponentiated, as in verl
 NOTHING = -1e30  # the logit of a padded column: its exponential is 0, and 0 times it is not NaN
 
 
@@ -94,49 +91,3 @@ def edge_log_probs(
         logits, context["target"], context["temperature"], context["vocab"], group
     )
     return torch.stack([logp, entropy if context["entropy_grad"] else entropy.detach()])
-
-
-def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    adv_pos: Tensor,
-    adv_neg: Tensor,
-    entropy: Tensor,
-    weight: Tensor,
-    config: LossConfig,
-    kl: Tensor | None = None,
-) -> Tensor:
-    """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (spec 3.3, identity I2).
-
-    All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
-    and of their negative advantages. Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.
-    """
-    ratio = likelihood_ratio(logp, old_logp)
-    gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
-    loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
-    total = -(gain + loss).sum()
-    if config.entropy_coef:
-        total = total - config.entropy_coef * (entropy * weight).sum()
-    if kl is not None:
-        total = total + config.kl_coef * (kl * weight).sum()
-    return total
-
-
-def likelihood_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """p(new) / p(old) at each sampled token, float32 [E]; bounded, as an infinite one times a zero gradient is NaN."""
-    return (logp - old_logp).clamp(-BOUND, BOUND).exp()
-
-
-def reference_kl(logp: Tensor, reference_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) at each sampled token: >= 0, unbiased on the policy's own samples.
-
-    float32 [E]; http://joschu.net/blog/kl-approx.html. The difference is bounded, so that one token the policy has
-    given up cannot make the loss infinite.
-    """
-    difference = (reference_logp - logp).clamp(-BOUND, BOUND)
-    return difference.exp() - 1 - difference
-
-
-def nll_loss(logp: Tensor, weight: Tensor) -> Tensor:
-    """Supervised loss, summed over edges and leaves."""
-    return -(logp * weight).sum()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from treepo_mcore.actor.loss import likelihood_ratio
 from treepo_mcore.config import LossConfig
-from treepo_mcore.learn.packing import PackedSequence
+from treepo_mcore.learn.ratios import likelihood_ratio
+from treepo_mcore.records import EdgeValues
 
 # Sums over edges, each edge counted once per leaf; `loss` is already a mean. The last one is a maximum.
 NAMES = (
@@ -28,21 +28,19 @@ NAMES = (
 
 
 def edge_sums(
-    sequence: PackedSequence,
-    *,
+    edges: EdgeValues,
     loss: Tensor,
-    logp: Tensor,
-    entropy: Tensor,
     old: Tensor,
     own: Tensor,
     correction: Tensor | None,
     reference_kl: Tensor | None,
     limits: LossConfig,
 ) -> Tensor:
-    """float64 [len(NAMES)] of one micro-batch. All arguments but the loss are float32 [E], none with gradients.
+    """float64 [len(NAMES)] of one micro-batch, without gradients. All but the loss are float32 [E].
 
     own: log-probs of the policy that the engine should have sampled from, as the actor computes them.
     """
+    sequence, logp = edges.sequence, edges.logp.detach()
     ratio = likelihood_ratio(logp, old)
     clipped = (ratio > 1 + limits.clip_high) & (sequence.adv_pos > 0)
     clipped |= (ratio < 1 - limits.clip_low) & (sequence.adv_neg < 0)
@@ -52,19 +50,19 @@ def edge_sums(
     columns = [
         one,
         zero,
-        entropy,
+        edges.entropy.detach(),
         ratio - 1 - (logp - old),
         clipped,
         ratio,
         one if correction is None else correction,
-        zero if reference_kl is None else reference_kl,
+        zero if reference_kl is None else reference_kl.detach(),
         gap.abs(),
         rho - 1 - gap,
         rho,
         rho.square(),
     ]
     sums = torch.stack([column.double() for column in columns]) @ sequence.multiplicity.double()
-    sums[1] = loss
+    sums[1] = loss.detach()
     counted = gap.abs().masked_fill(sequence.multiplicity == 0, 0.0)
     return torch.cat([sums, counted.max()[None].double()])
 

@@ -1,0 +1,94 @@
+"""What an update minimises: the clipped policy loss on trees, and the supervised one.
+
+An objective is given to `Actor.update`, which knows nothing of it but `records.Objective`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from treepo_mcore.config import ActorConfig, LossConfig
+from treepo_mcore.learn.correction import token_factors
+from treepo_mcore.learn.measures import NAMES, edge_means, edge_sums
+from treepo_mcore.learn.ratios import likelihood_ratio, reference_kl
+from treepo_mcore.records import EdgeValues
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The clipped loss of all leaves below each edge, with entropy, KL and a token-level correction."""
+
+    config: ActorConfig
+    names: tuple[str, ...] = NAMES
+
+    @property
+    def entropy_grad(self) -> bool:
+        """See `records.Objective`."""
+        return bool(self.config.loss.entropy_coef)
+
+    def __call__(self, edges: EdgeValues, normaliser: float) -> tuple[Tensor, Tensor]:
+        """See `records.Objective`."""
+        assert edges.old_logp is not None
+        s, old = edges.sequence, edges.old_logp
+        own = edges.logp.detach() if self.config.old_logprobs == "engine" else old
+        correction = token_factors(own, s.behaviour_logprob, self.config)
+        factor = 1.0 if correction is None else correction
+        kl = None if edges.reference_logp is None else reference_kl(edges.logp, edges.reference_logp)
+        good, bad = s.adv_pos * factor, s.adv_neg * factor
+        loss = policy_loss(edges.logp, old, good, bad, edges.entropy, s.weight, self.config.loss, kl) / normaliser
+        return loss, edge_sums(edges, loss, old, own, correction, kl, self.config.loss)
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """See `records.Objective`."""
+        return edge_means(totals)
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """The negative log-likelihood of what the sequences hold."""
+
+    names: tuple[str, ...] = NAMES
+    entropy_grad: bool = False
+
+    def __call__(self, edges: EdgeValues, normaliser: float) -> tuple[Tensor, Tensor]:
+        """See `records.Objective`."""
+        logp = edges.logp.detach()
+        loss = nll_loss(edges.logp, edges.sequence.weight) / normaliser
+        return loss, edge_sums(edges, loss, logp, logp, None, None, LossConfig())  # no ratio leaves any bounds
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """See `records.Objective`."""
+        return edge_means(totals)
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    adv_pos: Tensor,
+    adv_neg: Tensor,
+    entropy: Tensor,
+    weight: Tensor,
+    config: LossConfig,
+    kl: Tensor | None = None,
+) -> Tensor:
+    """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (spec 3.3, identity I2).
+
+    All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
+    and of their negative advantages. Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.
+    """
+    ratio = likelihood_ratio(logp, old_logp)
+    gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
+    loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
+    total = -(gain + loss).sum()
+    if config.entropy_coef:
+        total = total - config.entropy_coef * (entropy * weight).sum()
+    if kl is not None:
+        total = total + config.kl_coef * (kl * weight).sum()
+    return total
+
+
+def nll_loss(logp: Tensor, weight: Tensor) -> Tensor:
+    """Supervised loss, summed over edges and leaves."""
+    return -(logp * weight).sum()
