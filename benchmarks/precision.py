@@ -98,12 +98,14 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     from treepo_mcore.actor.model import unwrap
     from treepo_mcore.actor.parallel import build_grid
     from treepo_mcore.config import load_config
+    from treepo_mcore.learn.advantage import advantages
+    from treepo_mcore.learn.deal import token_work
     from treepo_mcore.learn.loss import PolicyObjective
-    from treepo_mcore.learn.step import mini_batches, token_work
+    from treepo_mcore.learn.step import mini_batches
     from treepo_mcore.model.architecture import read_architecture, resolve_model
     from treepo_mcore.system.placement import init_process_group
+    from treepo_mcore.tree.jsonl import read_trees
     from treepo_mcore.tree.stats import informative
-    from treepo_mcore.tree.tree import read_trees
 
     config = load_config(QUICKSTART / "config.yaml", [*ACTORS[trainer], "actor.optimizer.clip_grad=1e9", *overrides])
     init_process_group()
@@ -111,7 +113,9 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     grid = build_grid(config.actor, seed=0)
     arch = read_architecture(directory)
     actor = Actor(config.actor, arch, directory, grid, temperature=config.rollout.temperature, total_steps=1)
-    batch = mini_batches([tree for tree in read_trees(trees) if informative(tree)], config, grid, token_work(arch))[0]
+    kept = [tree for tree in read_trees(trees) if informative(tree)]
+    worth = advantages(kept, config.advantage, config.actor.loss.aggregation)
+    batch = mini_batches(kept, worth, config, grid, token_work(arch))[0]
     old = [output[0] for output in actor.log_probs(batch.sequences)]
     actor.update(batch.sequences, old, PolicyObjective(actor.config), normaliser=batch.normaliser)
     parameters = [named for chunk in actor.chunks for named in unwrap(chunk).named_parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 
+from treepo_mcore.records import Batch, Counts, Step
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree
 
 VOCAB = 330
@@ -42,3 +43,8 @@ def path_of(tree: Tree, leaf: int) -> list[int]:
 
 def _tokens(draw: random.Random, count: int, first: int) -> list[int]:
     return [draw.randrange(first, VOCAB) for _ in range(count)]
+
+
+def step_of(trees, number=0):
+    """A step that keeps all of its trees."""
+    return Step(number, Batch(trees, number, Counts()), kept=trees)

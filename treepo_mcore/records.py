@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from treepo_mcore.tree.tree import Tree
+
+if TYPE_CHECKING:  # the commands that only read trees start without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Batch:
     """What one rollout gave, the same on every rank."""
 
     trees: list[Tree]  # complete and scored, in the order of their prompts
-    policy_version: int  # updates of the weights that they were sampled with; a restart counts on
+    policy_version: int  # of the weights that they were sampled with: steps whose updates are in them
     counts: Counts
 
 
@@ -125,5 +127,6 @@ class Step:
     kept: list[Tree] = field(default_factory=list)  # behind the filter: what was trained on
     advantages: list[Advantage] = field(default_factory=list)  # of each tree kept
     mini_batches: list[int] = field(default_factory=list)  # trees in each, in the order of `kept`
+    updates: list[dict[str, float]] = field(default_factory=list)  # metrics of each optimizer step, equal on all ranks
     values: dict[str, Any] = field(default_factory=dict)  # a line of metrics.jsonl
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part of the step; `step` is the whole
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part, see `observe.metrics.Clock`

@@ -97,20 +97,20 @@ def example(row: dict[str, str], tokenizer: Tokenizer, name: str) -> Tree:
 
 def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Namespace) -> float:
     """Supervised steps until enough held-out problems are solved; returns their share."""
-    grid, begin, accuracy = trainer.grid, time.perf_counter(), 0.0
+    grid, begin, accuracy = trainer.policy.grid, time.perf_counter(), 0.0
     trees = [example(row, trainer.tokenizer, str(i)) for i, row in enumerate(rows)]
     order = random.Random(arguments.seed)
     worth = LeafAdvantage(np.ones(1), np.ones(1))
     for step in range(arguments.steps):
         batch = order.sample(trees, arguments.batch)[grid.dp_rank :: grid.dp]
         packed = pack_trees(batch, [worth] * len(batch), trainer.config.actor.micro_batch_tokens)
-        with trainer.phases.train():
-            trainer.actor.set_step(step)
-            metrics = trainer.actor.update(packed, None, SupervisedObjective())
-            trainer.actor.finish_updates()
+        with trainer.policy.phases.train():
+            trainer.policy.actor.set_step(step)
+            metrics = trainer.policy.actor.update(packed, None, SupervisedObjective())
+            trainer.policy.actor.finish_updates()
         if (step + 1) % arguments.look_every and step + 1 < arguments.steps:
             continue
-        accuracy = trainer.evaluate()["eval/accuracy"]
+        accuracy = trainer.policy.evaluate(trainer.held_out)["eval/accuracy"]
         if grid.rank == 0:
             taken = f"loss {metrics['loss']:.3f}  {time.perf_counter() - begin:.0f}s"
             print(f"warm-up step {step + 1}  held-out accuracy {accuracy:.3f}  {taken}", flush=True)
@@ -140,7 +140,7 @@ def main() -> None:
     trainer = Trainer(settings(start, arguments.data, arguments.out, arguments))
     rows = [json.loads(line) for line in (arguments.data / "sft.jsonl").read_text().splitlines()]
     warm_up(trainer, rows, arguments)
-    actor = trainer.actor
+    actor = trainer.policy.actor
     named = gather_tensors(trainer.arch, actor.pieces, actor.tensors, actor.dtype, to=0)
     export_directory(start, arguments.out, named)
     trainer.close()

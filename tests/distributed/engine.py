@@ -13,7 +13,8 @@ from layouts import mini_batches, noise
 from treepo_mcore.config import parse_config
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.tree import Tree, write_trees
+from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.tree import Tree
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 
 from log_probs import no_advantages  # isort: skip
@@ -24,7 +25,7 @@ def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, out: str) 
     """After each of `rounds` optimizer steps: export, push, answer every prompt greedily. Then sample trees."""
     trainer = Trainer(parse_config(config))
     answers = [push_and_answer(trainer, tokens, Path(out) / "round_0")]
-    for number, batch in enumerate(mini_batches(trainer.actor, trees, 2, "tree")[:rounds], 1):
+    for number, batch in enumerate(mini_batches(trainer.policy.actor, trees, 2, "tree")[:rounds], 1):
         step(trainer, batch)
         answers.append(push_and_answer(trainer, tokens, Path(out) / f"round_{number}"))
     result = {"answers": answers, "stopped": stopped(trainer, answers[-1], tokens)}
@@ -36,9 +37,9 @@ def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, out: str) 
 
 def step(trainer: Trainer, batch: list[Any]) -> None:
     """A real one; the rate is high enough to change every answer."""
-    trainer.actor.set_step(0)
-    old = [out[0] + noise(sequence) for sequence, out in zip(batch, trainer.actor.log_probs(batch), strict=True)]
-    trainer.actor.update(batch, old, PolicyObjective(trainer.config.actor))
+    trainer.policy.actor.set_step(0)
+    old = [out[0] + noise(sequence) for sequence, out in zip(batch, trainer.policy.actor.log_probs(batch), strict=True)]
+    trainer.policy.actor.update(batch, old, PolicyObjective(trainer.config.actor))
 
 
 def prompts(trainer: Trainer) -> list[list[int]]:
@@ -48,10 +49,10 @@ def prompts(trainer: Trainer) -> list[list[int]]:
 
 def push_and_answer(trainer: Trainer, tokens: int, folder: Path) -> list[list[int]]:
     """The engine's greedy answers with the actor's weights, which are exported as well."""
-    actor = trainer.actor
-    trainer.engine.wake(gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32))
-    answers = trainer.engine.greedy(prompts(trainer), tokens)
-    trainer.engine.sleep()
+    actor = trainer.policy.actor
+    trainer.policy.engine.wake(gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32))
+    answers = trainer.policy.engine.greedy(prompts(trainer), tokens)
+    trainer.policy.engine.sleep()
     export_directory(
         trainer.directory, folder, gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32, to=0)
     )
@@ -60,31 +61,29 @@ def push_and_answer(trainer: Trainer, tokens: int, folder: Path) -> list[list[in
 
 def stopped(trainer: Trainer, answers: list[list[int]], tokens: int) -> dict[str, Any]:
     """Answers once more, with two tokens that occur in them declared to end them."""
-    before = trainer.engine.eos_ids
+    before = trainer.policy.engine.eos_ids
     ends = [answers[0][10], answers[1][20]]
-    with trainer.phases.push():
-        trainer.push.run()
-    with trainer.phases.rollout():
-        trainer.engine.eos_ids = before + ends
-        found = trainer.engine.greedy(prompts(trainer), tokens)
-        trainer.engine.eos_ids = before
+    trainer.policy.push()
+    with trainer.policy.phases.rollout():
+        trainer.policy.engine.eos_ids = before + ends
+        found = trainer.policy.engine.greedy(prompts(trainer), tokens)
+        trainer.policy.engine.eos_ids = before
     return {"ends": ends, "answers": found}
 
 
 def sampled(trainer: Trainer, out: Path) -> dict[str, Any]:
     """A rollout phase: how far the actor's log-probs are from the engine's, and the prefix cache's share."""
-    with trainer.phases.push():
-        trainer.push.run()
-    with trainer.phases.rollout():
-        trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
+    trainer.policy.push()
+    with trainer.policy.phases.rollout():
+        batch = trainer.policy.rollout.collect(trainer.prompts, trainer.step)
     if dist.get_rank() == 0:
-        write_trees(out / "trees.jsonl", trees)
-    return {"gap": gap(trainer, trees), "counts": vars(counts)}
+        write_trees(out / "trees.jsonl", batch.trees)
+    return {"gap": gap(trainer, batch.trees), "counts": vars(batch.counts)}
 
 
 def gap(trainer: Trainer, trees: list[Tree]) -> float:
     """Largest difference, nats."""
     sequences = pack_trees(trees, no_advantages(trees), 1024)
-    outputs = trainer.actor.log_probs(sequences)
+    outputs = trainer.policy.actor.log_probs(sequences)
     pairs = zip(sequences, outputs, strict=True)
     return max((out[0] - sequence.behaviour_logprob).abs().max().item() for sequence, out in pairs)

@@ -15,11 +15,12 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.layout import unwrap
 from treepo_mcore.config import AdvantageConfig
 from treepo_mcore.learn.advantage import advantages
+from treepo_mcore.learn.deal import balance, token_work
 from treepo_mcore.learn.loss import PolicyObjective
-from treepo_mcore.learn.packing import balance, pack_flat, pack_trees
-from treepo_mcore.learn.step import token_work
+from treepo_mcore.learn.packing import pack_flat, pack_trees
 from treepo_mcore.records import PackedSequence
-from treepo_mcore.tree.tree import Tree, read_trees
+from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.tree import Tree
 from treepo_mcore.weights.hf import gather_tensors
 from treepo_mcore.weights.layout import box
 

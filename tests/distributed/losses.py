@@ -10,12 +10,14 @@ import torch.distributed as dist
 from layouts import in_hf, look_before_stepping
 from log_probs import make_actor
 from torch import Tensor
+from trees import step_of
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import Config, parse_config
 from treepo_mcore.learn.step import learn
+from treepo_mcore.observe.guard import MismatchGuard
 from treepo_mcore.records import PackedSequence
-from treepo_mcore.tree.tree import read_trees
+from treepo_mcore.tree.jsonl import read_trees
 
 TEMPERATURE = 0.7
 # Nothing moves: every mini-batch sees the weights that were loaded.
@@ -57,8 +59,9 @@ def one_case(directory: str, trees: str, case: dict[str, Any], layout: dict[str,
     actor = make_actor(Path(directory), config.actor.model_dump(), TEMPERATURE)
     shifted(actor)
     seen = look_before_stepping(actor)
-    metrics = learn(actor, list(read_trees(trees)), config, 0)
-    return {"metrics": metrics, "gradients": [in_hf(actor, grads)[0] for grads in seen]}
+    done = step_of(list(read_trees(trees)))
+    learn(actor, done, config)
+    return {"metrics": done.values, "gradients": [in_hf(actor, grads)[0] for grads in seen]}
 
 
 def run(directory: str, trees: str, cases: dict[str, Any], layouts: dict[str, Any], out: str) -> None:
@@ -86,7 +89,7 @@ def swap(directory: str, trees: str) -> dict[str, Any]:
 
     actor.update = remember
     actor.set_step(0)
-    learn(actor, loaded[:2], config, 0)
+    learn(actor, step_of(loaded[:2]), config)
     before = [out[0] for out in actor.log_probs(sequences)]
     weights = {name: tensor.clone() for name, tensor in actor.tensors.items()}
     reference = actor.reference_log_probs(sequences)
@@ -104,7 +107,9 @@ def mismatch(directory: str, trees: str) -> str:
     config = configuration(directory, {"actor": {"max_mismatch": 0.01}}, {})
     actor = make_actor(Path(directory), config.actor.model_dump(), TEMPERATURE)
     try:
-        learn(actor, list(read_trees(trees)), config, 7)
+        done = step_of(list(read_trees(trees)), 7)
+        learn(actor, done, config)
+        MismatchGuard(config.actor).trained(done)
     except RuntimeError as error:
         return str(error)
     return ""

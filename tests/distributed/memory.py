@@ -72,12 +72,12 @@ def warm_up(folder: str, model: str, out: str) -> dict[str, Any]:
     config = warmup.settings(Path(model), data, Path(out), arguments)
     config.memory.offload = ["gradients", "optimizer"]
     trainer = Trainer(config)
-    before = {name: tensor.clone() for name, tensor in trainer.actor.tensors.items()}
+    before = {name: tensor.clone() for name, tensor in trainer.policy.actor.tensors.items()}
     rows = [json.loads(line) for line in (data / "sft.jsonl").read_text().splitlines()[:8]]
     warmup.warm_up(trainer, rows, arguments)
-    after = trainer.actor.tensors
+    after = trainer.policy.actor.tensors
     trainer.close()
-    gone = [sum(s.nbytes() for s in storages(tensors)) for tensors in held(trainer.actor)[1:]]
+    gone = [sum(s.nbytes() for s in storages(tensors)) for tensors in held(trainer.policy.actor)[1:]]
     return {"gone": gone, "changed": [name for name in before if not torch.equal(before[name], after[name])]}
 
 

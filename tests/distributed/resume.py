@@ -27,8 +27,8 @@ def train_without_a_step(config: dict[str, Any], unlearned: str) -> dict[str, An
     """A run of no steps, and a checkpoint of an actor that never made an update."""
     trainer = Trainer(parse_config(config))
     summary = trainer.run()
-    checkpoint.save(Path(unlearned), 1, trainer.actor, {}, keep=1)
-    checkpoint.load(Path(unlearned) / "iter_0000001", trainer.actor)
+    checkpoint.save(Path(unlearned), 1, trainer.policy.actor, {}, keep=1)
+    checkpoint.load(Path(unlearned) / "iter_0000001", trainer.policy.actor)
     return summary
 
 

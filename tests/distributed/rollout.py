@@ -8,22 +8,21 @@ from typing import Any
 
 from treepo_mcore.config import parse_config
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.tree import write_trees
+from treepo_mcore.tree.jsonl import write_trees
 
 
 def trainer_of(config: dict[str, Any]) -> Trainer:
     """Awake, with the actor's weights."""
     trainer = Trainer(parse_config(config))
-    with trainer.phases.push():
-        trainer.push.run()
-    trainer.engine.wake_cache()
+    trainer.policy.push()
+    trainer.policy.engine.wake_cache()
     return trainer
 
 
 def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
     """One rollout phase; what the engine says about its blocks before, within and behind it."""
     trainer = trainer_of(config)
-    engine = trainer.engine
+    engine = trainer.policy.engine
     free, seen = engine.free_blocks(), []
     step = engine.step
 
@@ -33,9 +32,9 @@ def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
         return chunks
 
     engine.step = watched
-    trees, counts = trainer.rollout.collect(trainer.prompts, trainer.step)
-    if trainer.grid.rank == 0:
-        write_trees(Path(out), trees)
+    batch = trainer.policy.rollout.collect(trainer.prompts, trainer.step)
+    if trainer.placement.rank == 0:
+        write_trees(Path(out), batch.trees)
     trainer.close()
     return {
         "free": free,
@@ -43,17 +42,17 @@ def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
         "free_after": engine.free_blocks(),
         "block_tokens": engine.block_tokens,
         "max_requests": engine.max_requests,
-        "counts": vars(counts),
+        "counts": vars(batch.counts),
     }
 
 
 def diverge(config: dict[str, Any], kind: str) -> str:
     """One rank draws other tokens (`seed`) or believes that a request ended (`length`); the error it leads to."""
     trainer = trainer_of(config)
-    submit = trainer.engine.submit
+    submit = trainer.policy.engine.submit
 
     def other(request: Any) -> None:
-        if trainer.grid.rank == 1 and request.id.startswith("2:"):
+        if trainer.placement.rank == 1 and request.id.startswith("2:"):
             request = (
                 replace(request, seed=request.seed ^ 1)
                 if kind == "seed"
@@ -61,9 +60,9 @@ def diverge(config: dict[str, Any], kind: str) -> str:
             )
         submit(request)
 
-    trainer.engine.submit = other
+    trainer.policy.engine.submit = other
     try:
-        trainer.rollout.collect(trainer.prompts, trainer.step)
+        trainer.policy.rollout.collect(trainer.prompts, trainer.step)
     except RuntimeError as error:
         return str(error)
     finally:

@@ -11,7 +11,8 @@ from harness import launch
 from models import EOS_IDS, YARN, Reference, write_prompts
 from trees import path_of, random_tree
 
-from treepo_mcore.tree.tree import EOS, FINISHED, read_trees, write_trees
+from treepo_mcore.tree.jsonl import read_trees, write_trees
+from treepo_mcore.tree.tree import EOS, FINISHED
 
 TEMPERATURE = 0.7
 ROUNDS = 3

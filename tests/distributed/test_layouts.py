@@ -14,7 +14,7 @@ from harness import launch
 from models import YARN
 from trees import random_tree
 
-from treepo_mcore.tree.tree import write_trees
+from treepo_mcore.tree.jsonl import write_trees
 
 MODELS = {
     "qwen2": ("qwen2", {"rope_parameters": YARN}),

@@ -5,7 +5,7 @@ from pathlib import Path
 from harness import launch
 from trees import random_tree
 
-from treepo_mcore.tree.tree import write_trees
+from treepo_mcore.tree.jsonl import write_trees
 
 OPTIMIZER = {"lr": 1e-3, "eps": 1e-5}
 LAYOUTS = {

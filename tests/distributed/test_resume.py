@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_engine import configuration
 from trees import random_tree
 
-from treepo_mcore.tree.tree import read_trees, write_trees
+from treepo_mcore.tree.jsonl import read_trees, write_trees
 
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5}
 LAYOUTS = {

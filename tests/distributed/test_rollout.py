@@ -6,7 +6,7 @@ import pytest
 from harness import launch
 from models import write_prompts
 
-from treepo_mcore.tree.tree import read_trees
+from treepo_mcore.tree.jsonl import read_trees
 
 WIDTH = 8
 

@@ -21,7 +21,7 @@ from treepo_mcore.config import ActorConfig, ConfigError, OptimizerConfig, load_
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.tree import read_trees
+from treepo_mcore.tree.jsonl import read_trees
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import yaml
 from models import make_model, write_prompts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from treepo_mcore.tree.tree import read_trees
+from treepo_mcore.tree.jsonl import read_trees
 
 TESTS = Path(__file__).resolve().parents[1]
 WIDTH = 4

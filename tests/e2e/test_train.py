@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from treepo_mcore.config import load_config
-from treepo_mcore.tree.tree import read_trees
+from treepo_mcore.tree.jsonl import read_trees
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"

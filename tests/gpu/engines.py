@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from trees import step_of
 
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.config import parse_config
@@ -16,7 +17,8 @@ from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.learn.step import learn
 from treepo_mcore.records import PackedSequence
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.tree import Tree, write_trees
+from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.tree import Tree
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -31,9 +33,9 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
     from log_probs import no_advantages
 
     trainer, folder = Trainer(parse_config(config)), Path(out)
-    actor, same = trainer.actor, []
+    actor, same = trainer.policy.actor, []
     for number in range(rounds):
-        with trainer.phases.train(), actor.readable():
+        with trainer.policy.training():
             export_directory(
                 trainer.directory,
                 folder / f"round_{number}",
@@ -43,15 +45,15 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
         same.append([tree.to_json() for tree in trees] == [tree.to_json() for tree in sample(trainer)])
         if dist.get_rank() == 0:
             write_trees(folder / f"round_{number}.jsonl", trees)
-        with trainer.phases.train():
+        with trainer.policy.phases.train():
             if number == 0:
                 sequences = pack_trees(trees, no_advantages(trees), 1024)
                 first = log_probs(trainer, sequences)
-            learn(actor, trees, trainer.config, number)
-    with trainer.phases.train():
+            learn(actor, step_of(trees, number), trainer.config)
+    with trainer.policy.phases.train():
         before = log_probs(trainer, sequences)
         checkpoint.save(folder / "checkpoints", rounds, actor, {}, keep=1)
-        learn(actor, trees, trainer.config, rounds)
+        learn(actor, step_of(trees, rounds), trainer.config)
         later = log_probs(trainer, sequences)
         newest = checkpoint.newest(folder / "checkpoints")
         assert newest is not None
@@ -69,17 +71,15 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
 def sample(trainer: Trainer) -> list[Tree]:
     """A push and a rollout phase over the same prompts with the same seeds, however often it is called."""
     state = trainer.prompts.state_dict()
-    with trainer.phases.push(), trainer.actor.readable():
-        trainer.push.run()
-    with trainer.phases.rollout():
-        trees, _ = trainer.rollout.collect(trainer.prompts, 0)
+    trainer.policy.push()
+    trees = trainer.policy.collect(trainer.prompts, 0).trees
     trainer.prompts.load_state_dict(state)
     return trees
 
 
 def log_probs(trainer: Trainer, sequences: list[PackedSequence]) -> list[Tensor]:
     """The actor's."""
-    return [output[0].clone() for output in trainer.actor.log_probs(sequences)]
+    return [output[0].clone() for output in trainer.policy.actor.log_probs(sequences)]
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:

@@ -9,7 +9,7 @@ from models import write_prompts
 from trees import random_tree
 
 from treepo_mcore.system.machine import has_module
-from treepo_mcore.tree.tree import write_trees
+from treepo_mcore.tree.jsonl import write_trees
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from trees import random_tree
+from trees import random_tree, step_of
 
 from treepo_mcore.config import ActorConfig, ConfigError, parse_config
 from treepo_mcore.learn.advantage import LeafAdvantage
-from treepo_mcore.learn.correction import MismatchError, check_mismatch, leaf_factors, token_factors
+from treepo_mcore.learn.correction import leaf_factors, token_factors
 from treepo_mcore.learn.packing import pack_flat, pack_trees
+from treepo_mcore.observe.guard import MismatchError, MismatchGuard
 
 LOG_RHO = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
 
@@ -52,10 +53,16 @@ def test_leaf_factors_are_of_whole_responses_in_any_packing(pack, kind):
 
 @pytest.mark.parametrize("mean", [0.2, math.nan, math.inf])
 def test_a_mismatch_beyond_the_bound_is_named(mean):
-    check_mismatch(mean, ActorConfig(), 3)
-    check_mismatch(0.05, ActorConfig(max_mismatch=0.1), 3)
+    def look(found, **settings):
+        step = step_of([], 3)
+        step.updates = [{"mismatch/logprob_abs_mean": 0.05}, {"mismatch/logprob_abs_mean": found}]
+        MismatchGuard(ActorConfig(**settings)).trained(step)
+
+    look(mean)
+    look(0.05, max_mismatch=0.1)
+    look(mean, max_mismatch=0.1, old_logprobs="engine")  # the second update's is of moved weights
     with pytest.raises(MismatchError, match=r"step 3: .* actor.max_mismatch = 0.1"):
-        check_mismatch(mean, ActorConfig(max_mismatch=0.1), 3)
+        look(mean, max_mismatch=0.1)
 
 
 @pytest.mark.parametrize(

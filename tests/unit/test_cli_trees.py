@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from treepo_mcore.learn.advantage import tree_from_plain
-from treepo_mcore.tree.tree import EOS, Tree, write_trees
+from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.tree import EOS, Tree
 
 CASES = json.loads((Path(__file__).parent / "data" / "advantage_cases.json").read_text())
 

@@ -19,7 +19,7 @@ from rollout_fake_engine import (
 
 from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.grow.sampler import stable_seed
-from treepo_mcore.learn.step import choose
+from treepo_mcore.learn.filter import choose
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import queue as queue_module
 from treepo_mcore.rollout.collector import Collection, Collector
@@ -55,7 +55,8 @@ def test_unfinished_prompts(unfinished, expected):
     )
     stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
     rollout = Rollout(config, PLACEMENT, FakeEngine(slow_last), FakeTokenizer(), None)
-    trees, counts = rollout.collect(stream, 0)
+    batch = rollout.collect(stream, 0)
+    trees, counts = batch.trees, batch.counts
     assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(8)]
     assert counts.unfinished_prompts == 2
     assert [prompt.id for prompt in stream.peek(4)] == expected
@@ -77,7 +78,8 @@ def test_what_was_carried_is_not_given_up_again():
     rollout = Rollout(config, PLACEMENT, FakeEngine(draw), FakeTokenizer(), None)
     seen = []
     for step in range(3):
-        trees, counts = rollout.collect(stream, step)
+        batch = rollout.collect(stream, step)
+        trees, counts = batch.trees, batch.counts
         seen.append(([tree.prompt_id for tree in trees], counts.unfinished_prompts))
     assert seen == [
         ([f"p{i}" for i in range(8)], 2),
@@ -137,7 +139,7 @@ def test_a_tail_cut_on_one_of_two_engines_skips_and_repeats_no_prompt(unfinished
     stream = PromptStream(make_prompts(2000), seed=0, shuffle=False)
     done = []
     for step in range(10):
-        done += [tree.prompt_id for tree in rollout.collect(stream, step)[0]]
+        done += [tree.prompt_id for tree in rollout.collect(stream, step).trees]
     assert engines.holes > 2  # or nothing was tested
     assert len(engines.given_up) > 5
     if unfinished == "drop":
@@ -158,7 +160,8 @@ def test_another_prompt_takes_the_place_of_a_lost_one_without_the_filter_too():
     engine.submit = losing
     config = make_config({}, filter={"enabled": False}, trainer={"prompts_per_step": 10, "prompts_per_update": 10})
     stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
-    trees, counts = Rollout(config, PLACEMENT, engine, FakeTokenizer(), None).collect(stream, 0)
+    batch = Rollout(config, PLACEMENT, engine, FakeTokenizer(), None).collect(stream, 0)
+    trees, counts = batch.trees, batch.counts
     assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(11) if i != 3]
     assert counts.failed_prompts == 1
     assert stream.peek(1)[0].id == "p11"
@@ -174,8 +177,8 @@ def test_shuffled_rewards_keep_their_scores_and_the_prompts_that_are_trained_on(
         reward = {"function": "m:f", "overlong_buffer_tokens": 16, "overlong_penalty": 0.5, "shuffle": shuffle}
         config = make_config({}, reward=reward, trainer=trainer)
         stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
-        trees, _ = Rollout(config, PLACEMENT, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), rewards).collect(stream, 0)
-        return choose(trees, config, 0)
+        batch = Rollout(config, PLACEMENT, FakeEngine(hazard_draw(0.1)), FakeTokenizer(), rewards).collect(stream, 0)
+        return choose(batch.trees, config, 0)
 
     def leaves(trees):
         return [(leaf.reward, leaf.score, leaf.correct) for tree in trees for leaf in tree.leaves]

@@ -9,7 +9,8 @@ from tree_fake_engine import grow, keyed_draw
 
 from treepo_mcore.config import AdvantageConfig, TreeConfig
 from treepo_mcore.learn.advantage import LeafAdvantage, advantages, tree_from_plain
-from treepo_mcore.learn.packing import balance, pack_flat, pack_trees, split_leaves, tree_work
+from treepo_mcore.learn.deal import balance, tree_work
+from treepo_mcore.learn.packing import pack_flat, pack_trees, split_leaves
 from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.tree import EOS, Tree
 

@@ -7,7 +7,8 @@ import pytest
 from tree_fake_engine import grow, keyed_draw
 
 from treepo_mcore.config import TreeConfig
-from treepo_mcore.tree.tree import EOS, Tree, read_trees, write_trees
+from treepo_mcore.tree.jsonl import read_trees, write_trees
+from treepo_mcore.tree.tree import EOS, Tree
 
 
 def fork() -> Tree:

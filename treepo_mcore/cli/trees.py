@@ -13,8 +13,9 @@ import typer
 from treepo_mcore.config import AdvantageConfig, ConfigError, parse_section
 from treepo_mcore.learn import advantage
 from treepo_mcore.rewards.math import boxed_answer
+from treepo_mcore.tree.jsonl import read_trees
 from treepo_mcore.tree.stats import informative, tree_stats
-from treepo_mcore.tree.tree import Tree, read_trees
+from treepo_mcore.tree.tree import Tree
 
 app = typer.Typer(no_args_is_help=True, help="Recompute advantages and statistics of saved trees.")
 

@@ -20,10 +20,6 @@ from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.tree import Tree
 
 
-class MismatchError(RuntimeError):
-    """Engine and actor are further apart than `actor.max_mismatch` allows."""
-
-
 def correction_factors(log_rho: Tensor, kind: str, threshold: float) -> Tensor:
     """Factors of the loss, any shape; kind: ``tis`` or ``mask``."""
     bound = math.log(threshold)
@@ -66,13 +62,3 @@ def _leaf_factors(tree: Tree, gaps: list[np.ndarray], kind: str, threshold: floa
     sums = np.array([gap.sum() for gap in gaps])
     log_rho = torch.tensor([sums[tree.path(leaf.node)].sum() for leaf in tree.leaves], dtype=torch.float64)
     return correction_factors(log_rho, kind, threshold).numpy()
-
-
-def check_mismatch(mean: float, config: ActorConfig, step: int) -> None:
-    """Raise `MismatchError` when the mean |log rho| of a mini-batch, in nats, is beyond the bound or no number."""
-    bound = config.max_mismatch
-    if bound is not None and not mean <= bound:
-        raise MismatchError(
-            f"step {step}: the log-probs of engine and actor differ by {mean:.4f} nats on average, more than "
-            f"actor.max_mismatch = {bound}; nothing was saved since the last checkpoint"
-        )

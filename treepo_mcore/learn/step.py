@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,13 +14,11 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
 from treepo_mcore.learn.advantage import advantages
-from treepo_mcore.learn.correction import check_mismatch, leaf_factors
+from treepo_mcore.learn.correction import leaf_factors
+from treepo_mcore.learn.deal import balance, token_work
 from treepo_mcore.learn.loss import PolicyObjective
-from treepo_mcore.learn.packing import balance, pack_flat, pack_trees
-from treepo_mcore.model.architecture import Sizes
-from treepo_mcore.model.shards import matrix_parameters
-from treepo_mcore.records import Advantage, PackedSequence
-from treepo_mcore.tree.stats import informative
+from treepo_mcore.learn.packing import pack_flat, pack_trees
+from treepo_mcore.records import Advantage, PackedSequence, Step
 from treepo_mcore.tree.tree import Tree
 
 
@@ -35,37 +32,20 @@ class MiniBatch:
     normaliser: float | None  # of the loss over all ranks; None: the sum of all edges' weights
 
 
-def choose(trees: Sequence[Tree], config: Config, step: int) -> list[Tree]:
-    """What a step trains on: under the filter, trees whose leaves differ.
+def learn(actor: Actor, step: Step, config: Config) -> None:
+    """Optimizer steps over mini-batches of the whole prompts that the step kept. Every rank gets all trees.
 
-    The control experiment permutes rewards only among these: it trains on what the experiment trains on.
+    Old log-probs are those before the first of these steps. Writes the step's advantages, mini-batches, updates and
+    values, which are equal on all ranks.
     """
-    kept = [tree for tree in trees if informative(tree)] if config.filter.enabled else list(trees)
-    if config.reward.shuffle:
-        _shuffle_rewards(kept, random.Random(f"{config.run.seed}/{step}"))
-    return kept
-
-
-def _shuffle_rewards(trees: Sequence[Tree], rng: random.Random) -> None:
-    leaves = [leaf for tree in trees for leaf in tree.leaves]
-    verdicts = [(leaf.reward, leaf.score, leaf.correct) for leaf in leaves]
-    rng.shuffle(verdicts)
-    for leaf, verdict in zip(leaves, verdicts, strict=True):
-        leaf.reward, leaf.score, leaf.correct = verdict
-
-
-def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dict[str, float]:
-    """Optimizer steps over mini-batches of whole prompts. Every rank gets all trees; returns equal metrics on all.
-
-    Old log-probs are those before the first of these steps. Raises `MismatchError` on all ranks together.
-    """
-    actor.set_step(step)
-    batches = mini_batches(trees, config, actor.grid, token_work(actor.arch))
+    actor.set_step(step.number)
+    step.advantages = advantages(step.kept, config.advantage, config.actor.loss.aggregation)
+    step.mini_batches = mini_batch_sizes(len(step.kept), config.trainer.prompts_per_update)
+    batches = mini_batches(step.kept, step.advantages, config, actor.grid, token_work(actor.arch))
     sequences = [sequence for batch in batches for sequence in batch.sequences]
     old = iter(_old_log_probs(actor, sequences, config))
     reference = iter(actor.reference_log_probs(sequences) if config.actor.reference == "host" else ())
     objective = PolicyObjective(config.actor)
-    results: list[dict[str, float]] = []
     for batch in batches:
         old_logp = [next(old) for _ in batch.sequences]
         reference_logp = [next(reference) for _ in batch.sequences] if config.actor.reference == "host" else None
@@ -73,38 +53,36 @@ def learn(actor: Actor, trees: Sequence[Tree], config: Config, step: int) -> dic
         if config.actor.correction.startswith("sequence"):
             factors = leaf_factors(batch.trees, batch.sequences, old_logp, config.actor)
             batch = _corrected(batch, factors, config)
-        results.append(
+        step.updates.append(
             actor.update(
                 batch.sequences, old_logp, objective, reference_logp=reference_logp, normaliser=batch.normaliser
             )
         )
         if factors is not None:  # which are in the advantages, where the actor does not see them
-            results[-1]["correction"] = _mean_factor(actor, batch.trees, factors)
-        if config.actor.old_logprobs == "recompute" or len(results) == 1:
-            check_mismatch(results[-1]["mismatch/logprob_abs_mean"], config.actor, step)
+            step.updates[-1]["correction"] = _mean_factor(actor, batch.trees, factors)
     actor.finish_updates()
-    return _step_metrics(results, config) | {"actor/lr": actor.learning_rate, "actor/updates": len(results)}
+    step.values |= _step_metrics(step.updates, config)
+    step.values |= {"actor/lr": actor.learning_rate, "actor/updates": len(step.updates)}
 
 
-def token_work(sizes: Sizes) -> float:
-    """Query-key pairs that take as many multiplications as one token in the linear layers: 52,000 in Llama 70B."""
-    return matrix_parameters(sizes) / (2 * sizes.heads * sizes.head_dim)
+def mini_batch_sizes(trees: int, most: int) -> list[int]:
+    """Trees of each mini-batch, at most `most`: as few as that allows, and evenly, in place of a small last one."""
+    count = math.ceil(trees / most)
+    ends = [math.ceil(trees * number / max(count, 1)) for number in range(count + 1)]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
-def mini_batches(trees: Sequence[Tree], config: Config, grid: Grid, work: float) -> list[MiniBatch]:
-    """This data-parallel rank's share of every mini-batch. work: see `token_work`.
-
-    As few as `trainer.prompts_per_update` allows, and evenly: a few prompts too many do not get a step of their own.
-    """
-    worth = advantages(trees, config.advantage, config.actor.loss.aggregation)
-    count = math.ceil(len(trees) / config.trainer.prompts_per_update)
-    ends = [math.ceil(len(trees) * number / max(count, 1)) for number in range(count + 1)]
-    batches = []
-    for number, (begin, end) in enumerate(pairwise(ends)):
-        part, values = trees[begin:end], worth[begin:end]
+def mini_batches(
+    trees: Sequence[Tree], worth: Sequence[Advantage], config: Config, grid: Grid, work: float
+) -> list[MiniBatch]:
+    """This data-parallel rank's share of every mini-batch. worth: of each tree; work: see `deal.token_work`."""
+    batches, begin = [], 0
+    for number, size in enumerate(mini_batch_sizes(len(trees), config.trainer.prompts_per_update)):
+        part, values = trees[begin : begin + size], worth[begin : begin + size]
         mine = balance(part, grid.dp, work, first=number)[grid.dp_rank]
         my_trees, my_worth = [part[i] for i in mine], [values[i] for i in mine]
         batches.append(MiniBatch(my_trees, my_worth, _pack(my_trees, my_worth, config), _normaliser(values, config)))
+        begin += size
     return batches
 
 

@@ -1,29 +1,36 @@
-"""Metrics of a run: wall time by phase, what the rollout brought, one JSON object a step in metrics.jsonl."""
+"""Metrics of a run: wall time by part, what the rollout brought, one JSON object a step in metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from treepo_mcore.records import Counts
+from treepo_mcore.config import Config
+from treepo_mcore.observe.observer import Observer, Wish, run_values
+from treepo_mcore.observe.trackers import Tracker, open_trackers
+from treepo_mcore.records import Batch, Step
 from treepo_mcore.tree.stats import tree_stats
-from treepo_mcore.tree.tree import Tree
 
 
 class Clock:
-    """Wall seconds of named phases within a step."""
+    """Wall seconds of the parts of a step, and of the whole, in which nothing is left out.
+
+    `step` is the time since the clock was looked at last, so the sum over all steps is the time of the run. What comes
+    behind a step's line (`observe`, `evaluate`, `save`) is counted in the next one's.
+    """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
-        """announce is called with a phase's name when it begins."""
-        self.seconds: dict[str, float] = {}
+        """announce is called with a part's name when it begins."""
         self.announce = announce
+        self.seconds: dict[str, float] = {}
+        self.begin = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Iterator[None]:
         """Add the time inside the block to `name`."""
         self.announce(name)
         begin = time.perf_counter()
@@ -31,6 +38,45 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def look(self) -> dict[str, float]:
+        """Seconds by part and of the `step`, since the last call; begins anew."""
+        now = time.perf_counter()
+        seconds, self.seconds = self.seconds | {"step": now - self.begin}, {}
+        self.begin = now
+        return seconds
+
+
+class Metrics(Observer):
+    """metrics.jsonl and the trackers, which get its numbers. Rank 0 makes one."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.trackers: list[Tracker] = []
+
+    def start(self, step: int) -> None:
+        """Drop what the run will repeat, then open the trackers."""
+        self.log = MetricsLog(self.config.run.dir, step)
+        self.trackers = open_trackers(self.config, step)
+
+    def trained(self, step: Step) -> Wish:
+        """One line."""
+        self._write(step.number, run_values(step))
+        return Wish.NOTHING
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """One line."""
+        self._write(step, values)
+
+    def close(self) -> None:
+        """Of the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        self.log.write(step, values)
+        for tracker in self.trackers:
+            tracker.write(step, values)
 
 
 class MetricsLog:
@@ -66,8 +112,9 @@ def _is_before(values: dict[str, Any], step: int) -> bool:
     return bool(values["step"] < step or (values["step"] == step > 0 and "eval/accuracy" in values))
 
 
-def rollout_metrics(trees: Sequence[Tree], counts: Counts, seconds: float) -> dict[str, Any]:
-    """What a rollout phase of `seconds` brought; tokens are physical unless the name says logical."""
+def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
+    """What a rollout of `seconds` brought; tokens are physical unless the name says logical."""
+    trees, counts = batch.trees, batch.counts
     leaves = [leaf for tree in trees for leaf in tree.leaves]
     stats = tree_stats(trees)
     return {

@@ -1,19 +1,21 @@
-"""What a person sees of a run: a line a step, and on a terminal the phase that is under way."""
+"""What a person sees of a run: a line a step, and on a terminal the part that is under way."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+
+from treepo_mcore.observe.observer import Observer, Wish
+from treepo_mcore.records import Step
 
 CLEAR_LINE = "\r\x1b[K"
 
 
-class Progress:
-    """Rank 0's voice; silent on the others."""
+class Progress(Observer):
+    """Rank 0's voice. Rank 0 makes one."""
 
-    def __init__(self, steps: int, speaks: bool) -> None:
-        self.steps, self.speaks = steps, speaks
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.begin, self.first = time.perf_counter(), 0
 
     def start(self, step: int) -> None:
@@ -22,21 +24,28 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        if self.speaks:
-            print(f"{CLEAR_LINE if sys.stdout.isatty() else ''}{text}", flush=True)
+        print(f"{CLEAR_LINE if sys.stdout.isatty() else ''}{text}", flush=True)
 
-    def phase(self, step: int, name: str) -> None:
+    def part(self, step: int, name: str) -> None:
         """Shown until the next line, on a terminal only."""
-        if self.speaks and sys.stdout.isatty():
+        if sys.stdout.isatty():
             print(f"{CLEAR_LINE}step {step + 1}/{self.steps}  {name} ...", end="", flush=True)
 
-    def step(self, step: int, values: dict[str, Any]) -> None:
+    def trained(self, step: Step) -> Wish:
         """What a step came to."""
-        done = step + 1 - self.first
-        minutes, seconds = divmod(int((time.perf_counter() - self.begin) / done * (self.steps - step - 1)), 60)
+        values, done = step.values, step.number + 1 - self.first
+        left = (time.perf_counter() - self.begin) / done * (self.steps - step.number - 1)
+        minutes, seconds = divmod(int(left), 60)
         self.say(
-            f"step {step + 1:>4}/{self.steps}  reward {values['reward/mean']:+.3f}  "
+            f"step {step.number + 1:>4}/{self.steps}  reward {values['reward/mean']:+.3f}  "
             f"accuracy {values['reward/accuracy']:.3f}  length {values['rollout/response_tokens_mean']:.0f}  "
-            f"{values['rollout/tokens_per_second']:.0f} tok/s  rollout {values['time/rollout']:.1f}s  "
-            f"update {values['time/update']:.1f}s  left {minutes}m{seconds:02d}s"
+            f"{values['rollout/tokens_per_second']:.0f} tok/s  rollout {step.seconds['rollout']:.1f}s  "
+            f"update {step.seconds.get('update', 0.0):.1f}s  left {minutes}m{seconds:02d}s"
         )
+        return Wish.NOTHING
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """How the held-out prompts were answered."""
+        told = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        when = "before training" if step == 0 else "after training" if step >= self.steps else f"after {step} steps"
+        self.say(f"held-out {told} {when}")

@@ -15,13 +15,12 @@ from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Engine
-from treepo_mcore.records import Counts
+from treepo_mcore.records import Batch
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import evaluation
 from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
 from treepo_mcore.system.placement import Placement
-from treepo_mcore.tree.tree import Tree
 
 ENGINE_TIMEOUT = 60  # seconds that the ranks of an engine wait for each other
 
@@ -41,7 +40,7 @@ class Rollout:
         self.leaders = dist.new_group(list(placement.leaders), backend="gloo")
         self.phases = 0  # begun; their counters in the store must not meet
 
-    def collect(self, stream: PromptStream, step: int) -> tuple[list[Tree], Counts]:
+    def collect(self, stream: PromptStream, step: int) -> Batch:
         """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts.
 
         Moves the stream on by what was drawn. Raises RuntimeError when not one tree was finished.
@@ -57,7 +56,7 @@ class Rollout:
         if not result.trees:
             raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
         self._move(stream, result)
-        return result.trees, result.counts
+        return Batch(result.trees, step, result.counts)
 
     def _move(self, stream: PromptStream, result: Collection) -> None:
         """Behind the last prompt that was drawn; what was not drawn before it or not finished comes again.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -305,32 +303,6 @@ class Tree:
         leaf.correct, leaf.text = get(data, "correct", bool, where, True), get(data, "text", str, where, True)
 
 
-def write_trees(path: str | Path, trees: Iterable[Tree]) -> None:
-    """Write a JSONL file, one tree a line."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for tree in trees:
-            file.write(json.dumps(tree.to_json(), ensure_ascii=False) + "\n")
-
-
-def read_trees(path: str | Path, read: Callable[[dict[str, Any]], Tree] = Tree.from_json) -> Iterator[Tree]:
-    """Trees of a JSONL file, one by one, empty lines passed over; `read` makes a tree of a line's object.
-
-    A malformed line raises ValueError that names ``file:line``.
-    """
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                data = json.loads(line.decode("utf-8"), parse_constant=_refuse)
-                if not isinstance(data, dict):
-                    raise ValueError(f"expected an object, found {type(data).__name__}")
-                tree = read(data)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-            yield tree
-
-
 WORDS = {
     int: "an integer",
     float: "a finite number",
@@ -365,10 +337,6 @@ def _numbers(code: str, data: Any, name: str, where: str) -> Any:
         return array(code, get(data, name, list, where))
     except (TypeError, OverflowError) as error:
         raise ValueError(f"{where}{name}: {error}") from error
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _shortest(values: array[float]) -> list[float]:
