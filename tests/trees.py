@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from array import array
 
+import numpy as np
+
 from treepo_mcore.records import Batch, Counts, Step
-from treepo_mcore.tree.tree import EOS, PROMPT, Tree
+from treepo_mcore.tree.tree import ENVIRONMENT, EOS, POLICY, PROMPT, Tree
 
 VOCAB = 330
 
@@ -48,3 +50,26 @@ def _tokens(draw: random.Random, count: int, first: int) -> list[int]:
 def step_of(trees, number=0):
     """A step that keeps all of its trees."""
     return Step(number, Batch(trees, number, Counts()), kept=trees)
+
+
+def with_turns() -> Tree:
+    """A prompt, a policy's segment, an environment's answer, two policy's segments behind it; arrays on every node."""
+    tree = Tree("turns", [1, 2])
+    asked = tree.add_node(PROMPT, 1)
+    told = tree.add_node(asked, 2, source=ENVIRONMENT)
+    ends = [tree.add_node(told, 3) for _ in range(2)]
+    for node, size in ((asked, 4), (told, 3), (ends[0], 1), (ends[1], 2)):
+        tree.nodes[node].tokens = array("i", range(10 * node, 10 * node + size))
+        if tree.nodes[node].source == POLICY:
+            tree.nodes[node].logprobs = array("f", [-0.5] * size)
+    for node in tree.nodes[2:]:
+        node.start = tree.nodes[node.parent].end
+    for number, node in enumerate(tree.nodes):
+        size = len(node.tokens)
+        node.arrays = {
+            "version": np.full(size, number, np.int64),
+            "experts": np.arange(2 * size, dtype=np.int16).reshape(size, 2),
+        }
+    for end in ends:
+        tree.leaves[tree.add_leaf(end, EOS)].reward = float(end)
+    return tree

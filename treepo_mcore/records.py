@@ -84,6 +84,7 @@ class PackedSequence:
     weight: torch.Tensor  # float32[E], sum over these leaves of the weight of their loss (A+ and A- contain it)
     behaviour_logprob: torch.Tensor  # float32[E], of the engine
     edge_key: torch.Tensor  # int64[E, 3]: index of the tree in the list given, node id, offset of the target in it
+    arrays: dict[str, torch.Tensor] = field(default_factory=dict)  # [S, ...], the nodes' arrays by name
 
 
 @dataclass(frozen=True)

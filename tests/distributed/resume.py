@@ -15,6 +15,8 @@ from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
 from treepo_mcore.learn.loss import PolicyObjective
+from treepo_mcore.observe.observer import Observer, Wish
+from treepo_mcore.records import Step
 from treepo_mcore.trainer import Trainer
 
 
@@ -74,3 +76,27 @@ def change_layout(
         save_weights(actor, folder / f"before {name}.pt")
         steps(actor, trees, folder / f"after {name}.pt")
     return seconds
+
+
+class Wishes(Observer):
+    """Asks for a checkpoint after the first step, for no update in the second, and for the end after the third."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def sampled(self, step: Step) -> Wish:
+        self.told.append(f"sampled {step.number}: {len(step.kept)} trees, {len(step.advantages)} advantages")
+        return Wish.SKIP if step.number == 1 and dist.get_rank() == 1 else Wish.NOTHING  # on one rank alone
+
+    def trained(self, step: Step) -> Wish:
+        self.told.append(f"trained {step.number}: {step.mini_batches}, {len(step.advantages)} advantages")
+        if dist.get_rank() == 0:
+            return Wish.NOTHING
+        return {0: Wish.SAVE, 2: Wish.STOP}.get(step.number, Wish.NOTHING)
+
+
+def watched(config: dict[str, Any]) -> dict[str, Any]:
+    """A run with an observer of its own; what the observer was told and what `run` returned."""
+    wishes = Wishes()
+    trainer = Trainer(parse_config(config), observers=[wishes])
+    return {"summary": trainer.run(), "told": wishes.told}

@@ -82,6 +82,34 @@ def test_a_run_of_no_steps_evaluates_and_exports(model_directory, tmp_path):
     assert equal_files(tmp_path / "run" / "policy", model_directory("qwen2"))
 
 
+def test_observers_ask_and_all_ranks_do(model_directory, tmp_path):
+    """Whatever rank asks: a checkpoint after the first step, no update in the second, the end after the third."""
+    config = configuration(model_directory("qwen2"), tmp_path, {}, 1)
+    config["trainer"] |= {"steps": 9, "prompts_per_update": 4, "save_every": 0, "save_trees_every": 1, "eval_every": 0}
+    one, two = launch("resume:watched", 2, {"config": config})
+    assert one == two
+    assert one["summary"]["stopped"] == "observer"
+    assert one["told"] == [
+        "sampled 0: 6 trees, 0 advantages",
+        "trained 0: [3, 3], 6 advantages",
+        "sampled 1: 6 trees, 0 advantages",
+        "trained 1: [], 0 advantages",
+        "sampled 2: 6 trees, 0 advantages",
+        "trained 2: [3, 3], 6 advantages",
+    ]
+    run = tmp_path / "run"
+    assert sorted(file.name for file in (run / "checkpoints").glob("iter_*")) == ["iter_0000001", "iter_0000003"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward/mean" in row]
+    assert [row["step"] for row in steps if "actor/loss" in row] == [0, 2]
+    assert len(list((run / "trees").glob("step_*.jsonl"))) == 3
+    parts = ("push", "rollout", "choose", "update", "observe", "save")
+    for row in steps:
+        assert sum(row.get(f"time/{part}", 0.0) for part in parts) <= row["time/step"]
+    assert "time/save" in steps[1]
+    assert "time/save" not in steps[2]
+
+
 @pytest.mark.long
 def test_a_resumed_run_is_bit_identical(model_directory, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

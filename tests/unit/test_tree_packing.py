@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_fake_engine import grow, keyed_draw
+from trees import with_turns
 
 from treepo_mcore.config import AdvantageConfig, TreeConfig
 from treepo_mcore.learn.advantage import LeafAdvantage, advantages, tree_from_plain
@@ -234,3 +235,21 @@ def test_balance_weighs_what_is_packed():
     (packed,) = pack_trees([tree], [plain(tree, [1.0])], 100)
     seen = int((packed.positions + 1).sum())
     assert tree_work(tree, 10) == seen + 10 * len(packed.tokens)
+
+
+def test_turns_of_the_environment_have_no_edges_and_arrays_lie_with_their_tokens():
+    tree = with_turns()
+    worth = LeafAdvantage(np.array([1.0, -1.0]), np.ones(2))
+    for pack in (pack_trees, pack_flat):
+        sequences = pack([tree], [worth], 100)
+        targets = sorted({int(t) for s in sequences for t in s.target})
+        assert targets == [10, 11, 12, 13, 30, 40, 41]  # nothing of node 2
+        for sequence in sequences:
+            first = sequence.source[sequence.target == 30]
+            assert (sequence.tokens[first] == 22).all()  # the policy goes on behind the environment's last token
+            assert sequence.arrays["version"].shape == sequence.tokens.shape
+            assert (sequence.arrays["version"] == torch.where(sequence.tokens < 10, 0, sequence.tokens // 10)).all()
+            assert sequence.arrays["experts"].shape == (len(sequence.tokens), 2)
+    del tree.nodes[2].arrays["version"]
+    with pytest.raises(ValueError, match="prompt turns: a node without the array 'version'"):
+        pack_trees([tree], [worth], 100)

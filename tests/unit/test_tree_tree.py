@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from tree_fake_engine import grow, keyed_draw
+from trees import with_turns
 
 from treepo_mcore.config import TreeConfig
 from treepo_mcore.tree.jsonl import read_trees, write_trees
@@ -170,3 +171,45 @@ def test_a_line_that_is_no_tree_is_named(tmp_path, line):
     file.write_text(line + "\n")
     with pytest.raises(ValueError, match=r"trees.jsonl:1: "):
         list(read_trees(file))
+
+
+def test_what_the_environment_wrote_is_not_trained():
+    tree = with_turns()
+    assert [node.trained for node in tree.nodes] == [False, True, False, True, True]
+    assert [tree.leaf_tokens(leaf) for leaf in range(2)] == [8, 9]
+    assert [tree.trained_tokens(leaf) for leaf in range(2)] == [5, 6]
+    assert tree.response_logprobs(0) == [-0.5] * 5
+
+
+def test_arrays_are_split_and_saved_with_their_tokens():
+    tree = with_turns()
+    tail = tree.split(1, 3)
+    assert tree.nodes[1].arrays["experts"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert tree.nodes[tail].arrays["experts"].tolist() == [[6, 7]]
+    assert tree.nodes[tail].arrays["version"].tolist() == [1]
+    again = Tree.from_json(json.loads(json.dumps(tree.to_json())))
+    assert again.to_json() == tree.to_json()
+    for one, other in zip(tree.canonical().nodes, again.nodes, strict=True):
+        assert (one.source, one.trained) == (other.source, other.trained)
+        assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in one.arrays)
+        assert all(one.arrays[name].dtype == other.arrays[name].dtype for name in one.arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "teacher"}, "node 1: source: expected policy or environment, found 'teacher'"),
+        ({"source": "environment"}, "node 1: 4 tokens but 4 log-probs"),
+        (
+            {"arrays": {"v": {"dtype": "int64", "shape": [3], "values": [1, 2, 3]}}},
+            "arrays.v: expected a row",
+        ),
+        ({"arrays": {"v": {"dtype": "object", "shape": [4], "values": [1, 2, 3, 4]}}}, "arrays.v: dtype: expected"),
+        ({"arrays": {"v": {"dtype": "int64", "shape": [4], "values": [1, 2, 3]}}}, "arrays.v: cannot reshape"),
+    ],
+)
+def test_turns_that_do_not_fit_are_named(change, message):
+    data = with_turns().to_json()
+    data["nodes"][0] |= change
+    with pytest.raises(ValueError, match=message):
+        Tree.from_json(data)

@@ -69,8 +69,15 @@ def _padded(sequence: PackedSequence, multiple: int) -> PackedSequence:
         positions=torch.cat([sequence.positions, zeros]),
         parent=torch.cat([sequence.parent, zeros - 1]),
         subtree_end=torch.cat([sequence.subtree_end, torch.arange(size, size + extra) + 1]),
+        arrays={name: _with_zeros(values, extra) for name, values in sequence.arrays.items()},
     )
 
 
+def _with_zeros(values: Tensor, rows: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(rows, *values.shape[1:])])
+
+
 def _to(sequence: PackedSequence, device: torch.device) -> PackedSequence:
-    return replace(sequence, **{f.name: getattr(sequence, f.name).to(device) for f in fields(sequence)})
+    tensors = {f.name: getattr(sequence, f.name) for f in fields(sequence) if f.name != "arrays"}
+    arrays = {name: values.to(device) for name, values in sequence.arrays.items()}
+    return replace(sequence, arrays=arrays, **{name: values.to(device) for name, values in tensors.items()})

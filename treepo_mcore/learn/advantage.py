@@ -241,13 +241,13 @@ def _rewards(tree: Tree) -> np.ndarray:
 
 
 def _response_lengths(tree: Tree) -> np.ndarray:
-    return np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))])
+    lengths = [tree.trained_tokens(leaf) for leaf in range(len(tree.leaves))]
+    return np.maximum(lengths, 1)  # a leaf that nothing is trained of has no say, whatever it is divided by
 
 
 def _node_tokens(tree: Tree) -> np.ndarray:
-    """Logical tokens of each node: its length times the leaves below; 0 for the prompt."""
-    lengths = np.array([len(node.tokens) for node in tree.nodes])
-    lengths[PROMPT] = 0
+    """Logical tokens of each node: its length times the leaves below; 0 where it is not trained."""
+    lengths = np.array([len(node.tokens) if node.trained else 0 for node in tree.nodes])
     return lengths * tree.leaf_counts()
 
 

@@ -17,7 +17,7 @@ import torch
 
 from treepo_mcore.learn.advantage import sums_below
 from treepo_mcore.records import Advantage, PackedSequence
-from treepo_mcore.tree.tree import PROMPT, Tree
+from treepo_mcore.tree.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,15 @@ def _leaves_in_order(tree: Tree) -> list[int]:
 
 
 def _spans(tree: Tree, leaves: Sequence[int], seen: set[int]) -> list[_Span]:
-    """The union of the leaves' paths, depth first; nodes of `seen` and the prompt are not trained."""
+    """The union of the leaves' paths, depth first; nodes of `seen` are not trained again, and some never are."""
     index: dict[int, int] = {-1: -1}
     spans: list[_Span] = []
     for leaf in leaves:
         for node in tree.path(tree.leaves[leaf].node):
             if node not in index:
                 index[node] = len(spans)
-                spans.append(_Span(node, index[tree.nodes[node].parent], node != PROMPT and node not in seen))
+                trained = tree.nodes[node].trained and node not in seen
+                spans.append(_Span(node, index[tree.nodes[node].parent], trained))
     return spans
 
 
@@ -201,6 +202,7 @@ def _lay_out(trees: Sequence[Tree], pieces: Sequence[_Piece]) -> PackedSequence:
     edge_values = np.repeat(np.concatenate(values)[trained], sizes[trained], axis=0)
     edge_key = np.column_stack([np.repeat(columns[trained, 5:7], sizes[trained], axis=0), offset[edges]])
     return PackedSequence(
+        arrays=_joined_arrays(trees, pieces),
         tokens=torch.from_numpy(token_ids),
         positions=torch.from_numpy(per_token[:, 2] + offset),
         parent=torch.from_numpy(parent),
@@ -214,6 +216,17 @@ def _lay_out(trees: Sequence[Tree], pieces: Sequence[_Piece]) -> PackedSequence:
         behaviour_logprob=torch.from_numpy(np.concatenate([*logprobs, np.empty(0, np.float32)])),
         edge_key=torch.from_numpy(edge_key),
     )
+
+
+def _joined_arrays(trees: Sequence[Tree], pieces: Sequence[_Piece]) -> dict[str, torch.Tensor]:
+    """Named per-token arrays of all spans, in order. Raises ValueError where some nodes have one and others lack it."""
+    nodes = [(trees[piece.tree], trees[piece.tree].nodes[span.node]) for piece in pieces for span in piece.spans]
+    names = sorted({name for _, node in nodes for name in node.arrays})
+    for tree, node in nodes:
+        for name in names:
+            if name not in node.arrays:
+                raise ValueError(f"prompt {tree.prompt_id}: a node without the array {name!r}, which others have")
+    return {name: torch.from_numpy(np.concatenate([node.arrays[name] for _, node in nodes])) for name in names}
 
 
 def _subtree_ends(piece: _Piece, tree: Tree, base: int) -> list[int]:

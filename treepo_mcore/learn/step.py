@@ -112,7 +112,7 @@ def _corrected(batch: MiniBatch, factors: list[np.ndarray], config: Config) -> M
 
 def _mean_factor(actor: Actor, trees: Sequence[Tree], factors: list[np.ndarray]) -> float:
     """Over the logical tokens of the mini-batch, on all ranks."""
-    lengths = [np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))]) for tree in trees]
+    lengths = [np.array([tree.trained_tokens(leaf) for leaf in range(len(tree.leaves))]) for tree in trees]
     scaled = sum(float((length * factor).sum()) for length, factor in zip(lengths, factors, strict=True))
     scaled, tokens = actor.sum_over_replicas(scaled, sum(float(length.sum()) for length in lengths))
     return scaled / max(tokens, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,10 @@ REASONS = (BOXED, FINISHED, EOS, LENGTH, DEPTH, REPETITION, PRUNED)
 
 PROMPT = 0  # the node id of the prompt
 
+# Who wrote a node's tokens.
+POLICY = "policy"
+ENVIRONMENT = "environment"
+
 
 @dataclass(slots=True)
 class Node:
@@ -30,10 +34,20 @@ class Node:
 
     parent: int  # -1 for the prompt
     tokens: array[int]  # int32
-    logprobs: array[float]  # float32, of the sampled tokens under the tempered distribution; empty for the prompt
+    # float32, of the sampled tokens under the tempered distribution; empty where the policy did not sample them
+    logprobs: array[float]
     start: int  # position of the first token, counted from the start of the prompt
     depth: int  # segment index, 0 for the prompt; both halves of a split node keep it
     from_fallback: bool
+    source: str = POLICY  # or ENVIRONMENT, as the prompt's is
+    trained: bool = True  # whether the loss counts its tokens
+    # Of each token, by name: numpy arrays whose first axis is the tokens (experts chosen, versions of the weights).
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def part(self, begin: int, end: int | None) -> tuple[array[int], array[float], dict[str, np.ndarray]]:
+        """Copies of tokens [begin, end), their log-probs and their arrays."""
+        arrays = {name: values[begin:end].copy() for name, values in self.arrays.items()}
+        return self.tokens[begin:end], self.logprobs[begin:end], arrays
 
     @property
     def end(self) -> int:
@@ -67,19 +81,25 @@ class Tree:
             raise ValueError(f"prompt {prompt_id}: expected at least one token, found none")
         self.prompt_id = prompt_id
         self.meta = meta or {}
-        self.nodes: list[Node] = [Node(-1, array("i", prompt_tokens), array("f"), 0, 0, False)]
+        self.nodes: list[Node] = [
+            Node(-1, array("i", prompt_tokens), array("f"), 0, 0, False, source=ENVIRONMENT, trained=False)
+        ]
         self.leaves: list[Leaf] = []
         self._children: list[list[int]] = [[]]
         self._leaf_at: dict[int, int] = {}  # node -> index into leaves
 
     # Growing.
 
-    def add_node(self, parent: int, depth: int, from_fallback: bool = False) -> int:
-        """A new empty child of `parent`, starting where it ends now; returns its id."""
+    def add_node(self, parent: int, depth: int, from_fallback: bool = False, source: str = POLICY) -> int:
+        """A new empty child of `parent`, starting where it ends now; returns its id.
+
+        What an environment writes (`source`) is not trained.
+        """
         if parent in self._leaf_at:
             raise ValueError(f"prompt {self.prompt_id}: node {parent} is a leaf and cannot have children")
         node = len(self.nodes)
-        self.nodes.append(Node(parent, array("i"), array("f"), self.nodes[parent].end, depth, from_fallback))
+        start, trained = self.nodes[parent].end, source == POLICY
+        self.nodes.append(Node(parent, array("i"), array("f"), start, depth, from_fallback, source, trained))
         self._children.append([])
         self._children[parent].append(node)
         return node
@@ -98,12 +118,12 @@ class Tree:
         if node == PROMPT or not 0 < offset < len(head.tokens):
             raise ValueError(f"prompt {self.prompt_id}: cannot split node {node} at {offset} of {len(head.tokens)}")
         tail = len(self.nodes)
+        tokens, logprobs, arrays = head.part(offset, None)
+        start = head.start + offset
         self.nodes.append(
-            Node(
-                node, head.tokens[offset:], head.logprobs[offset:], head.start + offset, head.depth, head.from_fallback
-            )
+            Node(node, tokens, logprobs, start, head.depth, head.from_fallback, head.source, head.trained, arrays)
         )
-        del head.tokens[offset:], head.logprobs[offset:]
+        head.tokens, head.logprobs, head.arrays = head.part(0, offset)
         self._children.append(self._children[node])
         self._children[node] = [tail]
         for child in self._children[tail]:
@@ -155,7 +175,7 @@ class Tree:
         return self._joined(self.path(self.leaves[leaf].node)[1:]).tolist()
 
     def response_logprobs(self, leaf: int) -> list[float]:
-        """Log-probs of `response`, token by token."""
+        """Log-probs of the tokens of `response` that the policy sampled, one by one."""
         joined = array("f")
         for node in self.path(self.leaves[leaf].node)[1:]:
             joined.extend(self.nodes[node].logprobs)
@@ -164,6 +184,11 @@ class Tree:
     def leaf_tokens(self, leaf: int) -> int:
         """Response length of leaf number `leaf`."""
         return self.nodes[self.leaves[leaf].node].end - self.nodes[PROMPT].end
+
+    def trained_tokens(self, leaf: int) -> int:
+        """Tokens of leaf number `leaf` that the loss counts."""
+        path = [self.nodes[node] for node in self.path(self.leaves[leaf].node)]
+        return sum(len(node.tokens) for node in path if node.trained)
 
     @property
     def unique_tokens(self) -> int:
@@ -217,10 +242,12 @@ class Tree:
         order = self.depth_first()
         number = {old: new for new, old in enumerate(order)}
         tree = Tree(self.prompt_id, self.nodes[PROMPT].tokens, self.meta)
+        tree.nodes[PROMPT].arrays = self.nodes[PROMPT].arrays
         for old in order[1:]:
             node = self.nodes[old]
-            new = tree.nodes[tree.add_node(number[node.parent], node.depth, node.from_fallback)]
-            new.tokens, new.logprobs = node.tokens[:], node.logprobs[:]
+            new = tree.nodes[tree.add_node(number[node.parent], node.depth, node.from_fallback, node.source)]
+            new.tokens, new.logprobs, new.arrays = node.part(0, None)
+            new.trained = node.trained
         for leaf in sorted(self.leaves, key=lambda leaf: number[leaf.node]):
             added = tree.leaves[tree.add_leaf(number[leaf.node], leaf.reason)]
             added.reward, added.score, added.correct, added.text = leaf.reward, leaf.score, leaf.correct, leaf.text
@@ -240,6 +267,7 @@ class Tree:
         return {
             "prompt_id": self.prompt_id,
             "prompt": tree.nodes[PROMPT].tokens.tolist(),
+            **_arrays_to_json(tree.nodes[PROMPT]),
             "meta": self.meta,
             "nodes": [
                 {
@@ -248,6 +276,9 @@ class Tree:
                     "from_fallback": node.from_fallback,
                     "tokens": node.tokens.tolist(),
                     "logprobs": _shortest(node.logprobs),
+                    **({} if node.source == POLICY else {"source": node.source}),
+                    **({} if node.trained == (node.source == POLICY) else {"trained": node.trained}),
+                    **_arrays_to_json(node),
                 }
                 for node in tree.nodes[1:]
             ],
@@ -269,6 +300,7 @@ class Tree:
         """The inverse of `to_json`. Raises ValueError on a missing or wrong field and on a table that is no tree."""
         name, meta = get(data, "prompt_id", str), get(data, "meta", dict)
         tree = cls(name, _numbers("i", data, "prompt", ""), meta)
+        tree.nodes[PROMPT].arrays = _arrays(data, len(tree.nodes[PROMPT].tokens), "prompt: ")
         for node in get(data, "nodes", list):
             tree._read_node(node, f"node {len(tree.nodes)}: ")
         for leaf in get(data, "leaves", list):
@@ -284,10 +316,19 @@ class Tree:
             raise ValueError(f"{where}expected a parent in 0..{len(self.nodes) - 1}, found {parent}")
         if depth < 1:
             raise ValueError(f"{where}depth: expected 1 or more, found {depth}")
-        node = self.nodes[self.add_node(parent, depth, get(data, "from_fallback", bool, where))]
+        source = get(data, "source", str, where) if "source" in data else POLICY
+        if source not in (POLICY, ENVIRONMENT):
+            raise ValueError(f"{where}source: expected {POLICY} or {ENVIRONMENT}, found {source!r}")
+        node = self.nodes[self.add_node(parent, depth, get(data, "from_fallback", bool, where), source)]
+        if "trained" in data:
+            node.trained = get(data, "trained", bool, where)
         node.tokens, node.logprobs = _numbers("i", data, "tokens", where), _numbers("f", data, "logprobs", where)
-        if len(node.tokens) != len(node.logprobs):
+        expected = len(node.tokens) if source == POLICY else 0
+        if len(node.logprobs) != expected:
             raise ValueError(f"{where}{len(node.tokens)} tokens but {len(node.logprobs)} log-probs")
+        if node.trained and source != POLICY:
+            raise ValueError(f"{where}trained: tokens of the environment have no log-probs to train on")
+        node.arrays = _arrays(data, len(node.tokens), where)
 
     def _read_leaf(self, data: Any, where: str) -> None:
         node, reason = get(data, "node", int, where), get(data, "reason", str, where)
@@ -337,6 +378,38 @@ def _numbers(code: str, data: Any, name: str, where: str) -> Any:
         return array(code, get(data, name, list, where))
     except (TypeError, OverflowError) as error:
         raise ValueError(f"{where}{name}: {error}") from error
+
+
+def _arrays_to_json(node: Node) -> dict[str, Any]:
+    """{"arrays": {name: {"dtype", "shape", "values"}}}, or nothing where there are none."""
+    if not node.arrays:
+        return {}
+    arrays = {
+        name: {"dtype": str(a.dtype), "shape": list(a.shape), "values": a.ravel().tolist()}
+        for name, a in node.arrays.items()
+    }
+    return {"arrays": arrays}
+
+
+def _arrays(data: Any, tokens: int, where: str) -> dict[str, np.ndarray]:
+    """The inverse of `_arrays_to_json`: numbers, one row for each token."""
+    found = {}
+    for name, item in (get(data, "arrays", dict, where) if "arrays" in data else {}).items():
+        here = f"{where}arrays.{name}: "
+        values, kind, shape = (
+            get(item, "values", list, here),
+            get(item, "dtype", str, here),
+            get(item, "shape", list, here),
+        )
+        try:
+            found[name] = np.array(values, dtype=kind).reshape(shape)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{here}{error}") from error
+        if found[name].dtype.kind not in "biuf":
+            raise ValueError(f"{here}dtype: expected a kind of number, found {kind}")
+        if shape[:1] != [tokens]:
+            raise ValueError(f"{here}expected a row for each of {tokens} tokens, found the shape {shape}")
+    return found
 
 
 def _shortest(values: array[float]) -> list[float]:
