@@ -7,6 +7,7 @@ Every section is a pydantic model, so a field's comment and type are its documen
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -481,15 +482,20 @@ def _explain(error: ValidationError) -> str:
     parts = [str(p) for p in first["loc"]]
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], _known_keys(parts[:-1]), n=1, cutoff=0.4)
-        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else ""
-        return f"unknown key {key}{hint}"
+        prefix = "".join(f"{part}." for part in parts[:-1])
+        return f"unknown key {key}{did_you_mean(parts[-1], _known_keys(parts[:-1]), prefix)}"
     if first["type"] == "missing":
         return f"missing key {key}"
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r}"
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean X?", with the nearest of the known words behind the prefix, or nothing where none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _known_keys(path: list[str]) -> list[str]:

@@ -7,21 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
+from treepo_mcore.actor.costs import CONTEXT_BYTES, plain_copies, update_working
 from treepo_mcore.actor.parallel import build_grid
+from treepo_mcore.checks import Context
 from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
-from treepo_mcore.data.tokenizer import Tokenizer
+from treepo_mcore.engine.costs import GRAPH_BYTES
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.shards import Stage
 from treepo_mcore.records import Batch
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.rollout import Rollout
+from treepo_mcore.system.heartbeat import listen_to_nodes
 from treepo_mcore.system.machine import this_machine
-from treepo_mcore.system.phases import Phases, working_bytes
-from treepo_mcore.system.placement import Placement
+from treepo_mcore.system.phases import Phase, Phases
+from treepo_mcore.system.placement import colocated
 from treepo_mcore.weights.fp8 import quantisers
 from treepo_mcore.weights.hf import export_directory, gather_tensors
 from treepo_mcore.weights.transfer import Push, PushReport, plan_push
@@ -30,11 +35,13 @@ from treepo_mcore.weights.transfer import Push, PushReport, plan_push
 class Policy:
     """Actor, engine, the push between them, and whose turn it is. Every rank makes one; all methods are collective."""
 
-    def __init__(
-        self, config: Config, placement: Placement, arch: Architecture, directory: Path, tokenizer: Tokenizer
-    ) -> None:
-        """Build both with the weights in `directory`. The process group is there, and everything was checked."""
-        self.config, self.placement, self.arch, self.directory = config, placement, arch, directory
+    def __init__(self, checked: Context) -> None:
+        """Build both with the weights of the model's directory. Everything was checked, the processes have met."""
+        config, arch, directory = checked.config, checked.arch, checked.directory
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.config, self.arch, self.directory = config, arch, directory
+        self.placement = placement = colocated(rank, world, config.rollout.tp)
+        self.heartbeat = listen_to_nodes(rank, world, dist.distributed_c10d._get_default_store())
         self.rewards = RewardPool(config.reward) if placement.leads_engine else None
         self.grid = build_grid(config.actor, config.run.seed)
         self.actor = Actor(
@@ -44,14 +51,16 @@ class Policy:
             self.grid,
             temperature=config.rollout.temperature,
             total_steps=config.trainer.steps,
+            learns=checked.learns,
         )
         # Between the two, so that the actor makes room before the engine takes its share.
-        self.phases = Phases(config.memory, self.actor, working_bytes(config, self.actor, this_machine().capability))
-        self.engine = VllmEngine(config, arch, directory, tokenizer.eos_ids)
+        working = working_bytes(config, self.actor, this_machine().capability)
+        self.phases = Phases(config.memory, self.actor.memory, working)
+        self.engine = VllmEngine(config, arch, directory, checked.tokenizer.eos_ids)
         self.phases.attach(self.engine, self.engine.weight_bytes(), self.engine.reserved_bytes())
         with self.training():  # the push looks at the actor's parameters, which must be there for it
             self.weights = self._make_push()
-        self.rollout = Rollout(config, placement, self.engine, tokenizer, self.rewards)
+        self.rollout = Rollout(config, placement, self.engine, checked.tokenizer, self.rewards)
 
     def push(self) -> PushReport:
         """The actor's weights into the engine, which is awake for a rollout afterwards."""
@@ -76,7 +85,7 @@ class Policy:
             yield
 
     def load(self, iteration: Path) -> None:
-        """Weights and optimizer of a checkpoint."""
+        """Weights of a checkpoint, and the optimizer where there is one."""
         with self.phases.train():
             checkpoint.load(iteration, self.actor)
 
@@ -107,7 +116,9 @@ class Policy:
         return f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}"
 
     def close(self) -> None:
-        """End the reward workers."""
+        """End the reward workers, and tell the other nodes that this one is done."""
+        if self.heartbeat is not None:
+            self.heartbeat.close()
         if self.rewards is not None:
             self.rewards.close()
 
@@ -118,3 +129,24 @@ class Policy:
         plan = plan_push(self.actor.pieces, vllm_layout(*where))
         staging_bytes = self.config.rollout.push_staging_mb << 20
         return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
+
+
+def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | None) -> dict[Phase, dict[str, int]]:
+    """What comes and goes on this rank's GPU in each phase, by the formulas of `actor/costs.py`.
+
+    capability: the GPU's; None on a CPU, where no weight is quantised. Micro-batches are taken to be full. "context" is
+    assumed: CUDA, NCCL and what is left of a sleeping engine. FP8 weights are given up with the gradients, or stay.
+    """
+    grid = actor.grid
+    always = {"context": CONTEXT_BYTES, "staging": config.rollout.push_staging_mb << 20}
+    stage = Stage(actor.layers, grid.pp_rank == 0, grid.pp_rank == grid.pp - 1)
+    tokens = config.actor.micro_batch_tokens
+    update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
+    if update["FP8 weights"] and "gradients" not in config.memory.offloaded(capability is not None):
+        always["FP8 weights"] = update["FP8 weights"]
+    plain = plain_copies(config.actor, actor.arch, stage)
+    return {
+        Phase.PUSH: always | ({"plain copies": plain} if plain else {}),
+        Phase.ROLLOUT: always | {"CUDA graphs": GRAPH_BYTES},
+        Phase.TRAIN: always | {name: size for name, size in update.items() if size},
+    }

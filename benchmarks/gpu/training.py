@@ -96,10 +96,9 @@ def how_many_layers(arch: Any, memory: int, capability: tuple[int, int]) -> int:
 
     memory: bytes of the GPU.
     """
+    from treepo_mcore.actor.costs import CONTEXT_BYTES, actor_state, update_working
     from treepo_mcore.config import ActorConfig
     from treepo_mcore.model.shards import Stage
-    from treepo_mcore.plan.constants import CONTEXT_BYTES
-    from treepo_mcore.plan.memory import actor_state, update_working
 
     actor = ActorConfig.model_validate(configuration("blockwise", Path())["actor"])
 

@@ -83,8 +83,8 @@ def engine_parameters(arch: Any, device: str, fp8: bool) -> dict[str, Any]:
     """vLLM's, of an engine of one rank: bf16, or linear weights in E4M3 with the scales of their blocks."""
     import torch
 
-    from treepo_mcore.engine.vllm.layout import SCALE, fp8_shapes, vllm_shapes
-    from treepo_mcore.weights.fp8 import scale_shape
+    from treepo_mcore.engine.vllm.layout import fp8_shapes, vllm_shapes
+    from treepo_mcore.weights.fp8 import SCALE, scale_shape
 
     shapes = vllm_shapes(arch, 1)
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()}

@@ -98,7 +98,7 @@ def example(row: dict[str, str], tokenizer: Tokenizer, name: str) -> Tree:
 def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Namespace) -> float:
     """Supervised steps until enough held-out problems are solved; returns their share."""
     grid, begin, accuracy = trainer.policy.grid, time.perf_counter(), 0.0
-    trees = [example(row, trainer.tokenizer, str(i)) for i, row in enumerate(rows)]
+    trees = [example(row, trainer.checked.tokenizer, str(i)) for i, row in enumerate(rows)]
     order = random.Random(arguments.seed)
     worth = LeafAdvantage(np.ones(1), np.ones(1))
     for step in range(arguments.steps):
@@ -110,7 +110,7 @@ def warm_up(trainer: Trainer, rows: list[dict[str, str]], arguments: argparse.Na
             trainer.policy.actor.finish_updates()
         if (step + 1) % arguments.look_every and step + 1 < arguments.steps:
             continue
-        accuracy = trainer.policy.evaluate(trainer.held_out)["eval/accuracy"]
+        accuracy = trainer.policy.evaluate(trainer.checked.held_out)["eval/accuracy"]
         if grid.rank == 0:
             taken = f"loss {metrics['loss']:.3f}  {time.perf_counter() - begin:.0f}s"
             print(f"warm-up step {step + 1}  held-out accuracy {accuracy:.3f}  {taken}", flush=True)
@@ -141,7 +141,7 @@ def main() -> None:
     rows = [json.loads(line) for line in (arguments.data / "sft.jsonl").read_text().splitlines()]
     warm_up(trainer, rows, arguments)
     actor = trainer.policy.actor
-    named = gather_tensors(trainer.arch, actor.pieces, actor.tensors, actor.dtype, to=0)
+    named = gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, actor.dtype, to=0)
     export_directory(start, arguments.out, named)
     trainer.close()
 

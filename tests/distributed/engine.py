@@ -30,7 +30,9 @@ def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, out: str) 
         answers.append(push_and_answer(trainer, tokens, Path(out) / f"round_{number}"))
     result = {"answers": answers, "stopped": stopped(trainer, answers[-1], tokens)}
     result |= sampled(trainer, Path(out))
-    result |= {"one node": os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and trainer.heartbeat is None}
+    result |= {
+        "one node": os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and trainer.policy.heartbeat is None
+    }
     trainer.close()
     return result
 
@@ -44,18 +46,17 @@ def step(trainer: Trainer, batch: list[Any]) -> None:
 
 def prompts(trainer: Trainer) -> list[list[int]]:
     """Token ids, the same on all ranks."""
-    return [prompt.tokens for prompt in trainer.held_out]
+    return [prompt.tokens for prompt in trainer.checked.held_out]
 
 
 def push_and_answer(trainer: Trainer, tokens: int, folder: Path) -> list[list[int]]:
     """The engine's greedy answers with the actor's weights, which are exported as well."""
     actor = trainer.policy.actor
-    trainer.policy.engine.wake(gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32))
+    trainer.policy.engine.wake(gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, torch.float32))
     answers = trainer.policy.engine.greedy(prompts(trainer), tokens)
     trainer.policy.engine.sleep()
-    export_directory(
-        trainer.directory, folder, gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32, to=0)
-    )
+    named = gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, torch.float32, to=0)
+    export_directory(trainer.checked.directory, folder, named)
     return answers
 
 
@@ -75,7 +76,7 @@ def sampled(trainer: Trainer, out: Path) -> dict[str, Any]:
     """A rollout phase: how far the actor's log-probs are from the engine's, and the prefix cache's share."""
     trainer.policy.push()
     with trainer.policy.phases.rollout():
-        batch = trainer.policy.rollout.collect(trainer.prompts, trainer.step)
+        batch = trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
     if dist.get_rank() == 0:
         write_trees(out / "trees.jsonl", batch.trees)
     return {"gap": gap(trainer, batch.trees), "counts": vars(batch.counts)}

@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import parse_config
 from treepo_mcore.engine.vllm.engine import VllmEngine
-from treepo_mcore.engine.vllm.layout import SCALE, fp8_shapes, vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
+from treepo_mcore.engine.vllm.layout import fp8_shapes, vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
 from treepo_mcore.learn.loss import PolicyObjective
-from treepo_mcore.weights.fp8 import FP8, quantise, quantisers, scale_shape
+from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
+from treepo_mcore.weights.fp8 import FP8, SCALE, quantise, quantisers, scale_shape
 from treepo_mcore.weights.hf import export_directory, gather_tensors
-from treepo_mcore.weights.layout import BLOCK, box
+from treepo_mcore.weights.layout import box
 from treepo_mcore.weights.transfer import Push, TransferError, plan_push
 
 

@@ -32,8 +32,8 @@ def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
         return chunks
 
     engine.step = watched
-    batch = trainer.policy.rollout.collect(trainer.prompts, trainer.step)
-    if trainer.placement.rank == 0:
+    batch = trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
+    if trainer.policy.placement.rank == 0:
         write_trees(Path(out), batch.trees)
     trainer.close()
     return {
@@ -52,7 +52,7 @@ def diverge(config: dict[str, Any], kind: str) -> str:
     submit = trainer.policy.engine.submit
 
     def other(request: Any) -> None:
-        if trainer.placement.rank == 1 and request.id.startswith("2:"):
+        if trainer.policy.placement.rank == 1 and request.id.startswith("2:"):
             request = (
                 replace(request, seed=request.seed ^ 1)
                 if kind == "seed"
@@ -62,7 +62,7 @@ def diverge(config: dict[str, Any], kind: str) -> str:
 
     trainer.policy.engine.submit = other
     try:
-        trainer.policy.rollout.collect(trainer.prompts, trainer.step)
+        trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
     except RuntimeError as error:
         return str(error)
     finally:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from harness import launch
 
+from treepo_mcore.actor.costs import actor_state, stage_activations, working
 from treepo_mcore.config import ActorConfig
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.shards import stages
-from treepo_mcore.plan.memory import actor_state, stage_activations, working
 
 VOCAB, TOKENS, WITHIN = 2048, 1024, 0.1
 SIZES = {

@@ -37,9 +37,9 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
     for number in range(rounds):
         with trainer.policy.training():
             export_directory(
-                trainer.directory,
+                trainer.checked.directory,
                 folder / f"round_{number}",
-                gather_tensors(trainer.arch, actor.pieces, actor.tensors, torch.float32),
+                gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, torch.float32),
             )
         trees = sample(trainer)
         same.append([tree.to_json() for tree in trees] == [tree.to_json() for tree in sample(trainer)])
@@ -70,10 +70,10 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
 
 def sample(trainer: Trainer) -> list[Tree]:
     """A push and a rollout phase over the same prompts with the same seeds, however often it is called."""
-    state = trainer.prompts.state_dict()
+    state = trainer.checked.prompts.state_dict()
     trainer.policy.push()
-    trees = trainer.policy.collect(trainer.prompts, 0).trees
-    trainer.prompts.load_state_dict(state)
+    trees = trainer.policy.collect(trainer.checked.prompts, 0).trees
+    trainer.checked.prompts.load_state_dict(state)
     return trees
 
 

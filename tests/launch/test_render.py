@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from treepo_mcore.checks import HOST_SHARE
 from treepo_mcore.cli.app import app
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.launch.preflight import GIB
@@ -21,7 +22,6 @@ from treepo_mcore.model.architecture import read_sizes, resolve_model
 from treepo_mcore.plan.hardware import make_cluster
 from treepo_mcore.plan.plan import make_plan
 from treepo_mcore.plan.workload import Assumptions
-from treepo_mcore.system.phases import HOST_SHARE
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"

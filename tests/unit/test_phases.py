@@ -4,23 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from treepo_mcore.checks import check_host_memory
 
+from treepo_mcore.actor.costs import fp8_weights, host_memory
 from treepo_mcore.actor.memory import HostCopy, PinnedBuffer, storages
 from treepo_mcore.config import ActorConfig, ConfigError, MemoryConfig, parse_config
 from treepo_mcore.model.shards import Stage, matrix_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.plan.hardware import make_cluster
-from treepo_mcore.plan.memory import fp8_weights, host_memory, plan_memory
-from treepo_mcore.system.phases import (
-    GIB,
-    DeviceMemoryError,
-    Phase,
-    Phases,
-    cgroup_free_bytes,
-    check_allocator,
-    check_host_memory,
-    kept,
-    working_bytes,
-)
+from treepo_mcore.plan.memory import plan_memory
+from treepo_mcore.policy import working_bytes
+from treepo_mcore.system.allocator import check_allocator
+from treepo_mcore.system.host_memory import cgroup_free_bytes
+from treepo_mcore.system.phases import GIB, DeviceMemoryError, Phase, Phases, kept
 
 from test_precision import architecture  # isort: skip
 

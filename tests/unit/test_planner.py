@@ -15,6 +15,7 @@ from test_weights_plan import architecture, hf_tensors, megatron_side
 from tree_fake_engine import grow as sampled
 from tree_fake_engine import keyed_draw
 
+from treepo_mcore.actor.costs import in_flight
 from treepo_mcore.config import (
     ActorConfig,
     BranchingConfig,
@@ -30,7 +31,7 @@ from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.shards import engine_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.plan.hardware import make_cluster
-from treepo_mcore.plan.memory import in_flight, plan_engine, plan_memory
+from treepo_mcore.plan.memory import plan_engine, plan_memory
 from treepo_mcore.plan.plan import make_plan
 from treepo_mcore.plan.seconds import pass_time, push_time
 from treepo_mcore.plan.workload import Assumptions, grow, hazard, make_workload

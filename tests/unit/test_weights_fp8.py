@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from test_weights_plan import architecture, megatron_side, vllm_shard
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.engine.vllm.layout import SCALE, fp8_shapes, vllm_layout, vllm_pieces, vllm_shapes
+from treepo_mcore.engine.vllm.layout import fp8_shapes, vllm_layout, vllm_pieces, vllm_shapes
+from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
 from treepo_mcore.weights.fp8 import (
     CHUNK,
     FP8,
     FP8_MAX,
+    SCALE,
     Edges,
     block_plan,
     check_whole_columns,
@@ -25,7 +27,7 @@ from treepo_mcore.weights.fp8 import (
     quantisers,
     scale_shape,
 )
-from treepo_mcore.weights.layout import BLOCK, box, hf_shapes
+from treepo_mcore.weights.layout import box, hf_shapes
 from treepo_mcore.weights.plan import PlanError, make_plan, make_rounds
 
 SHAPES = [(128, 128), (256, 384), (300, 200), (1, 1), (129, 127)]

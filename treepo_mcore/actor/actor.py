@@ -49,10 +49,12 @@ class Actor:
         *,
         temperature: float,
         total_steps: int,
+        learns: bool = True,
     ) -> None:
         """Build the model, load `directory` into it, make the optimizer.
 
-        temperature divides the logits, so that log-probs are of the distribution the engine samples from.
+        temperature divides the logits, so that log-probs are of the distribution the engine samples from. learns: False
+        for an actor without gradients, optimizer and reference, whose weights are only read.
         """
         self.config, self.arch, self.grid = config, arch, grid
         self.temperature = temperature
@@ -64,6 +66,15 @@ class Actor:
         self.tensors: dict[str, Tensor] = megatron_tensors(bare) | self.copies.tensors
         load_pieces(directory, arch, self.pieces, self.tensors)
         self.copies.write()
+        self.megatron = configs.transformer
+        self.implementation = choose_attention(config.attention, torch.cuda.is_available())
+        self.chunks: list[Any] = bare
+        self.optimizer: Any = None
+        self.reference: HostTensors | None = None
+        self.kept: HostTensors | None = None
+        if not learns:
+            self.memory = ActorMemory([], None, megatron_parameters(bare))
+            return
         self.chunks = _data_parallel(bare, configs)
         # The distributed optimizer moves parameters into one buffer: look them up again.
         self.tensors = megatron_tensors(self.chunks) | self.copies.tensors
@@ -72,10 +83,9 @@ class Actor:
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
         _connect(configs, self.chunks, self.optimizer)
         # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.
-        self.reference = HostTensors(self.tensors) if config.reference == "host" else None
-        self.kept = HostTensors(self.tensors) if config.reference == "host" else None  # while the reference is in
-        self.megatron = configs.transformer
-        self.implementation = choose_attention(config.attention, torch.cuda.is_available())
+        if config.reference == "host":
+            self.reference = HostTensors(self.tensors)
+            self.kept = HostTensors(self.tensors)  # while the reference is in
         # Otherwise the first forward pass would begin with a gather, which ranks without trees do not take part in.
         self.finish_updates()
 

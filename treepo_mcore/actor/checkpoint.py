@@ -96,7 +96,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 @on_megatron_device
 def load(checkpoint: Path, actor: Actor) -> None:
-    """Fill model and optimizer. The layout may differ from the one that saved."""
+    """Fill the model, and the optimizer where the actor has one. The layout may differ from the one that saved."""
+    if actor.optimizer is None:
+        load_weights(checkpoint, actor.chunks)
+        return
     with _any_adam(actor.optimizer):
         # Every replica wants all of its shard: each reads a part, and they exchange them. Otherwise the file system
         # would be read as often as there are replicas.

@@ -119,7 +119,10 @@ class ActorMemory:
     """Moves the actor's parameters, gradients and optimizer state."""
 
     def __init__(self, chunks: list[Any], optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
-        """chunks: Megatron's data-parallel wrappers; parameters: as they are in its modules."""
+        """chunks: Megatron's data-parallel wrappers; parameters: as they are in its modules.
+
+        Without chunks and optimizer there are parameters only.
+        """
         self.chunks, self.optimizer, self.parameters = chunks, optimizer, parameters
         self.copies = {"parameters": HostCopy(), "optimizer": HostCopy()}
         self.absent: set[Holder] = set()
@@ -183,6 +186,8 @@ class ActorMemory:
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def _adams(self) -> list[Any]:
+        if self.optimizer is None:
+            return []
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part.optimizer for part in parts if part.optimizer is not None]
 

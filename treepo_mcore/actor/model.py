@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -34,8 +33,10 @@ from torch import Tensor, nn
 from treepo_mcore.actor.attention import TreeAttention, choose_attention
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.precision import precision_fields
-from treepo_mcore.config import ActorConfig, ConfigError
+from treepo_mcore.config import ActorConfig, ConfigError, did_you_mean
 from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, padded
+from treepo_mcore.model.shards import check_tensor_parallel
 from treepo_mcore.system.machine import Machine, this_machine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -139,11 +140,7 @@ def megatron_configs(actor: ActorConfig, arch: Architecture, machine: Machine | 
     extra = _sort_pass_through(actor.megatron)
     precision = _sort_pass_through(precision_fields(actor, arch, machine))
     dtype = DTYPES[actor.dtype]
-    arch.check_split("actor.tp", actor.tp)
-    if actor.sequence_parallel and actor.tp == 1:
-        raise ConfigError("actor.sequence_parallel: needs actor.tp > 1")
-    if actor.vpp and actor.pp == 1:
-        raise ConfigError("actor.vpp: virtual pipeline stages need actor.pp > 1")
+    check_tensor_parallel(arch, actor)
     try:
         configs = MegatronConfigs(
             TransformerConfig(
@@ -269,9 +266,7 @@ def _sort_pass_through(settings: dict[str, Any]) -> dict[type, dict[str, Any]]:
         if key in OWNED:
             raise ConfigError(f"actor.megatron.{key}: set by the trainer; use {OWNED[key]}")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean actor.megatron.{near[0]}?" if near else ""
-            raise ConfigError(f"unknown key actor.megatron.{key}{hint}")
+            raise ConfigError(f"unknown key actor.megatron.{key}{did_you_mean(key, known, 'actor.megatron.')}")
         for cls in classes:
             if key in fields[cls]:
                 result[cls][key] = _typed(key, value, typing.get_type_hints(cls)[key])
@@ -319,8 +314,7 @@ class TreeGPTModel(GPTModel):
 
 def padded_vocab(vocab: int, tp: int) -> int:
     """Rows of the embedding in Megatron's habit: a multiple of 128 x tp."""
-    unit = 128 * tp
-    return -(-vocab // unit) * unit
+    return padded(vocab, ACTOR_VOCAB_UNIT * tp)
 
 
 def build_model(configs: MegatronConfigs, arch: Architecture) -> list[nn.Module]:

@@ -77,9 +77,9 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     set_up_logging(settings.run.log_level)
     if settings.data.eval is None:
         raise ConfigError("data.eval: found null, eval needs a file of held-out prompts")
-    from treepo_mcore.trainer import Trainer
+    from treepo_mcore.evaluator import evaluate_newest
 
-    _print(Trainer(settings, trains=False).evaluate_newest())
+    _print(evaluate_newest(settings))
 
 
 @app.command()

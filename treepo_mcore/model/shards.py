@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from treepo_mcore.config import ActorConfig, ConfigError
 from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, ENGINE_VOCAB_UNIT, padded
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,9 @@ def layer_parameters(sizes: Sizes, tp: int) -> int:
     return (matrix_parameters(sizes) + bias) // tp + norms
 
 
-def padded(rows: int, unit: int) -> int:
-    """Rounded up to a multiple."""
-    return -(-rows // unit) * unit
-
-
 def vocabulary_parameters(sizes: Sizes, tp: int) -> int:
     """Of the embedding or the output layer on one of `tp` GPUs of the actor."""
-    return padded(sizes.vocab, 128 * tp) // tp * sizes.hidden
+    return padded(sizes.vocab, ACTOR_VOCAB_UNIT * tp) // tp * sizes.hidden
 
 
 def stage_parameters(sizes: Sizes, stage: Stage, tp: int, pp: int) -> int:
@@ -103,7 +99,7 @@ def engine_parameters(sizes: Sizes, tp: int) -> tuple[int, int]:
     matrices = sizes.hidden * (2 * heads + 2 * kv + 3 * (sizes.ffn // tp))
     bias = heads + 2 * kv if sizes.qkv_bias else 0
     norms = 2 * sizes.hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
-    vocabulary = padded(sizes.vocab, 64) // tp * sizes.hidden * (1 if sizes.tied else 2)
+    vocabulary = padded(sizes.vocab, ENGINE_VOCAB_UNIT) // tp * sizes.hidden * (1 if sizes.tied else 2)
     return sizes.layers * matrices, sizes.layers * (norms + bias) + vocabulary + sizes.hidden
 
 

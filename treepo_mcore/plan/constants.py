@@ -23,5 +23,3 @@ NETWORK_ALL_REDUCE_SECONDS = 40e-6  # the same across nodes
 ENGINE_EFFICIENCY = 0.6  # of the peak rate, matrix products of prefills and large decoding batches
 COPY_PASSES = 4  # times that pushed bytes are read or written in GPU memory: pack, checksum, unpack, checksum
 ROUND_SECONDS = 1e-3  # each round of the shard-to-shard push
-CONTEXT_BYTES = 3 << 30  # CUDA context, NCCL's buffers, cuBLAS workspaces, a sleeping engine's rest
-GRAPH_BYTES = 1 << 30  # CUDA graphs of the engine, outside gpu_memory_utilization

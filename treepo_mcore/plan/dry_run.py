@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
+from treepo_mcore.checks import Context, Moment, walk
 from treepo_mcore.config import Config
-from treepo_mcore.data.prompts import check_token_ids, load_prompts
-from treepo_mcore.data.tokenizer import load_tokenizer
-from treepo_mcore.grow.pruning import make_pruner
-from treepo_mcore.model.architecture import Architecture, read_architecture, resolve_model
-from treepo_mcore.observe.trackers import check_trackers
 from treepo_mcore.plan.hardware import GPUS, NETWORKS
-from treepo_mcore.plan.paper import PaperJob, put_on_paper
+from treepo_mcore.plan.paper import PaperJob, planned_machine, put_on_paper
 from treepo_mcore.plan.reshard import describe, reshard_report
-from treepo_mcore.rewards.pool import check_function
-from treepo_mcore.weights.hf import check_weights
 from treepo_mcore.weights.layout import hf_shapes
 
 
@@ -27,17 +20,14 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     prompts may lie elsewhere. Returns lines for people. Raises `ConfigError`.
     """
     begin = time.perf_counter()
-    directory = resolve_model(config.model, weights=False)
-    arch = read_architecture(directory)
-    check_function(config.reward)
-    make_pruner(config.rollout.tree.pruning)
-    check_trackers(config.run.trackers)
-    files = _check_files(config, arch, directory)
+    checked = Context(config, partial=True, world=nodes * gpus_per_node, machine=planned_machine())
+    walk(checked, Moment.FILES, Moment.LIBRARIES, Moment.WORLD)
+    arch, directory = checked.arch, checked.directory
     job = put_on_paper(config, arch, directory, nodes, gpus_per_node)
     where, *push = describe(reshard_report(job, GPUS["h100"], NETWORKS["ib400"], config.rollout.push_staging_mb << 20))
     size = sum(math.prod(shape) for shape in hf_shapes(arch).values())
     return [
-        f"model: {directory.name}, {size / 1e9:.2f} billion parameters; {files}",
+        f"model: {directory.name}, {size / 1e9:.2f} billion parameters; {_which(checked.here)}",
         f"layout: {where}",
         f"process groups: {_groups(job)}",
         f"push: {push[0]}",
@@ -46,18 +36,9 @@ def dry_run(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     ]
 
 
-def _check_files(config: Config, arch: Architecture, directory: Path) -> str:
+def _which(here: dict[str, bool]) -> str:
     """Which files were there to be checked."""
-    there = {"weights": any(directory.glob("*.safetensors")), "tokenizer": any(directory.glob("tokenizer*"))}
-    if there["weights"]:
-        check_weights(directory, arch)
-    if there["tokenizer"]:
-        tokenizer = load_tokenizer(directory)
-        for file in filter(None, (config.data.train, config.data.eval)):
-            there[str(file)] = file.is_file()
-            if file.is_file():
-                check_token_ids(load_prompts(file, config.data, tokenizer), arch.vocab)
-    checked, missing = ([name for name, found in there.items() if found is wanted] for wanted in (True, False))
+    checked, missing = ([name for name, found in here.items() if found is wanted] for wanted in (True, False))
     return "; ".join(
         f"{what}: {', '.join(names)}" for what, names in (("checked", checked), ("not here", missing)) if names
     )

@@ -1,56 +1,34 @@
-"""Bytes on each GPU, item by item, and which items are there in which phase.
-
-The actor's part follows Megatron-Core 0.19: bf16 weights, float32 gradients in the data-parallel buffer, float32
-master weights and two moments, these last sharded over the data-parallel ranks by the distributed optimizer. A
-float32 actor has no master copy. Activations are those that autograd keeps for this project's layer
-(`actor/model.py`), counted tensor by tensor.
-"""
+"""Bytes on each GPU, item by item (`actor/costs.py`, `engine/costs.py`), and which items are there in which phase."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from treepo_mcore.config import ActorConfig, Config
+from treepo_mcore.actor.costs import (
+    CONTEXT_BYTES,
+    actor_state,
+    checkpoint_bytes,
+    host_memory,
+    layer_activations,
+    logits,
+    plain_copies,
+    update_working,
+)
+from treepo_mcore.config import Config
+from treepo_mcore.engine.costs import GRAPH_BYTES, UTILISATION, EngineMemory, cache_bytes, engine_in_fp8
 from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.shards import (
     Stage,
     engine_parameters,
-    matrix_parameters,
-    model_parameters,
-    stage_parameters,
     stages,
-    vocabulary_parameters,
 )
-from treepo_mcore.plan.constants import CONTEXT_BYTES, GRAPH_BYTES
 from treepo_mcore.plan.hardware import Cluster
 
-SAVING, LOADING = 20, 12  # bytes of host memory a parameter: 12 of the optimizer, one part twice more on the way
-ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 PHASES = ("update", "log_probs", "push", "rollout")
-DEFAULT_UTILISATION = 0.6  # of GPU memory for the engine (engine/vllm/engine.py)
 DEFAULT_REQUESTS = {True: 1024, False: 256}  # vLLM's max_num_seqs: GPUs of 70 GiB and more but the A100; others
-BLOCK_FP8 = "fp8_per_block"  # the one quantization of an engine that pushes know (engine/vllm/engine.py)
 DEFAULT_BATCHED_TOKENS = {True: 16384, False: 8192}  # vLLM's max_num_batched_tokens, likewise
 BLOCK = 16  # tokens of a KV block
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """One GPU of an engine."""
-
-    weights: int
-    working: int  # activations of the largest batch and the sampler's logits
-    cache: int
-    cache_tokens: int  # that the whole engine holds
-    token_bytes: int  # of the cache, one token on one GPU
-    requests: int  # that may run at once
-    utilisation: float
-
-    @property
-    def bytes(self) -> int:
-        """On the GPU while it generates, CUDA graphs apart."""
-        return self.weights + self.working + self.cache
 
 
 @dataclass(frozen=True)
@@ -67,16 +45,6 @@ class Memory:
     def total(self, phase: str) -> int:
         """Bytes at the height of a phase."""
         return sum(self.phases[phase].values())
-
-
-def in_fp8(actor: ActorConfig) -> bool:
-    """Whether linear layers compute in FP8."""
-    return actor.fp8 != "none" or bool(actor.megatron.get("fp8"))
-
-
-def engine_in_fp8(config: Config) -> bool:
-    """Whether the engine's linear layers have FP8 weights."""
-    return config.rollout.engine.get("quantization") == BLOCK_FP8
 
 
 def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> Memory:
@@ -123,149 +91,6 @@ def _stage_phases(
     return {phase: {name: size for name, size in there.items() if size} for phase, there in phases.items()}
 
 
-def update_working(
-    actor: ActorConfig,
-    sizes: Sizes,
-    stage: Stage,
-    index: int,
-    tokens: int,
-    capability: tuple[int, int],
-) -> dict[str, int]:
-    """Item by item what an update takes on one GPU at its height, on top of `actor_state`.
-
-    index: the stage's number; tokens: of the longest micro-batch; capability: of the GPU.
-    """
-    activations = in_flight(actor, index) * stage_activations(actor, sizes, stage, tokens)
-    return {
-        "activations": round(activations),
-        **working(actor, sizes, stage, tokens),
-        "tree attention": attention_mask(actor, tokens),
-        "FP8 weights": fp8_weights(actor, sizes, stage, capability),
-    }
-
-
-def fp8_weights(actor: ActorConfig, sizes: Sizes, stage: Stage, capability: tuple[int, int]) -> int:
-    """Bytes of the copies that TransformerEngine keeps of a stage's weights while it computes.
-
-    Two a weight, as it is and transposed; one where there is one scale a tensor and products take both ways
-    (TransformerEngine's `is_non_tn_fp8_gemm_supported`).
-    """
-    if actor.megatron.get("fp8_param"):  # two bytes a weight, too, in place of those in bf16
-        return 0
-    named = {"current": "tensorwise", "blockwise": "blockwise"}
-    recipe = named.get(actor.fp8, actor.megatron.get("fp8_recipe", "delayed"))
-    either_way = (10, 0) <= capability < (12, 0) or capability >= (13, 0)
-    copies = 1 if either_way and recipe in ("delayed", "tensorwise") else 2
-    return copies * _weights_in_fp8(actor, sizes, stage)
-
-
-def plain_copies(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
-    """Bytes of the copies in `actor.dtype` that a push reads instead of FP8 parameters (actor/quantised.py)."""
-    return ELEMENT[actor.dtype] * _weights_in_fp8(actor, sizes, stage) if actor.megatron.get("fp8_param") else 0
-
-
-def _weights_in_fp8(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
-    """Of one GPU of a stage."""
-    if not in_fp8(actor):
-        return 0
-    own, layers = actor.megatron, stage.layers
-    if own.get("first_last_layers_bf16", actor.fp8 != "none"):  # as in the named recipes of actor/precision.py
-        layers -= own.get("num_layers_at_start_in_bf16", 1) * stage.embedding
-        layers -= own.get("num_layers_at_end_in_bf16", 1) * stage.head
-    return max(layers, 0) * matrix_parameters(sizes) // actor.tp
-
-
-def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:
-    """What one GPU of a stage keeps from step to step."""
-    count = stage_parameters(sizes, stage, actor.tp, actor.pp)
-    half = actor.dtype != "float32"
-    gradients = 2 if half and actor.megatron.get("grad_reduce_in_fp32") is False else 4
-    moments = (12 if half else 8) * count
-    return {
-        "parameters": ELEMENT[actor.dtype] * count,
-        "gradients": gradients * count,
-        "optimizer": math.ceil(moments / dp) if actor.optimizer.distributed else moments,
-    }
-
-
-def in_flight(actor: ActorConfig, stage: int) -> float:
-    """Micro-batches of whole stages whose activations wait for their backward pass (1F1B, interleaved with vpp)."""
-    if not actor.vpp:
-        return actor.pp - stage
-    return (2 * (actor.pp - stage - 1) + (actor.vpp - 1) * actor.pp + 1) / actor.vpp
-
-
-def stage_activations(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> int:
-    """Kept by the layers for one micro-batch on one GPU between its forward and its backward pass."""
-    return stage.layers * layer_activations(actor, sizes, tokens, cpu=cpu)
-
-
-def working(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> dict[str, int]:
-    """What comes and goes on top of kept activations: the largest of what is never there at the same time."""
-    parts = {}
-    if stage.head:
-        parts["logits"] = logits(actor, sizes, tokens) + head_activations(actor, sizes, tokens, cpu=cpu)
-    layer = layer_gradients(actor, sizes, tokens)
-    if actor.recompute == "full":
-        whole = layer_activations(actor, sizes, tokens, whole=True, cpu=cpu)
-        parts["recomputed layer"] = layer + whole - layer_activations(actor, sizes, tokens)  # its input was kept
-    else:
-        parts["layer gradients"] = layer
-    name = max(parts, key=lambda part: parts[part])
-    return {name: parts[name]}
-
-
-def head_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, cpu: bool = False) -> int:
-    """The final norm's input (on a CPU also its result), and the rows for the output layer, in full."""
-    wide = (2 if cpu else 1) / spread(actor) + 1
-    return round(ELEMENT[actor.dtype] * tokens * sizes.hidden * wide)
-
-
-def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: bool = False, cpu: bool = False) -> int:
-    """Kept by one layer between forward and backward. whole: as if nothing were recomputed.
-
-    Sequence parallelism divides what is as wide as the hidden state; tensor parallelism divides all else but the
-    rotary angles. On a CPU torch computes a norm in steps and keeps one tensor more for each.
-    """
-    size, tp = ELEMENT[actor.dtype], actor.tp
-    hidden = sizes.hidden / spread(actor)
-    if actor.recompute == "full" and not whole:
-        return round(size * tokens * hidden)
-    heads, kv = sizes.heads * sizes.head_dim / tp, sizes.kv_heads * sizes.head_dim / tp
-    norms = (6 if cpu else 4) * hidden  # of each of two: its input, its output as the linear layer's input
-    fused = heads + 2 * kv  # the output of linear_qkv, alive through the view that is v
-    rotated = heads + kv
-    per_head_norms = (2 if cpu else 1) * rotated if sizes.qk_norm else 0
-    angles = 4 * sizes.head_dim  # cosine and sine, for q and for k
-    mlp = 5 * sizes.ffn / tp  # gate and up in one, silu(gate), up once more, their product
-    sums = 4 * sizes.heads / tp  # of the softmax, float32
-    return round(tokens * (size * (norms + fused + rotated + per_head_norms + heads + angles + mlp) + sums))
-
-
-def layer_gradients(actor: ActorConfig, sizes: Sizes, tokens: int) -> int:
-    """What the backward pass of one layer holds of its own at its height, in the MLP."""
-    return round(ELEMENT[actor.dtype] * tokens * (3 * sizes.ffn / actor.tp + sizes.hidden / spread(actor)))
-
-
-def spread(actor: ActorConfig) -> int:
-    """GPUs that share what is as wide as the hidden state."""
-    return actor.tp if actor.sequence_parallel else 1
-
-
-def attention_mask(actor: ActorConfig, tokens: int) -> int:
-    """The tree's mask: bool and as a bias for the dense form, nothing to speak of for the others."""
-    return tokens * tokens * (1 + ELEMENT[actor.dtype]) if actor.attention == "dense" else 0
-
-
-def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
-    """At the height of `VocabParallelLogProb` on one GPU of the last stage.
-
-    Logits (or their gradient) in the actor's type; the exponentials and the shifted logits (the gradient) in float32.
-    """
-    columns = vocabulary_parameters(sizes, actor.tp) // sizes.hidden
-    return rows * columns * (ELEMENT[actor.dtype] + 2 * 4)
-
-
 def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
     """One GPU of an engine under vLLM's memory accounting."""
     rollout, settings = config.rollout, config.rollout.engine
@@ -276,43 +101,10 @@ def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
     requests = settings.get("max_num_seqs") or DEFAULT_REQUESTS[large]
     batched = settings.get("max_num_batched_tokens") or DEFAULT_BATCHED_TOKENS[large]
     working = batched * size * (3 * sizes.ffn // rollout.tp + 4 * sizes.hidden) + 3 * 4 * requests * sizes.vocab
-    utilisation = settings.get("gpu_memory_utilization") or DEFAULT_UTILISATION
+    utilisation = settings.get("gpu_memory_utilization") or UTILISATION
     # As vLLM: bytes that are said outright are what the cache gets, whatever the share of the GPU.
     said = settings.get("kv_cache_memory_bytes")
     cache = said or max(0, round(utilisation * cluster.gpu.memory) - weights - working)
     per_token = cache_bytes(sizes, rollout.tp, str(settings.get("kv_cache_dtype", "auto")), size)
     blocks = cache // (per_token * BLOCK)
     return EngineMemory(weights, working, cache, blocks * BLOCK, per_token, requests, utilisation)
-
-
-def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:
-    """Of one token on one GPU of an engine."""
-    element = 1 if dtype.startswith("fp8") else size
-    return 2 * sizes.layers * max(1, sizes.kv_heads // tp) * sizes.head_dim * element
-
-
-def host_memory(config: Config, sizes: Sizes, world: int, ranks: int, *, gpu: bool = True) -> dict[str, int]:
-    """Bytes of a node with `ranks` of the `world` ranks, as full as any: the reference policy, the actor's weights
-    while they change places, the offload (all pinned), and what checkpoints pass through (not pinned).
-
-    Saving, the first data-parallel ranks gather the optimizer's state; loading, every rank reads its whole shard's. On
-    a CPU checkpoints are left out: their memory is that of the model.
-    """
-    actor = config.actor
-    dp = world // (actor.tp * actor.pp)
-    states = [actor_state(actor, sizes, stage, dp) for stage in stages(actor, sizes.layers)]
-    state = max(states, key=lambda state: state["parameters"])
-    weights = state["parameters"]
-    needs = {"reference": weights, "swap": weights} if actor.reference == "host" else {}
-    needs |= {name: state[name] for name in sorted(config.memory.offloaded(gpu)) if name != "gradients"}
-    needs = {name: size * ranks for name, size in needs.items()}
-    if gpu:
-        count = weights // ELEMENT[actor.dtype]
-        gathering = min(ranks, actor.tp) * max(1, ranks // (world // actor.pp))  # ranks of this node
-        needs["checkpoint"] = count * max(SAVING * gathering, LOADING * ranks)
-    return needs
-
-
-def checkpoint_bytes(actor: ActorConfig, sizes: Sizes) -> int:
-    """Of one checkpoint on disk: weights, two moments, and float32 weights where the parameters are not that."""
-    return model_parameters(sizes) * (ELEMENT[actor.dtype] + (8 if actor.dtype == "float32" else 12))

@@ -22,11 +22,11 @@ from treepo_mcore.actor.model import build_meta_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid, build_grid, leave_grid
 from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.engine.vllm.engine import engine_arguments
-from treepo_mcore.engine.vllm.layout import SCALE, MetaEngine, fp8_parameters, vllm_layout, vllm_padding, vllm_shapes
+from treepo_mcore.engine.vllm.layout import MetaEngine, vllm_layout, vllm_padding, vllm_shapes
 from treepo_mcore.model.architecture import Architecture
 from treepo_mcore.system.machine import Machine, this_machine
 from treepo_mcore.system.placement import Placement, colocated
-from treepo_mcore.weights.fp8 import block_plan
+from treepo_mcore.weights.fp8 import SCALE, block_plan, fp8_parameters
 from treepo_mcore.weights.layout import Piece
 from treepo_mcore.weights.plan import Layouts, PlanError, Transfer, make_plan
 
@@ -94,6 +94,11 @@ def fake_rank(rank: int, world: int) -> Iterator[list[Group]]:
         sys.excepthook = hook  # torch's puts the rank in front of every line
 
 
+def planned_machine() -> Machine:
+    """What a job on paper runs on: this machine if it has a GPU, else `PLANNED`."""
+    return this_machine() if this_machine().has_gpu else PLANNED
+
+
 def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int, gpus_per_node: int) -> PaperJob:
     """Be every rank in turn.
 
@@ -101,7 +106,7 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
     process groups (a live job would hang).
     """
     world, tp = nodes * gpus_per_node, config.rollout.tp
-    configs = megatron_configs(config.actor, arch, this_machine() if this_machine().has_gpu else PLANNED)
+    configs = megatron_configs(config.actor, arch, planned_machine())
     arguments = engine_arguments(config, arch, directory)
     check_grid(config, world)
     vllm_shapes(arch, tp)  # refuses what cannot be split

@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from treepo_mcore.actor.costs import in_fp8
 from treepo_mcore.config import Config, check_grid
+from treepo_mcore.engine.costs import BLOCK_FP8, EngineMemory, engine_in_fp8
 from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.facts import FP8_BLOCK
 from treepo_mcore.model.shards import check_tensor_parallel, model_parameters, stages
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.hardware import Cluster, Gpu
-from treepo_mcore.plan.memory import (
-    BLOCK_FP8,
-    PHASES,
-    EngineMemory,
-    Memory,
-    engine_in_fp8,
-    in_fp8,
-    plan_memory,
-)
+from treepo_mcore.plan.memory import PHASES, Memory, plan_memory
 from treepo_mcore.plan.rollout import RolloutTime, rollout_time
 from treepo_mcore.plan.seconds import (
     PushTime,
@@ -35,7 +30,6 @@ BUBBLE = 0.2  # share of the update that is worth a warning
 TAIL = 0.5  # share of the rollout
 WAITING = 0.2  # share of the admitted prompts
 FEW_REQUESTS = 32  # at once, on an engine: it then reads its weights for little
-FP8_BLOCK = 128  # weights/fp8.py
 GIB = 1 << 30
 
 
@@ -141,7 +135,7 @@ def _memory_errors(config: Config, memory: Memory) -> list[str]:
             named = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
             found.append(f"{phase} needs {_gib(total)} of {_gib(memory.available)} GiB a GPU: {named}")
     host, allowed = sum(memory.host.values()), config.memory.host_gib
-    if allowed is not None and host > allowed * GIB:  # phases.check_host_memory
+    if allowed is not None and host > allowed * GIB:  # checks.check_host_memory
         named = ", ".join(f"{name} {_gib(size)}" for name, size in memory.host.items())
         found.append(f"memory.host_gib: a node needs {_gib(host)} GiB of host memory, {allowed:g} are allowed: {named}")
     return found

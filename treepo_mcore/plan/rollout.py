@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from treepo_mcore.config import Config
+from treepo_mcore.engine.costs import EngineMemory, engine_in_fp8
 from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.shards import matrix_parameters, model_parameters
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.constants import LINK_EFFICIENCY
 from treepo_mcore.plan.hardware import Cluster
-from treepo_mcore.plan.memory import ELEMENT, EngineMemory, engine_in_fp8
 from treepo_mcore.plan.workload import Workload
 
 STRIDE = 32  # engine steps between looks at the batch

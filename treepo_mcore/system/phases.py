@@ -17,28 +17,19 @@ waits in host memory and changes places with the parameters for its pass. A call
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from treepo_mcore.actor.actor import Actor
-from treepo_mcore.config import Config, ConfigError, Holder, MemoryConfig, RolloutConfig
-from treepo_mcore.engine.protocol import Engine
-from treepo_mcore.model.architecture import Architecture
-from treepo_mcore.model.shards import Stage
-from treepo_mcore.plan.constants import CONTEXT_BYTES, GRAPH_BYTES
-from treepo_mcore.plan.memory import host_memory, plain_copies, update_working
+from treepo_mcore.config import Holder, MemoryConfig
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CGROUP = Path("/sys/fs/cgroup")
-HOST_SHARE = 0.9  # of the node's free memory, when no limit is configured
 
 
 class Phase(StrEnum):
@@ -74,21 +65,43 @@ def kept(phase: Phase, offload: set[Holder]) -> set[Holder]:
     return NEEDED[phase] | (NEEDED[Phase.TRAIN] - offload)
 
 
+class ActorMemory(Protocol):
+    """What moves the actor's parts: `actor.memory.ActorMemory`."""
+
+    bytes: dict[Holder, int]
+
+    def keep(self, holders: set[Holder]) -> None:
+        """Have exactly these on the device."""
+
+
+class Sleeper(Protocol):
+    """What sleeps and wakes: `engine.protocol.Engine`."""
+
+    def sleep(self) -> None:
+        """Give up weights and cache."""
+
+    def wake_weights(self) -> None:
+        """Memory for the weights, without values."""
+
+    def wake_cache(self) -> None:
+        """Ready to generate."""
+
+
 class Phases:
     """Moves actor and engine in and out. Make it between building the two: the actor then makes room."""
 
-    def __init__(self, config: MemoryConfig, actor: Actor, working: Mapping[Phase, dict[str, int]]) -> None:
+    def __init__(self, config: MemoryConfig, actor: ActorMemory, working: Mapping[Phase, dict[str, int]]) -> None:
         """working: bytes by name that come and go on top of what actor and engine hold, for the prediction."""
         self.actor, self.working = actor, working
-        self.engine: Engine | None = None
+        self.engine: Sleeper | None = None
         self.offload = config.offloaded(torch.cuda.is_available())
         self.phase = Phase.IDLE
         self.engine_bytes = {"engine weights": 0, "engine": 0}
         self.values: dict[str, float] = {}
         self.seen: set[Phase] = set()
-        self.actor.memory.keep(kept(Phase.IDLE, self.offload))
+        self.actor.keep(kept(Phase.IDLE, self.offload))
 
-    def attach(self, engine: Engine, weights: int, reserved: int) -> None:
+    def attach(self, engine: Sleeper, weights: int, reserved: int) -> None:
         """The engine goes to sleep. weights, reserved: bytes of its parameters and of all it may take."""
         self.engine = engine
         self.engine_bytes = {"engine weights": weights, "engine": reserved}
@@ -125,7 +138,7 @@ class Phases:
 
     def predicted(self, phase: Phase) -> dict[str, int]:
         """Bytes by holder at the height of a phase, largest first."""
-        held: dict[str, int] = {name: self.actor.memory.bytes[name] for name in kept(phase, self.offload)}
+        held: dict[str, int] = {name: self.actor.bytes[name] for name in kept(phase, self.offload)}
         held |= {name: self.engine_bytes[name] for name in ENGINE.get(phase, ())}
         held |= self.working[phase]
         return dict(sorted(held.items(), key=lambda item: -item[1]))
@@ -135,7 +148,7 @@ class Phases:
         parts = []
         for phase in (Phase.PUSH, Phase.ROLLOUT, Phase.TRAIN):
             held = self.predicted(phase)
-            parts.append(f"{phase} {sum(held.values()) / GIB:.2f} ({_list(held)})")
+            parts.append(f"{phase} {sum(held.values()) / GIB:.2f} ({in_gib(held)})")
         return f"predicted on the device, GiB a rank: {'; '.join(parts)}{self._too_much()}"
 
     def _too_much(self) -> str:
@@ -150,10 +163,10 @@ class Phases:
         if phase not in NEXT[self.phase]:
             raise RuntimeError(f"phase {phase} after {self.phase}: expected {' or '.join(NEXT[self.phase])}")
         # The engine is asleep here, or about to be woken: the actor's moves never meet it awake.
-        self._timed("offload", lambda: self.actor.memory.keep(kept(phase, self.offload)))
+        self._timed("offload", lambda: self.actor.keep(kept(phase, self.offload)))
         self.phase = phase
 
-    def _awake(self) -> Engine:
+    def _awake(self) -> Sleeper:
         assert self.engine is not None, "no engine is attached"
         return self.engine
 
@@ -192,95 +205,9 @@ class Phases:
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             used = f"; {(total - free) / GIB:.2f} of {total / GIB:.2f} GiB are taken"
-        return f"out of device memory in phase {phase}: {_list(self.predicted(phase))} GiB{used}"
+        return f"out of device memory in phase {phase}: {in_gib(self.predicted(phase))} GiB{used}"
 
 
-def check_allocator(environment: Mapping[str, str], rollout: RolloutConfig) -> None:
-    """Raise `ConfigError` for allocator settings that Megatron and vLLM do not both take.
-
-    vLLM turns `expandable_segments` off inside its sleeping pool, but only when PYTORCH_CUDA_ALLOC_CONF has them. The
-    buffers of its CUDA graphs lie outside of that pool, and its all-reduce shares them in a way that only ordinary
-    memory can be shared (cudaIpcGetMemHandle; vLLM issue 42609): the process would exit without a traceback.
-    """
-    new, old = environment.get("PYTORCH_ALLOC_CONF", ""), environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    if "expandable_segments:True" in new:
-        raise ConfigError(
-            "PYTORCH_ALLOC_CONF: expandable_segments:True is not seen by vLLM's sleep mode, which must turn it off in "
-            "its pool; set it in PYTORCH_CUDA_ALLOC_CONF"
-        )
-    own_all_reduce = rollout.tp > 1 and not rollout.engine.get("disable_custom_all_reduce")
-    if "expandable_segments:True" in old and own_all_reduce:
-        raise ConfigError(
-            f"PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True with rollout.tp: {rollout.tp}, whose all-reduce cannot "
-            "share such memory; leave it out, or set rollout.engine.disable_custom_all_reduce: true (NCCL takes over)"
-        )
-    if "backend:cudaMallocAsync" in new + old:
-        raise ConfigError(
-            "PYTORCH_CUDA_ALLOC_CONF: backend:cudaMallocAsync has no memory pools; vLLM's sleep mode needs them"
-        )
-
-
-def check_host_memory(config: Config, arch: Architecture, world: int, ranks: int, gpu: bool) -> None:
-    """Raise `ConfigError` when the ranks of this node would keep more in host memory than there is.
-
-    ranks: on this node.
-    """
-    needs = host_memory(config, arch, world, ranks, gpu=gpu)
-    needed = sum(needs.values())
-    limit = config.memory.host_gib
-    allowed = limit * GIB if limit else HOST_SHARE * _available_host_bytes()
-    if needed > allowed:
-        where = "memory.host_gib" if limit else "memory.offload"
-        raise ConfigError(
-            f"{where}: {ranks} ranks of this node would need {needed / GIB:.1f} GiB of host memory "
-            f"({_list(needs)}), allowed are {allowed / GIB:.1f}"
-        )
-
-
-def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | None) -> dict[Phase, dict[str, int]]:
-    """What comes and goes on this rank's GPU in each phase, by the planner's formulas (plan/memory.py).
-
-    capability: the GPU's; None on a CPU, where no weight is quantised. Micro-batches are taken to be full. "context" is
-    assumed: CUDA, NCCL and what is left of a sleeping engine. FP8 weights are given up with the gradients, or stay.
-    """
-    grid = actor.grid
-    always = {"context": CONTEXT_BYTES, "staging": config.rollout.push_staging_mb << 20}
-    stage = Stage(actor.layers, grid.pp_rank == 0, grid.pp_rank == grid.pp - 1)
-    tokens = config.actor.micro_batch_tokens
-    update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
-    if update["FP8 weights"] and "gradients" not in config.memory.offloaded(capability is not None):
-        always["FP8 weights"] = update["FP8 weights"]
-    plain = plain_copies(config.actor, actor.arch, stage)
-    return {
-        Phase.PUSH: always | ({"plain copies": plain} if plain else {}),
-        Phase.ROLLOUT: always | {"CUDA graphs": GRAPH_BYTES},
-        Phase.TRAIN: always | {name: size for name, size in update.items() if size},
-    }
-
-
-def local_ranks() -> int:
-    """Processes of this job on this node, as torchrun says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _available_host_bytes() -> int:
-    """Of the node, or of this container or Slurm job where it is allowed less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    own = next((line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")), "")
-    return min([free, *cgroup_free_bytes(CGROUP, own)])
-
-
-def cgroup_free_bytes(root: Path, own: str) -> Iterator[int]:
-    """What each limit on a process of the control group `own` (version 2) leaves, its own first, then those above."""
-    for folder in (root / own, *(root / own).parents):
-        limit = folder / "memory.max"
-        if folder.is_relative_to(root) and limit.is_file() and limit.read_text().strip() != "max":
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # Files that are cached count as used, although they give way.
-            used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
-            yield int(limit.read_text()) - used
-
-
-def _list(held: Mapping[str, int]) -> str:
+def in_gib(held: Mapping[str, int]) -> str:
+    """Sizes by name, for people."""
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items())

@@ -71,6 +71,11 @@ def colocated(rank: int, world: int, rollout_tp: int) -> Placement:
     return Placement(rank, tuple(range(world)), engines)
 
 
+def local_ranks() -> int:
+    """Processes of this job on this node, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def init_process_group() -> None:
     """Join the job that torchrun started (or a job of one), before Megatron or vLLM look for it."""
     if dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 from treepo_mcore.system.environment import STOP_SIGNALS
@@ -24,3 +25,24 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+
+    def on_any_rank(self) -> str | None:
+        """The signal's name. The ranks get it at different times, or only one of them does. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor(self.number)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return signal.Signals(int(asked)).name if asked else None
+
+
+def out_of_time(begin: float, limit: float | None) -> bool:
+    """Whether `limit` seconds have passed since `begin` (`time.perf_counter`). Rank 0's clock decides. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    if limit is None:
+        return False
+    late = torch.tensor(int(time.perf_counter() - begin > limit))
+    dist.broadcast(late, 0)
+    return bool(late)

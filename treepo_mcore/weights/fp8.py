@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.weights.layout import BLOCK, box
+from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
+from treepo_mcore.weights.layout import box
 from treepo_mcore.weights.plan import Transfer, part_of
 
+SCALE = "_scale_inv"  # behind the name of a block-quantised weight, as vLLM names it
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-4  # amax below which vLLM's quantiser does not go, so that an empty block has a finite scale
@@ -57,6 +59,11 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     height, width = values.shape
     spread = scale.repeat_interleave(BLOCK, 0)[:height].repeat_interleave(BLOCK, 1)[:, :width]
     return values.float() * spread
+
+
+def fp8_parameters(parameters: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that a real model holds in FP8."""
+    return {name: tuple(tensor.shape) for name, tensor in parameters.items() if tensor.dtype == torch.float8_e4m3fn}
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from treepo_mcore.model.architecture import Architecture
 
-BLOCK = 128  # side of a block of weights that shares one FP8 scale
-
 
 @dataclass(frozen=True, order=True)
 class Piece:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from treepo_mcore.weights.layout import BLOCK, Piece
+from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
+from treepo_mcore.weights.layout import Piece
 
 Layouts = list[list[Piece]]  # pieces of every rank, by rank
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and shape, in the HF tensor

@@ -20,9 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treepo_mcore.engine.vllm.layout import SCALE, fp8_parameters
-from treepo_mcore.weights.fp8 import FP8, Edges, block_plan, check_whole_columns, quantise_into, scale_shape
-from treepo_mcore.weights.layout import BLOCK, Piece, box
+from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
+from treepo_mcore.weights.fp8 import (
+    FP8,
+    SCALE,
+    Edges,
+    block_plan,
+    check_whole_columns,
+    fp8_parameters,
+    quantise_into,
+    scale_shape,
+)
+from treepo_mcore.weights.layout import Piece, box
 from treepo_mcore.weights.plan import Transfer, make_plan, make_rounds
 
 STAGING_BYTES = 256 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,8 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-from treepo_mcore.config import Config, ConfigError, RolloutConfig
+from treepo_mcore.config import Config, ConfigError, RolloutConfig, did_you_mean
+from treepo_mcore.engine.costs import BLOCK_FP8, UTILISATION
 from treepo_mcore.engine.protocol import Chunk
 from treepo_mcore.engine.vllm import cpu as vllm_cpu
 from treepo_mcore.engine.vllm.layout import fp8_shapes, refusals, vllm_shapes
@@ -48,7 +48,6 @@ OWNED = {
     "logits_processors": "nothing: ratios need log-probs of the tempered distribution",
     "speculative_config": "nothing: the sampler feeds on single tokens",
 }
-BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
@@ -219,7 +218,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
         "logprobs_mode": "processed_logprobs",
     }
     if torch.cuda.is_available():
-        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.6}
+        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": UTILISATION}
     else:
         arguments |= {"block_size": CPU_BLOCK, "enforce_eager": True}
     return arguments | config.rollout.engine
@@ -254,9 +253,7 @@ def _check_pass_through(config: RolloutConfig) -> None:
         if key in OWNED:
             raise ConfigError(f"rollout.engine.{key}: set by the trainer; use {OWNED[key]}")
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
-            hint = f"; did you mean rollout.engine.{near[0]}?" if near else ""
-            raise ConfigError(f"unknown key rollout.engine.{key}{hint}")
+            raise ConfigError(f"unknown key rollout.engine.{key}{did_you_mean(key, known, 'rollout.engine.')}")
 
 
 def _prepare_quantization(config: RolloutConfig, arch: Architecture) -> None:

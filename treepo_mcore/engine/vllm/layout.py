@@ -18,12 +18,11 @@ from torch import Tensor
 
 from treepo_mcore.config import ConfigError
 from treepo_mcore.model.architecture import Architecture
-from treepo_mcore.weights.fp8 import FP8, scale_shape
+from treepo_mcore.model.facts import ENGINE_VOCAB_UNIT, padded
+from treepo_mcore.weights.fp8 import FP8, SCALE, fp8_parameters, scale_shape
 from treepo_mcore.weights.layout import Piece, rows
 
-VOCAB_UNIT = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
 LINEAR = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")  # what vLLM quantises
-SCALE = "_scale_inv"  # behind the name of a block-quantised weight
 
 
 @contextlib.contextmanager
@@ -113,13 +112,8 @@ def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_r
     return list(vllm_pieces(arch, tp, tp_rank))
 
 
-def fp8_parameters(parameters: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters that a real model holds in FP8."""
-    return {name: tuple(tensor.shape) for name, tensor in parameters.items() if tensor.dtype == torch.float8_e4m3fn}
-
-
 def fp8_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
-    """The same from the sizes alone: what `fp8_per_block` quantises on one rank of an engine."""
+    """Name -> shape of what `fp8_per_block` quantises on one rank of an engine, from the sizes alone."""
     return {name: shape for name, shape in vllm_shapes(arch, tp).items() if name.endswith(LINEAR)}
 
 
@@ -219,7 +213,7 @@ def _local_kv_heads(arch: Architecture, tp: int) -> int:
 
 
 def _padded_vocab(arch: Architecture) -> int:
-    return -(-arch.vocab // VOCAB_UNIT) * VOCAB_UNIT
+    return padded(arch.vocab, ENGINE_VOCAB_UNIT)
 
 
 def _vocab_rows(arch: Architecture, tp: int, tp_rank: int) -> int:

@@ -1,0 +1,23 @@
+"""The observers that every run has."""
+
+from __future__ import annotations
+
+from treepo_mcore.config import Config
+from treepo_mcore.observe.guard import MismatchGuard
+from treepo_mcore.observe.metrics import Metrics
+from treepo_mcore.observe.observer import Observer
+from treepo_mcore.observe.progress import Progress
+from treepo_mcore.observe.trees import TreeWriter
+
+
+def usual_observers(config: Config, reports: bool) -> list[Observer]:
+    """Of this rank. reports: whether it speaks and writes for the job.
+
+    The guard is on every rank, and comes last: by then the values that it ends a run for are written.
+    """
+    guard: list[Observer] = [MismatchGuard(config.actor)]
+    if not reports:
+        return guard
+    every = config.trainer.save_trees_every
+    trees: list[Observer] = [TreeWriter(config.run.dir, every)] if every else []
+    return [Metrics(config), *trees, Progress(config.trainer.steps), *guard]
