@@ -111,9 +111,9 @@ def ours(
     return result
 
 
-# The released design (spec 2.3 to 2.7): every path of a wave of prompts takes one segment in one blocking call. Two of
-# its defects are left out, because they would change what is sampled: the context behind a fallback is the right one
-# (D1), and a segment's first token may end it (D6).
+# The released design: every path of a wave of prompts takes one segment in one blocking call. Two of its defects are
+# left out, because they would change what is sampled: the context behind a fallback is the right one, and a segment's
+# first token may end it.
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _branch(query: _Query, config: Config, rng: random.Random, result: Leaves) -
         children = max(len(survivors), min(tree.width - done, factor * (new + len(survivors))))
         share = children // len(survivors)
         counts = [share] * len(survivors)
-        counts[-1] += children - share * len(survivors)  # as released: the last one takes all that is left (D9)
+        counts[-1] += children - share * len(survivors)  # as released: the last one takes all that is left
         query.live = [
             _Path(path.tokens, path.mass / count, path.depth)
             for path, count in zip(survivors, counts, strict=True)

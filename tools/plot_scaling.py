@@ -16,7 +16,7 @@ from typing import Any
 from treepo_mcore.config import parse_config
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.plan.hardware import make_cluster
-from treepo_mcore.plan.plan import Plan, make_plan
+from treepo_mcore.plan.plan import Plan, plan_run
 from treepo_mcore.plan.workload import Assumptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ class Case:
         }
         assumed = Assumptions(self.prompt, min(self.answer, depth * self.segment))
         cluster = make_cluster("h100", "ib400", self.nodes, 8)
-        return make_plan(parse_config(raw), read_sizes(ROOT / "examples/models" / self.model), cluster, assumed)
+        return plan_run(parse_config(raw), read_sizes(ROOT / "examples/models" / self.model), cluster, assumed)
 
 
 @dataclass(frozen=True)

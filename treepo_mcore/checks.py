@@ -118,7 +118,7 @@ def _checkpoint(context: Context) -> None:
 
     config = context.config
     if config.run.resume or not context.learns:
-        context.checkpoint = checkpoint.newest(config.run.dir / "checkpoints")
+        context.checkpoint = checkpoint.newest(config.run.checkpoints)
     if context.checkpoint is not None:
         context.state = checkpoint.read_state(context.checkpoint)
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+NEWEST_CHECKPOINT = "latest_checkpointed_iteration.txt"  # names one of run.checkpoints; Megatron-LM's name and content
+
 
 class ConfigError(ValueError):
     """The configuration, or a file it names, cannot be used. The message is one line for a person."""
@@ -44,6 +46,11 @@ class RunConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     trackers: list[Literal["tensorboard", "wandb"]] = []  # get the numbers of metrics.jsonl too
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.dir / "checkpoints"
+
 
 class ModelConfig(Section):
     """The policy: a Hugging Face directory, or a hub name with its revision."""
@@ -69,7 +76,7 @@ class DataConfig(Section):
 
 
 class BranchingConfig(Section):
-    """How many children, for whom (paper section 2.2; spec 2.5, 2.6)."""
+    """How many children, for whom (docs/algorithm.md 2.3 to 2.5)."""
 
     factor: IntRange = (2, 2)  # b, drawn per prompt and wave (all paths of one depth) when a range
     first: IntRange | None = None  # first-level divergence, drawn per prompt; default: `factor`
@@ -88,7 +95,7 @@ class BranchingConfig(Section):
 
 
 class StoppingConfig(Section):
-    """When a path ends besides EOS, length and depth (spec 2.4)."""
+    """When a path ends besides EOS, length and depth (docs/algorithm.md 3)."""
 
     # boxed: the token that closes a \boxed{...} ends the path. boxed_and_eos: a box marks a path that
     # also ended by EOS as finished. none: boxes are not looked for.
@@ -107,7 +114,7 @@ class StoppingConfig(Section):
 
 
 class FallbackConfig(Section):
-    """Restarting from finished paths when live ones run out before W (spec 2.7)."""
+    """Restarting from finished paths when live ones run out before W (docs/algorithm.md 2.7)."""
 
     # soft_boxed_and_eos: leaves that ended by a box or EOS. random_all: any leaf. Where there is none, the prompt.
     candidates: Literal["soft_boxed_and_eos", "random_all"] = "soft_boxed_and_eos"
@@ -151,9 +158,7 @@ class RolloutConfig(Section):
     tp: int = Field(1, ge=1)  # tensor-parallel size of one engine; world size / tp engines run
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     sampler: Literal["tree", "flat"] = "tree"  # flat: W independent answers a prompt
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
+    temperature: float = Field(1.0, gt=0)  # nothing else changes the distribution: ratios compare the whole of it
     tree: TreeConfig = TreeConfig()
     # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
     # of its steps in that state the engine gives up what is unfinished; default: never.
@@ -198,12 +203,12 @@ OF_TREEPO = (
 
 
 class AdvantageConfig(Section):
-    """Estimators over a tree's sub-groups (paper equations 5 to 7; spec 3.2)."""
+    """Estimators over a tree's sub-groups (docs/algorithm.md 4; paper equations 5 to 7)."""
 
     estimator: Literal["treepo", "segment", "spo", "grpo", "rloo", "reinforce_pp_baseline"] = "treepo"
     # The seven up to max_levels are of treepo, and refused under other estimators.
     aggregation: Literal["average", "group_size"] = "average"  # weight of the levels
-    reject_uniform_subgroups: bool = False  # drop levels >= 1 whose leaves all agree (hurts, paper 4.2)
+    reject_uniform_subgroups: bool = False  # drop levels >= 1 whose leaves all agree (hurts: docs/algorithm.md 4.2)
     include_root: bool = True
     leave_one_out: bool = False
     distinct_groups: bool = False  # count each distinct set of leaves once
@@ -224,7 +229,7 @@ class AdvantageConfig(Section):
 
 
 class LossConfig(Section):
-    """The clipped policy loss (spec 4.1)."""
+    """The clipped policy loss (docs/algorithm.md 5)."""
 
     # What the token losses of a mini-batch are averaged over. token_mean: its tokens, each once per leaf (DAPO);
     # sequence_mean: leaves, of each leaf's mean (GRPO); fixed_length: leaves, of each leaf's sum divided by the
@@ -384,13 +389,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        # The engine's log-probs are of the tempered full distribution; with mass cut off, importance
-        # ratios would compare two different distributions.
-        if self.rollout.top_p < 1 or self.rollout.top_k > 0:
-            found = f"top_p={self.rollout.top_p}, top_k={self.rollout.top_k}"
-            raise ValueError(
-                f"rollout: {found} cuts the sampled distribution, so ratios would be wrong; use top_p=1, top_k=0"
-            )
         if self.trainer.prompts_per_update > self.trainer.prompts_per_step:
             raise ValueError(
                 f"trainer.prompts_per_update: {self.trainer.prompts_per_update} is more than "

@@ -91,7 +91,7 @@ class Policy:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """A checkpoint of this step, beside those that are kept."""
-        folder, keep = self.config.run.dir / "checkpoints", self.config.trainer.keep_checkpoints
+        folder, keep = self.config.run.checkpoints, self.config.trainer.keep_checkpoints
         with self.phases.train():
             checkpoint.save(folder, step, self.actor, state, keep)
 

@@ -61,7 +61,7 @@ class Advantage(Protocol):
     def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
         """(A+, A-) of any token of each node, float64[nodes]: sums over the leaves below of max(A, 0) and min(A, 0).
 
-        Two scalars per unique token give the clipped loss of all leaves through it (spec 3.3, I2).
+        Two scalars per unique token give the clipped loss of all leaves through it (docs/algorithm.md 5.3).
         """
 
     def along(self, tree: Tree, leaf: int) -> np.ndarray:

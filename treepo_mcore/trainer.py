@@ -118,7 +118,7 @@ class Trainer:
         self._load()
         if self.policy.placement.reports and not run.resume:
             # Or a run that is cut off before it saves would be continued as the one before it.
-            checkpoint.forget(run.dir / "checkpoints")
+            checkpoint.forget(run.checkpoints)
         self._write("config.yaml", dump_config(self.config))
         self._write("versions.json", json.dumps(versions(), indent=1))
         self.observers.start(self.step)

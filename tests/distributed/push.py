@@ -148,7 +148,7 @@ def described(push: Push) -> dict[str, Any]:
     mine = [t for t in push.plan if push.rank in (t.source, t.target)]
     cut: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for t in mine:
-        if t.form == "edge" and t.target == push.rank:
+        if t.form == "cut" and t.target == push.rank:
             ends = [first + size for first, size in zip(t.target_start, t.shape, strict=True)]
             spans = [range(a // BLOCK, -(-b // BLOCK)) for a, b in zip(t.target_start, ends, strict=True)]
             cut[t.target_local] |= set(itertools.product(*spans))

@@ -198,7 +198,7 @@ def leaf_losses(model, tree, leaf, value, config):
 
 
 def clipped(ratio, worth, limits):
-    """PPO with clip-higher and dual clip as papers write it (spec 4.1)."""
+    """PPO with clip-higher and dual clip as papers write it (docs/algorithm.md 5.2)."""
     loss = torch.maximum(-worth * ratio, -worth * ratio.clamp(1 - limits.clip_low, 1 + limits.clip_high))
     return torch.where(worth < 0, torch.minimum(loss, -worth * limits.dual_clip), loss)
 

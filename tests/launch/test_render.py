@@ -20,7 +20,7 @@ from treepo_mcore.launch.preflight import GIB
 from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of
 from treepo_mcore.model.architecture import read_sizes, resolve_model
 from treepo_mcore.plan.hardware import make_cluster
-from treepo_mcore.plan.plan import make_plan
+from treepo_mcore.plan.plan import plan_run
 from treepo_mcore.plan.workload import Assumptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_the_limits_of_examples_are_those_of_their_plans(example, monkeypatch):
     config = load_config(words[0], overrides)
     nodes = int(words[words.index("--nodes") + 1]) if "--nodes" in words else 1
     cluster, means = make_cluster("h100", "ib400", nodes, 8), Assumptions(256, 1792)
-    plan = make_plan(config, read_sizes(resolve_model(config.model, weights=False)), cluster, means)
+    plan = plan_run(config, read_sizes(resolve_model(config.model, weights=False)), cluster, means)
     disk, memory = (int(n) for n in re.search(r"--disk-gib (\d+) --memory-gib (\d+)", script).groups())
     assert memory >= sum(plan.memory.host.values()) / GIB / HOST_SHARE
     assert disk >= (config.trainer.keep_checkpoints + 1) * plan.memory.checkpoint / GIB

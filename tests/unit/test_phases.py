@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from treepo_mcore.checks import check_host_memory
 
 from treepo_mcore.actor.costs import fp8_weights, host_memory
 from treepo_mcore.actor.memory import HostCopy, PinnedBuffer, storages
+from treepo_mcore.checks import check_host_memory
 from treepo_mcore.config import ActorConfig, ConfigError, MemoryConfig, parse_config
 from treepo_mcore.model.shards import Stage, matrix_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.plan.hardware import make_cluster
@@ -15,7 +15,7 @@ from treepo_mcore.plan.memory import plan_memory
 from treepo_mcore.policy import working_bytes
 from treepo_mcore.system.allocator import check_allocator
 from treepo_mcore.system.host_memory import cgroup_free_bytes
-from treepo_mcore.system.phases import GIB, DeviceMemoryError, Phase, Phases, kept
+from treepo_mcore.system.phases import GIB, DeviceMemoryError, Phase, Phases, on_device
 
 from test_precision import architecture  # isort: skip
 
@@ -116,7 +116,7 @@ def test_no_phase_begins_inside_another(made):
     ],
 )
 def test_what_stays(offload, phase, expected):
-    assert kept(phase, offload) == expected
+    assert on_device(phase, offload) == expected
 
 
 def test_out_of_memory_names_the_phase_and_the_biggest_holders(made):

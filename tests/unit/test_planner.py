@@ -32,11 +32,11 @@ from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.shards import engine_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.plan.hardware import make_cluster
 from treepo_mcore.plan.memory import plan_engine, plan_memory
-from treepo_mcore.plan.plan import make_plan
+from treepo_mcore.plan.plan import plan_run
 from treepo_mcore.plan.seconds import pass_time, push_time
 from treepo_mcore.plan.workload import Assumptions, grow, hazard, make_workload
 from treepo_mcore.tree.tree import PROMPT
-from treepo_mcore.weights.plan import make_plan as make_transfers
+from treepo_mcore.weights.plan import make_plan
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 MEANS = Assumptions(256, 1792, 0.6)
@@ -184,7 +184,7 @@ def test_pushed_bytes_are_those_of_the_real_plan(tp, pp, dp, rollout_tp):
     sources = megatron_side(arch, hf_tensors(arch), tp, layers, dp, 1)[1]
     world = tp * pp * dp
     targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(world)]
-    received = 2 * sum(t.numel for t in make_transfers(sources, targets) if not t.local) / world
+    received = 2 * sum(t.numel for t in make_plan(sources, targets) if not t.local) / world
     settings = config(actor={"tp": tp, "pp": pp}, rollout={"tp": rollout_tp})
     cluster = make_cluster("h100", "ib400", 1, world)
     engine = plan_engine(settings, arch, cluster)
@@ -259,7 +259,7 @@ def test_what_is_offloaded_is_not_there_in_the_rollout():
 )
 def test_warnings(sections, gpu, nodes, said):
     per_node = int(said[-1]) if "crosses" in said else 8
-    plan = make_plan(config(**sections), sizes("Qwen2.5-7B"), make_cluster(gpu, "ib400", nodes, per_node), MEANS)
+    plan = plan_run(config(**sections), sizes("Qwen2.5-7B"), make_cluster(gpu, "ib400", nodes, per_node), MEANS)
     assert any(re.search(said, warning.message) for warning in plan.warnings), plan.warnings
 
 
@@ -285,11 +285,11 @@ def test_bytes_said_outright_are_the_kv_cache():
 
 def test_an_ffn_that_blocks_cannot_cut_is_named():
     settings = config(actor={"tp": 8, "pp": 4}, rollout={"tp": 4, "engine": {"quantization": "fp8_per_block"}})
-    plan = make_plan(settings, sizes("Qwen2.5-72B"), make_cluster("h100", "ib400", 8, 8), MEANS)
+    plan = plan_run(settings, sizes("Qwen2.5-72B"), make_cluster("h100", "ib400", 8, 8), MEANS)
     assert not plan.fits
     assert any("29568 / 4 is not a multiple of 128" in warning.message for warning in plan.warnings)
     odd = replace(sizes("Qwen2.5-7B"), heads=8, kv_heads=8, head_dim=120, hidden=960)
-    plan = make_plan(settings, odd, make_cluster("h100", "ib400", 8, 8), MEANS)
+    plan = plan_run(settings, odd, make_cluster("h100", "ib400", 8, 8), MEANS)
     assert [w.message for w in plan.warnings if "the attention width 960 / 4 is not a multiple" in w.message]
     assert [w.message for w in plan.warnings if "the hidden width 960 / 1 is not a multiple" in w.message]
 
@@ -303,11 +303,11 @@ def test_layouts_without_meaning_are_refused():
         ({"rollout": {"tp": 8}}, r"rollout\.tp: 8 does not divide the model's attention heads of 28"),
     ):
         with pytest.raises(ConfigError, match=said):
-            make_plan(config(**sections), sizes("Qwen2.5-7B"), cluster, MEANS)
+            plan_run(config(**sections), sizes("Qwen2.5-7B"), cluster, MEANS)
     shared = replace(sizes("Qwen2.5-7B"), heads=24, kv_heads=6)
     for section in ("actor", "rollout"):
         with pytest.raises(ConfigError, match=rf"{section}\.tp: 4 and the model's 6 key/value heads: neither divides"):
-            make_plan(config(**{section: {"tp": 4}}), shared, cluster, MEANS)
+            plan_run(config(**{section: {"tp": 4}}), shared, cluster, MEANS)
     with pytest.raises(ConfigError, match=r"--gpu: v100; known: a100"):
         make_cluster("v100", "ib400", 1, 8)
     with pytest.raises(ConfigError, match=r"--network: token-ring; known: ib200.*or GB/s"):

@@ -21,8 +21,6 @@ def test_preset_loads(preset):
         ("data.max_prompt_tokens", 1024),
         ("data.overlong_prompts", "drop"),
         ("rollout.temperature", 1.0),
-        ("rollout.top_p", 1.0),
-        ("rollout.top_k", 0),
         ("rollout.tree.width", 16),
         ("rollout.tree.segment_tokens", 512),
         ("rollout.tree.max_depth", 14),

@@ -346,7 +346,7 @@ def test_no_replacement_after_a_tail_was_cut():
     assert queues[1].closed()
 
 
-# Host time (acceptance 9 of spec 2.14).
+# Host time.
 
 
 @pytest.mark.parametrize("boxed", ["none", "boxed_and_eos", "boxed"])

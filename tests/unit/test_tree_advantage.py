@@ -1,4 +1,4 @@
-"""Every number of spec/advantage_cases.json, and the properties behind them."""
+"""Every number of data/advantage_cases.json, and the properties behind them."""
 
 import json
 from pathlib import Path
@@ -110,14 +110,14 @@ def test_max_levels_one_is_the_mean_baseline():
     )
 
 
-def test_single_leaf_keeps_its_reward_under_every_option():  # D23: the root level is always there
+def test_single_leaf_keeps_its_reward_under_every_option():  # the root level is always there
     tree = tree_from_plain({"leaves": [{"path": ["a", "b"], "reward": -1, "n_tokens": 3}]})
     for options in RAW.values():
         np.testing.assert_array_equal(raw_advantages(tree, AdvantageConfig(**options)), [-1.0])
     assert raw_advantages(tree, AdvantageConfig(estimator="grpo"))[0] == pytest.approx(-1.0, abs=2e-6)
 
 
-def test_unsplit_tree_has_finite_advantages():  # D23: ids without inner nodes gave 0 or NaN
+def test_unsplit_tree_has_finite_advantages():  # ids without inner nodes gave 0 or NaN
     leaves = [{"path": [i], "reward": r, "n_tokens": 2} for i, r in enumerate([1, -1, -1, -1])]
     tree = tree_from_plain({"leaves": leaves})
     for options in RAW.values():
@@ -137,7 +137,7 @@ def test_whitening_is_over_the_whole_batch_and_weighted_by_tokens():
     )
 
 
-def test_segment_whitening_uses_real_lengths():  # D19: the released code takes L tokens for every segment
+def test_segment_whitening_uses_real_lengths():  # the released code takes L tokens for every segment
     tree = case_tree("A")
     for number, node in enumerate(tree.nodes[1:]):
         node.tokens.extend([1] * number)

@@ -1,4 +1,4 @@
-"""Budget and allocation (spec 2.5, 2.6)."""
+"""Budget and allocation (docs/algorithm.md 2.3 to 2.5)."""
 
 import random
 from collections import Counter
@@ -45,7 +45,7 @@ def test_budget(leaves, new, survivors, factor, expected):
 def test_first_children_are_clipped_to_the_width():
     rng = random.Random(0)
     drawn = Counter(first_children(BranchingConfig(factor=2, first=(2, 8)), 16, rng) for _ in range(400))
-    assert set(drawn) == set(range(2, 9))  # D3: the range is really used
+    assert set(drawn) == set(range(2, 9))  # the range is really used
     assert {first_children(BranchingConfig(first=(9, 12)), 4, rng) for _ in range(20)} == {4}
     clipped = Counter(first_children(BranchingConfig(first=(2, 8)), 4, rng) for _ in range(600))
     assert set(clipped) == {2, 3, 4}
@@ -54,7 +54,7 @@ def test_first_children_are_clipped_to_the_width():
 
 
 @given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 1000))
-def test_even_allocation_is_even(survivors, extra, seed):  # D9: 16 over 9 gave one path 8
+def test_even_allocation_is_even(survivors, extra, seed):  # in the released code 16 over 9 gave one path 8
     tree, nodes = wave(*[-1.0] * survivors)
     counts = allocate_evenly(tree, nodes, survivors + extra, random.Random(seed))
     assert sum(counts) == survivors + extra

@@ -1,4 +1,4 @@
-"""Who restarts, and where (spec 2.7)."""
+"""Who restarts, and where (docs/algorithm.md 2.7)."""
 
 import random
 from collections import Counter
@@ -40,7 +40,7 @@ def test_copies_go_by_the_factor_and_cover_what_is_missing():
     assert [restart.copies for restart in plan(chains(EOS), 5)] == [2]  # the next wave brings the others
 
 
-def test_without_candidates_the_prompt_restarts_with_all_that_is_missing():  # D10, acceptance 10
+def test_without_candidates_the_prompt_restarts_with_all_that_is_missing():
     restarts = plan(chains(REPETITION, LENGTH), 5)
     assert [(restart.position, restart.copies) for restart in restarts] == [(3, 5)]
 
@@ -52,7 +52,7 @@ def test_from_start():
 def test_random_cut_is_uniform_over_boundaries_and_includes_the_prompt():
     tree = chains(EOS)
     positions = Counter(plan(tree, 1, seed)[0].position for seed in range(600))
-    assert set(positions) == {3, 5, 7}  # never the end, so something is always removed (D15)
+    assert set(positions) == {3, 5, 7}  # never the end, so something is always removed
     assert min(positions.values()) > 150
 
 

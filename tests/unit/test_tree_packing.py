@@ -134,7 +134,7 @@ def test_values_of_a_tree_by_hand():
     assert {packed.adv_pos.dtype, packed.adv_neg.dtype, packed.behaviour_logprob.dtype} == {torch.float32}
 
 
-def test_only_stored_tokens_are_trained():  # D13: masks come from lengths, never from looking for EOS or padding
+def test_only_stored_tokens_are_trained():  # masks come from lengths, never from looking for EOS or padding
     tree = by_hand([(0, 3), (0, 2)], [1, 2])
     for packed in (pack_trees, pack_flat):
         sequences = packed([tree], [plain(tree, [1.0, -1.0])], 100)

@@ -59,7 +59,7 @@ def test_split_of_a_leaf_moves_the_leaf():
 
 
 @pytest.mark.parametrize(("node", "offset"), [(1, 0), (1, 4), (0, 1)])
-def test_split_at_an_end_is_an_error(node, offset):  # D15: removing nothing must not empty anything
+def test_split_at_an_end_is_an_error(node, offset):  # removing nothing must not empty anything
     with pytest.raises(ValueError, match="cannot split"):
         fork().split(node, offset)
 
@@ -81,7 +81,7 @@ def test_cut_outside_the_response_is_an_error(position):
         fork().cut(2, position)
 
 
-def test_a_leaf_has_no_children():  # D19
+def test_a_leaf_has_no_children():
     tree = fork()
     with pytest.raises(ValueError, match="node 2 is a leaf"):
         tree.add_node(2, 3)

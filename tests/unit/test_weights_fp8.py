@@ -18,7 +18,7 @@ from treepo_mcore.weights.fp8 import (
     FP8,
     FP8_MAX,
     SCALE,
-    Edges,
+    CutBlocks,
     block_plan,
     check_whole_columns,
     dequantise,
@@ -134,16 +134,17 @@ def pushed(shards, plan, arch, rollout_tp, limit):
             for name, shape in vllm_shapes(arch, rollout_tp).items()
         }
         ranks.append(tensors | {name + SCALE: torch.zeros(scale_shape(shape)) for name, shape in quantised.items()})
-    edges = [
-        Edges({name: (tensors[name], tensors[name + SCALE]) for name in quantised}, torch.bfloat16) for tensors in ranks
+    cuts = [
+        CutBlocks({name: (tensors[name], tensors[name + SCALE]) for name in quantised}, torch.bfloat16)
+        for tensors in ranks
     ]
     moved = itertools.chain.from_iterable(make_rounds(plan, limit, 2))
     for transfer in [*(t for t in plan if t.local), *moved]:
         assert transfer.local or transfer.bytes(2) <= limit
         source = box(shards[transfer.source][transfer.source_local], transfer.source_start, transfer.shape)
         tensors, name = ranks[transfer.target], transfer.target_local
-        if transfer.form == "edge":
-            edges[transfer.target].put(name, transfer.target_start, source)
+        if transfer.form == "cut":
+            cuts[transfer.target].put(name, transfer.target_start, source)
             continue
         view = box(tensors[name], transfer.target_start, transfer.shape)
         if transfer.form == "plain":
@@ -154,7 +155,7 @@ def pushed(shards, plan, arch, rollout_tp, limit):
         )
         assert not scales.any()  # every block once
         quantise_into(source, view, scales, torch.bfloat16)
-    assert not any(e.waiting or e.bytes for e in edges)
+    assert not any(e.waiting or e.bytes for e in cuts)
     return ranks
 
 
@@ -166,19 +167,19 @@ def test_a_rank_receives_parts_of_blocks_parameter_by_parameter(case, limit):
     targets = [list(vllm_pieces(arch, rollout_tp, rank % rollout_tp)) for rank in range(len(sources))]
     rounds = make_rounds(block_plan(make_plan(sources, targets), fp8_shapes(arch, rollout_tp)), limit, 2)
     for rank in range(len(sources)):
-        edges = [t.target_local for part in rounds for t in part if t.form == "edge" and t.target == rank]
-        assert len(list(itertools.groupby(edges))) == len(set(edges))
+        cuts = [t.target_local for part in rounds for t in part if t.form == "cut" and t.target == rank]
+        assert len(list(itertools.groupby(cuts))) == len(set(cuts))
 
 
 def test_waiting_blocks_are_counted():
     """A block of 128 x 128 in bfloat16, complete at once, and one at the ragged end, 128 x 72, that waits."""
     values, scale = torch.zeros(128, 200, dtype=FP8), torch.zeros(1, 2)
-    edges = Edges({"a": (values, scale)}, torch.bfloat16)
+    cuts = CutBlocks({"a": (values, scale)}, torch.bfloat16)
     original = weight((128, 200))
-    edges.put("a", (0, 0), original[:, :150])
-    assert (edges.bytes, edges.peak) == (128 * 72 * 2, 128 * 128 * 2)
-    edges.put("a", (0, 150), original[:, 150:])
-    assert (edges.bytes, edges.peak) == (0, 128 * 128 * 2)
+    cuts.put("a", (0, 0), original[:, :150])
+    assert (cuts.bytes, cuts.peak) == (128 * 72 * 2, 128 * 128 * 2)
+    cuts.put("a", (0, 150), original[:, 150:])
+    assert (cuts.bytes, cuts.peak) == (0, 128 * 128 * 2)
     expected = quantise(original.bfloat16())
     assert torch.equal(values.float(), expected[0].float())
     assert torch.equal(scale, expected[1])

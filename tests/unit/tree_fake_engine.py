@@ -84,7 +84,7 @@ class FakeEngine:
         self.leaves += actions.leaves
         for request in actions.submit:
             node = tree.nodes[request.node]
-            assert request.context == tree.context(node.parent)  # acceptance test 1 of spec 2.14, defect D1
+            assert request.context == tree.context(node.parent)  # algorithm.md 1.1
             assert len(request.context) == node.start
             assert request.id not in self.running
             assert request.max_tokens > 0

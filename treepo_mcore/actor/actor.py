@@ -71,7 +71,7 @@ class Actor:
         self.chunks: list[Any] = bare
         self.optimizer: Any = None
         self.reference: HostTensors | None = None
-        self.kept: HostTensors | None = None
+        self.set_aside: HostTensors | None = None
         if not learns:
             self.memory = ActorMemory([], None, megatron_parameters(bare))
             return
@@ -85,7 +85,7 @@ class Actor:
         # In host memory, so the policy as loaded stays known when a checkpoint or an update changes the tensors.
         if config.reference == "host":
             self.reference = HostTensors(self.tensors)
-            self.kept = HostTensors(self.tensors)  # while the reference is in
+            self.set_aside = HostTensors(self.tensors)  # while the reference is in
         # Otherwise the first forward pass would begin with a gather, which ranks without trees do not take part in.
         self.finish_updates()
 
@@ -113,13 +113,13 @@ class Actor:
         Its weights and the actor's change places for the pass. Needs `actor.reference: host`.
         """
         assert self.reference is not None, "actor.reference: none"
-        assert self.kept is not None
-        self.kept.take(self.tensors)
+        assert self.set_aside is not None
+        self.set_aside.take(self.tensors)
         try:
             self.reference.give(self.tensors)
             return [output[0] for output in self.log_probs(sequences)]
         finally:
-            self.kept.give(self.tensors)
+            self.set_aside.give(self.tensors)
 
     @on_megatron_device
     def update(

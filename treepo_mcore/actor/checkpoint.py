@@ -22,16 +22,15 @@ from torch import nn
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.model import unwrap
-from treepo_mcore.config import ConfigError
+from treepo_mcore.config import NEWEST_CHECKPOINT, ConfigError
 
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name and content
 STATE = "trainer_state.json"
 SHARED = "it has to be one directory, on a file system that all nodes share"
 
 
 def newest(directory: Path) -> Path | None:
     """The checkpoint that `directory`'s tracker names, None when there is none. Raises `ConfigError` when it is bad."""
-    tracker = directory / TRACKER
+    tracker = directory / NEWEST_CHECKPOINT
     if not tracker.is_file():
         return None
     content = tracker.read_text().strip()
@@ -42,7 +41,7 @@ def newest(directory: Path) -> Path | None:
 
 def forget(directory: Path) -> None:
     """No checkpoint is the newest any more."""
-    (directory / TRACKER).unlink(missing_ok=True)
+    (directory / NEWEST_CHECKPOINT).unlink(missing_ok=True)
 
 
 def check_same(run_dir: Path, found: Path | None) -> None:
@@ -71,7 +70,7 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
     _write(target, sharded)
     if dist.get_rank() == 0:
         (target / STATE).write_text(json.dumps(state, indent=1))
-        tracker = directory / TRACKER
+        tracker = directory / NEWEST_CHECKPOINT
         temporary = tracker.with_suffix(".tmp")
         temporary.write_text(str(step))
         temporary.replace(tracker)
@@ -80,7 +79,7 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
         for old in upto[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
-    if TRACKER not in os.listdir(directory):
+    if NEWEST_CHECKPOINT not in os.listdir(directory):
         raise RuntimeError(f"{directory}: what rank 0 has saved is not here on {socket.gethostname()}; {SHARED}")
 
 

@@ -92,9 +92,9 @@ def doctor(
     """
     from treepo_mcore.system import doctor as examination
 
-    findings = examination.examine()
-    print(json.dumps(examination.as_json(findings), indent=1) if as_json else examination.table(findings))
-    raise typer.Exit(0 if examination.can_start(findings) else 1)
+    facts = examination.examine()
+    print(json.dumps(examination.as_json(facts), indent=1) if as_json else examination.table(facts))
+    raise typer.Exit(0 if examination.can_start(facts) else 1)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -57,14 +57,14 @@ def plan_config(
 ) -> None:
     """Memory of a GPU and time of a step by phase, and warnings; exit status 1 when it does not fit."""
     from treepo_mcore.plan.hardware import make_cluster
-    from treepo_mcore.plan.plan import make_plan, plan_json
+    from treepo_mcore.plan.plan import plan_json, plan_run
     from treepo_mcore.plan.report import print_plan
     from treepo_mcore.plan.workload import assume
 
     settings = load_config(config, overrides)
     cluster = make_cluster(gpu, network, nodes, gpus_per_node)
     assumed = assume(settings, prompt_tokens, response_tokens, informative)
-    plan = make_plan(settings, read_sizes(resolve_model(settings.model, weights=False)), cluster, assumed)
+    plan = plan_run(settings, read_sizes(resolve_model(settings.model, weights=False)), cluster, assumed)
     if as_json:
         print(json.dumps(plan_json(plan), indent=1))
     else:

@@ -1,4 +1,4 @@
-"""How many children, for whom (paper section 2.2; spec 2.5, 2.6).
+"""How many children, for whom (docs/algorithm.md 2.3 to 2.5; paper section 2.2).
 
 The budget transfers what early leaves leave over to the survivors (`by_response_traj`). Which survivor gets more
 hardly matters: the paper found even allocation best. Favouring low log-probs was worst (highest entropy, longest

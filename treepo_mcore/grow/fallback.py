@@ -1,9 +1,9 @@
-"""Where to restart when a prompt has no live path and fewer than W leaves (spec 2.7, 2.13 R6).
+"""Where to restart when a prompt has no live path and fewer than W leaves (docs/algorithm.md 2.7).
 
 The paper restarts from finished leaves (a box or EOS) at random segment boundaries. It measured that cuts which are
 not aligned with the segments hurt (lower AIME accuracy, strongly growing length); here a cut inside a node splits
 it, so sub-groups stay exact for every policy. Fallback looks at how paths ended, so path masses are no longer
-exactly unbiased below it (spec 2.12); such leaves are marked.
+exactly unbiased below it (docs/algorithm.md 1.4); such leaves are marked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The expansion state machine of one prompt: engine events in, requests out; no engine in it (spec 2.13).
+"""The expansion state machine of one prompt: engine events in, requests out; no engine in it (docs/algorithm.md 2).
 
 Paths of equal depth form a wave. When all paths of a wave have reached their boundary or ended, the survivors get
 their children and these are the next wave. Under `fork_behind` a path's request does not stop at a boundary: it is
@@ -166,7 +166,7 @@ class TreeSampler:
         path.room -= len(tokens)
 
     def _reason(self, path: _Path, finish: Finish | None, stop: tuple[int, str] | None) -> str | None:
-        """Why the path ends with its newest token, None if it does not (order of spec 2.4)."""
+        """Why the path ends with its newest token, None if it does not: docs/algorithm.md 3.1, in this order."""
         node = self.tree.nodes[path.node]
         if stop is not None and stop[1] == BOXED:
             return BOXED
@@ -179,7 +179,9 @@ class TreeSampler:
         if stop is not None:
             return stop[1]
         if finish == "length" and (self._runs_on or path.room):
-            return LENGTH  # of the engine's own limit
+            # The engine's own limit. Under stop_and_fork a request ends by its length at every boundary, where there is
+            # no room left in the segment: that is no end of the path.
+            return LENGTH
         return None
 
     def _finish(self, request_id: str, node: int, reason: str, running: bool, actions: Actions) -> None:
@@ -205,7 +207,7 @@ class TreeSampler:
     # Waves.
 
     def _expand(self, actions: Actions) -> None:
-        """Process a complete wave (spec 2.5, 2.7)."""
+        """Process a complete wave (docs/algorithm.md 2.4, 2.7)."""
         self._waves += 1
         self._arrived.difference_update(self._wave)
         survivors = [node for node in self._wave if self.tree.leaf_at(node) is None]

@@ -1,4 +1,4 @@
-r"""When a path ends besides length and depth (spec 2.4, 2.13 R7).
+r"""When a path ends besides length and depth (docs/algorithm.md 3).
 
 The released code looks at the newest segment only, so it misses a box across a boundary, and it keeps what follows
 the box up to the boundary. Here every rule looks at the response token by token, whatever the boundaries and chunks:

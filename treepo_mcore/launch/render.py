@@ -10,10 +10,8 @@ from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from treepo_mcore.config import Config, ConfigError, check_grid, load_config
+from treepo_mcore.config import NEWEST_CHECKPOINT, Config, ConfigError, check_grid, load_config
 from treepo_mcore.system.signals import STOPPED
-
-TRACKER = "checkpoints/latest_checkpointed_iteration.txt"  # below run.dir; actor/checkpoint.py moves it
 
 EARLY_SECONDS = 60  # by which Slurm's --signal may come before the time it is asked for
 
@@ -98,7 +96,7 @@ def render(job: SlurmJob | TorchrunJob) -> str:
         job=job,
         command=command_line(job, launcher),
         run_dir=config.run.dir,
-        tracker=TRACKER,
+        tracker=config.run.checkpoints.relative_to(config.run.dir) / NEWEST_CHECKPOINT,
         stopped=STOPPED,
         log_name=Path(job.config).stem,
     )

@@ -1,4 +1,4 @@
-"""Estimators over a tree's sub-groups (paper equations 5 to 7; spec section 3).
+"""Estimators over a tree's sub-groups (docs/algorithm.md 4; paper equations 5 to 7).
 
 `raw_advantages` is the estimator alone; `advantages` also whitens over the batch and carries loss weights. A
 trajectory estimator gives each leaf one value, a segment estimator each node one.
@@ -21,7 +21,7 @@ from treepo_mcore.records import Advantage
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, get
 
 LONGEST = 10**7  # tokens of a leaf in the plain form
-WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without (spec 3.2)
+WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def node_advantages(tree: Tree, config: AdvantageConfig) -> np.ndarray:
 
 
 def whiten(values: list[np.ndarray], tokens: list[np.ndarray], shift: bool) -> list[np.ndarray]:
-    """Divide by the token-weighted std of the batch, after subtracting its mean if `shift` (spec 3.2)."""
+    """Divide by the token-weighted std of the batch, after subtracting its mean if `shift` (docs/algorithm.md 4.6)."""
     flat, weights = np.concatenate(values), np.concatenate(tokens).astype(np.float64)
     total = weights.sum()
     mean = (weights * flat).sum() / total

@@ -73,7 +73,7 @@ def policy_loss(
     config: LossConfig,
     kl: Tensor | None = None,
 ) -> Tensor:
-    """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (spec 3.3, identity I2).
+    """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (docs/algorithm.md 5.2, 5.3).
 
     All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
     and of their negative advantages. Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.

@@ -1,4 +1,4 @@
-"""Trees to packed sequences: every unique token once, with the two loss scalars of each edge (spec 3.3 I2, 7.2).
+"""Trees to packed sequences: every unique token once, with the two loss scalars of each edge (docs/algorithm.md 5).
 
 A sequence holds nodes in depth-first order. A key is visible to a query iff it lies on the query's path, which in
 this order is an interval test: ``key <= query < subtree_end[key]``. The token behind a node depends on the child, so

@@ -78,7 +78,7 @@ class Plan:
         return self.cluster.world // self.config.rollout.tp
 
 
-def make_plan(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> Plan:
+def plan_run(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> Plan:
     """Everything about one step.
 
     Raises `ConfigError` for a layout that has no meaning on this cluster.

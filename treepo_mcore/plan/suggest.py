@@ -17,7 +17,7 @@ from treepo_mcore.engine.costs import EngineMemory
 from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.plan.hardware import Cluster
 from treepo_mcore.plan.memory import plan_memory
-from treepo_mcore.plan.plan import Plan, errors_of, make_plan
+from treepo_mcore.plan.plan import Plan, errors_of, plan_run
 from treepo_mcore.plan.rollout import rollout_time
 from treepo_mcore.plan.seconds import log_prob_time, offload_seconds, push_time, update_time, wake_seconds
 from treepo_mcore.plan.workload import Assumptions, Workload, make_workload
@@ -131,7 +131,7 @@ def suggest_layouts(
         )
     fitting = sorted((v for v in verdicts if not v.misfit), key=lambda v: v.total)
     shown = _distinct(fitting)[:best]
-    plans = [make_plan(v.config, sizes, cluster, assumed) for v in shown]
+    plans = [plan_run(v.config, sizes, cluster, assumed) for v in shown]
     around = list(_neighbours(shown[0].layout, verdicts)) if shown else []
     return Suggestions(sizes, shown, plans, given, around, len(verdicts))
 

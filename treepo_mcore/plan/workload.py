@@ -177,7 +177,7 @@ def _grow_one(
     draw: random.Random,
     total: _Sums,
 ) -> None:
-    """The sampler's rules (spec 2.5 to 2.7): waves of equal depth, budget handed on, restarts at boundaries."""
+    """The sampler's rules (docs/algorithm.md 2.3 to 2.7): waves, budget handed on, restarts at boundaries."""
     leaves: list[int] = []  # lengths
     # Of each path: its response tokens at the start of the wave, and those that it shares with others.
     wave, now = [(0, 0)] * min(draw.randint(*first), width), 0

@@ -80,7 +80,7 @@ class Collector:
         the schedules. returned: so many numbers, the first ones, an earlier step put back; no tail is cut off them.
         Raises RuntimeError when the ranks of the engine disagree.
         """
-        return _Phase(self, prompts, queue, step, progress, returned).run()
+        return _Collect(self, prompts, queue, step, progress, returned).run()
 
     def text_of(self, response: list[int]) -> str:
         """What the reward function sees. A model may have more words than its tokenizer: they have no text."""
@@ -94,7 +94,7 @@ class Collector:
         return self.tokenizer.decode(response)
 
 
-class _Phase:
+class _Collect:
     """One call of `collect`."""
 
     def __init__(

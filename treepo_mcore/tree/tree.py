@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# Why a path ended (spec 2.4).
+# Why a path ended (docs/algorithm.md 3.1).
 BOXED = "boxed"  # our own stop: the token that closes a \boxed{...}
 FINISHED = "boxed_and_eos"  # the model's own stop, with a box before it
 EOS = "eos"  # the model's own stop, without one
@@ -69,7 +69,7 @@ class Leaf:
 
 
 class Tree:
-    """All paths sampled for one prompt (spec 2.13 R1, appendix B).
+    """All paths sampled for one prompt (docs/algorithm.md 1.1).
 
     A path is a node id: its tokens are the spans of its ancestors, so no context can disagree with what is stored.
     Children are kept in the order of their creation, which follows logical time; node ids and the order of `leaves`
@@ -208,7 +208,7 @@ class Tree:
         return counts
 
     def masses(self, fallback: bool = True) -> np.ndarray:
-        """Path mass of each leaf, the product of 1/children over its ancestors, float64[leaves] (spec 2.12).
+        """Path mass of each leaf, the product of 1/children over its ancestors: float64[leaves], docs/algorithm.md 1.4.
 
         Sums to 1 once every path has ended. Without `fallback`, restarted paths have none and leave the others' as it
         was before: as restarts depend on how paths ended, only then is the mass-weighted mean over leaves an unbiased

@@ -108,7 +108,7 @@ def quantisers(plan: list[Transfer]) -> dict[str, Where]:
     }
 
 
-class Edges:
+class CutBlocks:
     """The blocks of a rank that come in parts: put together in the rollout's dtype, quantised when complete."""
 
     def __init__(self, parameters: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
@@ -152,7 +152,7 @@ def _split(transfer: Transfer, whole: tuple[int, ...]) -> list[Transfer]:
     """Whole blocks of the parameter, if any, and up to four strips around them. whole: the parameter's shape."""
     (top, bottom), (left, right) = map(_inner, transfer.target_start, transfer.shape, whole)
     if top >= bottom or left >= right:
-        return [replace(transfer, form="edge")]
+        return [replace(transfer, form="cut")]
     height, width = transfer.shape
     middle = part_of(transfer, top, bottom - top)
     strips = [
@@ -162,7 +162,7 @@ def _split(transfer: Transfer, whole: tuple[int, ...]) -> list[Transfer]:
         part_of(middle, right, width - right, dim=1),
     ]
     blocks = replace(part_of(middle, left, right - left, dim=1), form="blocks")
-    return [blocks, *(replace(strip, form="edge") for strip in strips if strip.numel)]
+    return [blocks, *(replace(strip, form="cut") for strip in strips if strip.numel)]
 
 
 def _inner(first: int, size: int, whole: int) -> tuple[int, int]:

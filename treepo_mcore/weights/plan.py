@@ -14,8 +14,8 @@ from treepo_mcore.weights.layout import Piece
 Layouts = list[list[Piece]]  # pieces of every rank, by rank
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and shape, in the HF tensor
 # How a box travels. plain: in the rollout's dtype. blocks: whole FP8 blocks of the target, quantised by the source, and
-# a float32 scale each. edge: in the rollout's dtype, parts of FP8 blocks that the target then quantises.
-Form = Literal["plain", "blocks", "edge"]
+# a float32 scale each. cut: in the rollout's dtype, parts of FP8 blocks that the target then quantises.
+Form = Literal["plain", "blocks", "cut"]
 
 
 class PlanError(ValueError):
@@ -179,11 +179,11 @@ def make_rounds(plan: list[Transfer], limit: int, itemsize: int = 1) -> list[lis
     rounds: list[list[Transfer]] = []
     sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> bytes
     received: dict[tuple[int, int], int] = defaultdict(int)
-    latest: dict[tuple[int, int | None], int] = defaultdict(int)  # target, source (None: edges) -> their last round
+    latest: dict[tuple[int, int | None], int] = defaultdict(int)  # target, source (None: cuts) -> their last round
     for transfer in _by_distance(plan):
         for part in _cut(transfer, limit, itemsize):
             source, target, size = part.source, part.target, part.bytes(itemsize)
-            lane = target, None if part.form == "edge" else source
+            lane = target, None if part.form == "cut" else source
             number = latest[lane]
             while max(sent[source, number], received[target, number]) + size > limit:
                 number += 1
@@ -197,18 +197,18 @@ def make_rounds(plan: list[Transfer], limit: int, itemsize: int = 1) -> list[lis
 
 
 def _by_distance(plan: list[Transfer]) -> list[Transfer]:
-    """What crosses ranks, by the distance from sender to receiver; for edges the least of any into their parameter."""
+    """What crosses ranks, by the distance from sender to receiver; for cuts the least of any into their parameter."""
     world = 1 + max((max(transfer.source, transfer.target) for transfer in plan), default=0)
     distances = [((transfer.source - transfer.target) % world, transfer) for transfer in plan if not transfer.local]
     nearest: dict[tuple[int, str], int] = defaultdict(lambda: world)
     for distance, transfer in distances:
-        if transfer.form == "edge":
+        if transfer.form == "cut":
             parameter = transfer.target, transfer.target_local
             nearest[parameter] = min(nearest[parameter], distance)
 
     def turn(item: tuple[int, Transfer]) -> int:
         distance, transfer = item
-        return nearest[transfer.target, transfer.target_local] if transfer.form == "edge" else distance
+        return nearest[transfer.target, transfer.target_local] if transfer.form == "cut" else distance
 
     return [transfer for _, transfer in sorted(distances, key=turn)]
 

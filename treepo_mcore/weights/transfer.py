@@ -24,7 +24,7 @@ from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
 from treepo_mcore.weights.fp8 import (
     FP8,
     SCALE,
-    Edges,
+    CutBlocks,
     block_plan,
     check_whole_columns,
     fp8_parameters,
@@ -86,7 +86,7 @@ class _Message:
 class _Round:
     sends: list[_Message]
     receives: list[_Message]
-    edges: list[_Part]  # for cut FP8 blocks, parameter by parameter: what arrives, and before it this rank's own parts
+    cuts: list[_Part]  # for cut FP8 blocks, parameter by parameter: what arrives, and before it this rank's own parts
 
 
 def gather_layouts(pieces: list[Piece]) -> list[list[Piece]]:
@@ -140,17 +140,17 @@ class Push:
         limit = round_limit(staging_bytes, dist.get_world_size())
         bind = _Binder(self.rank, sources, targets, self.dtype)
         mine = [t for t in self.plan if t.local and t.target == self.rank]
-        self.local = [(bind.source(t), bind.target(t)) for t in mine if t.form != "edge"]
+        self.local = [(bind.source(t), bind.target(t)) for t in mine if t.form != "cut"]
         for transfer in mine:
-            if transfer.form == "edge":
-                bind.own_edges[transfer.target_local].append(bind.own_edge(transfer))
+            if transfer.form == "cut":
+                bind.own_cuts[transfer.target_local].append(bind.own_cut(transfer))
         self.rounds = [bind.round(part) for part in make_rounds(self.plan, limit, size)]
-        self.local_edges = [part for parts in bind.own_edges.values() for part in parts]  # of parameters all its own
+        self.local_cuts = [part for parts in bind.own_cuts.values() for part in parts]  # of parameters all its own
         # NCCL connects all ranks at their first collective; the rounds may involve only some of them.
         dist.all_reduce(torch.zeros(1, device=self.device))
         self.out = self._staging([r.sends for r in self.rounds])
         self.inbox = self._staging([r.receives for r in self.rounds])
-        self.edges = Edges({name: (targets[name], targets[name + SCALE]) for name in quantised}, self.dtype)
+        self.cuts = CutBlocks({name: (targets[name], targets[name + SCALE]) for name in quantised}, self.dtype)
         self.sent_bytes = sum(m.size for r in self.rounds for m in r.sends)
         self.received_bytes = sum(m.size for r in self.rounds for m in r.receives)
         self.local_bytes = sum(t.bytes(size) for t in mine)
@@ -165,7 +165,7 @@ class Push:
         """
         begin = time.perf_counter()
         sums = _Checksums(self.device) if verify else None
-        self.edges.peak = 0
+        self.cuts.peak = 0
         for view in self.padding:
             view.zero_()
         works: list[list[dist.Work]] = []
@@ -179,7 +179,7 @@ class Push:
             self._finish(len(self.rounds) - 1, works[-1], sums)
         else:
             self._copy_local()
-        assert not self.edges.waiting, "an FP8 block is incomplete"
+        assert not self.cuts.waiting, "an FP8 block is incomplete"
         if sums is not None:
             sums.compare(self.rank)
         if self.device.type == "cuda":
@@ -189,7 +189,7 @@ class Push:
             self.received_bytes,
             self.local_bytes,
             self.staging_bytes,
-            self.edges.peak,
+            self.cuts.peak,
             time.perf_counter() - begin,
             sums.seconds if sums is not None else 0.0,
         )
@@ -213,11 +213,11 @@ class Push:
                 quantise_into(source.view, target.view, target.scale, self.dtype)
             else:
                 target.view.copy_(source.view)
-        self._put_edges(self.local_edges)
+        self._put_cuts(self.local_cuts)
 
-    def _put_edges(self, parts: list[_Part]) -> None:
+    def _put_cuts(self, parts: list[_Part]) -> None:
         for part in parts:
-            self.edges.put(part.transfer.target_local, part.transfer.target_start, part.slot)
+            self.cuts.put(part.transfer.target_local, part.transfer.target_start, part.slot)
 
     def _start(self, number: int, current: _Round, sums: _Checksums | None) -> list[dist.Work]:
         out, inbox = self.out[number % HALVES], self.inbox[number % HALVES]
@@ -244,16 +244,16 @@ class Push:
             work.wait()
         for message in self.rounds[number].receives:
             for part in message.parts:
-                edge = part.transfer.form == "edge"
-                if not edge:
+                is_cut = part.transfer.form == "cut"
+                if not is_cut:
                     part.view.copy_(part.slot)
                 if part.scale is not None and part.scale_slot is not None:
                     part.scale.copy_(part.scale_slot)
                 if sums is not None:  # of what stands in the parameter now; a cut FP8 block does not yet
-                    sums.add(part.slot if edge else part.view, part.scale)
+                    sums.add(part.slot if is_cut else part.view, part.scale)
             if sums is not None:
                 sums.arrived(message)
-        self._put_edges(self.rounds[number].edges)
+        self._put_cuts(self.rounds[number].cuts)
 
 
 class _Binder:
@@ -261,7 +261,7 @@ class _Binder:
 
     def __init__(self, rank: int, sources: dict[str, Tensor], targets: dict[str, Tensor], dtype: torch.dtype) -> None:
         self.rank, self.sources, self.targets, self.dtype = rank, sources, targets, dtype
-        self.own_edges: dict[str, list[_Part]] = defaultdict(list)  # by parameter, until a round takes them
+        self.own_cuts: dict[str, list[_Part]] = defaultdict(list)  # by parameter, until a round takes them
 
     def source(self, transfer: Transfer) -> _Part:
         return _Part(transfer, box(self.sources[transfer.source_local], transfer.source_start, transfer.shape))
@@ -274,7 +274,7 @@ class _Binder:
             part.scale = box(self.targets[name + SCALE], start, scale_shape(transfer.shape))
         return part
 
-    def own_edge(self, transfer: Transfer) -> _Part:
+    def own_cut(self, transfer: Transfer) -> _Part:
         """It comes straight from the source, where that of another rank comes from the staging buffer."""
         part = self.target(transfer)
         part.slot = self.source(transfer).view
@@ -283,7 +283,7 @@ class _Binder:
     def round(self, transfers: list[Transfer]) -> _Round:
         sends: dict[int, _Message] = {}
         receives: dict[int, _Message] = {}
-        edges: list[_Part] = []
+        cuts: list[_Part] = []
         for transfer in transfers:
             if transfer.source == self.rank:
                 message = sends.setdefault(transfer.target, _Message(transfer.target))
@@ -292,10 +292,10 @@ class _Binder:
                 message = receives.setdefault(transfer.source, _Message(transfer.source))
                 part = self.target(transfer)
                 message.parts.append(part)
-                if transfer.form == "edge":
+                if transfer.form == "cut":
                     # Not before: until the others' parts are there, its own would only wait.
-                    edges += [*self.own_edges.pop(transfer.target_local, []), part]
-        return _Round(self._placed(sends), self._placed(receives), edges)
+                    cuts += [*self.own_cuts.pop(transfer.target_local, []), part]
+        return _Round(self._placed(sends), self._placed(receives), cuts)
 
     def _placed(self, messages: dict[int, _Message]) -> list[_Message]:
         """Messages by peer, one behind the other in the staging half."""

@@ -80,7 +80,7 @@ class VllmEngine:
             log.info("vLLM's Model Runner V%d (VLLM_USE_V2_MODEL_RUNNER; docs/gpu.md)", version)
 
     def submit(self, request: Request) -> None:
-        # Rows of the embedding behind the tokenizer's last word can be sampled (spec 2.10, D21), with the mass that an
+        # Rows of the embedding behind the tokenizer's last word can be sampled, with the mass that an
         # untrained row has: next to none. They are not forbidden: log-probs would be those of a distribution that the
         # actor does not compute, and vLLM asks for a list a request (allowed_token_ids: the vocabulary, logit_bias: the
         # rows, gathered again at every change of the batch). Such tokens have no text, see `Collector.text_of`.
