@@ -102,7 +102,8 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     from treepo_mcore.learn.deal import token_work
     from treepo_mcore.learn.loss import PolicyObjective
     from treepo_mcore.learn.step import mini_batches
-    from treepo_mcore.model.architecture import read_architecture, resolve_model
+    from treepo_mcore.model.architecture import read_architecture
+    from treepo_mcore.model.files import resolve_model
     from treepo_mcore.system.placement import init_process_group
     from treepo_mcore.tree.jsonl import read_trees
     from treepo_mcore.tree.stats import informative

@@ -18,7 +18,9 @@ from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from treepo_mcore.grow.pruning import make_pruner
-from treepo_mcore.model.architecture import Architecture, read_architecture, resolve_model
+from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.model.files import resolve_model
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.observe.trackers import check_trackers
 from treepo_mcore.rewards.pool import check_function
 

@@ -18,7 +18,8 @@ from treepo_mcore.cli.app import app
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.launch.preflight import GIB
 from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of
-from treepo_mcore.model.architecture import read_sizes, resolve_model
+from treepo_mcore.model.architecture import read_sizes
+from treepo_mcore.model.files import resolve_model
 from treepo_mcore.plan.hardware import make_cluster
 from treepo_mcore.plan.plan import plan_run
 from treepo_mcore.plan.workload import Assumptions

@@ -9,7 +9,8 @@ from models import LLAMA3, YARN, make_model
 from transformers import AutoModelForCausalLM
 
 from treepo_mcore.config import ConfigError, ModelConfig
-from treepo_mcore.model.architecture import read_architecture, resolve_model, weight_files
+from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.model.files import resolve_model, weight_files
 from treepo_mcore.weights.hf import check_weights
 
 
@@ -52,7 +53,7 @@ def test_head_dim_need_not_be_hidden_over_heads(tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM; supported: Qwen2ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM; supported: LlamaForCausalLM"),
         ({"architectures": None}, "architecture none"),
         ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}, "sliding-window attention"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: 'silu'"),

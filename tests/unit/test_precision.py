@@ -7,7 +7,7 @@ from models import SIZES
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.precision import NEEDS, check_recipe, token_multiple
 from treepo_mcore.config import ActorConfig, ConfigError
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine, numbers
 
 HOPPER = Machine(capability=(9, 0), cuda=(13, 0), te=(2, 16, 1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from treepo_mcore.actor.layout import parameter_pieces
 from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.weights.layout import Piece, box, hf_shapes, rows
 from treepo_mcore.weights.plan import PlanError, make_plan, make_rounds
 

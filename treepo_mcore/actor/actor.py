@@ -30,7 +30,7 @@ from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.actor.quantised import PlainCopies
 from treepo_mcore.config import ActorConfig
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.records import EdgeValues, Objective, PackedSequence
 from treepo_mcore.weights.hf import load_pieces
 from treepo_mcore.weights.layout import Piece

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 from treepo_mcore.config import ActorConfig, Config
-from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.shards import (
     Stage,
@@ -21,6 +20,7 @@ from treepo_mcore.model.shards import (
     stages,
     vocabulary_parameters,
 )
+from treepo_mcore.model.sizes import Sizes
 
 CONTEXT_BYTES = 3 << 30  # assumed: CUDA context, NCCL's buffers, cuBLAS workspaces, a sleeping engine's rest
 SAVING, LOADING = 20, 12  # bytes of host memory a parameter: 12 of the optimizer, one part twice more on the way

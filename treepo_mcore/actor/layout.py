@@ -13,29 +13,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from treepo_mcore.actor.model import unwrap
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.families import parts_of
+from treepo_mcore.model.family import Part
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.weights.layout import Piece, rows
-
-# Name inside a layer -> what it is. The second spelling of a norm is TransformerEngine's fused one.
-LAYER_PARTS = {
-    "input_layernorm.weight": "input_norm",
-    "self_attention.linear_qkv.layer_norm_weight": "input_norm",
-    "pre_mlp_layernorm.weight": "mlp_norm",
-    "mlp.linear_fc1.layer_norm_weight": "mlp_norm",
-    "self_attention.linear_qkv.weight": "qkv",
-    "self_attention.linear_qkv.bias": "qkv_bias",
-    "self_attention.q_layernorm.weight": "q_norm",
-    "self_attention.k_layernorm.weight": "k_norm",
-    "self_attention.linear_proj.weight": "o_proj",
-    "mlp.linear_fc1.weight": "gate_up",
-    "mlp.linear_fc2.weight": "down_proj",
-}
-REPLICATED = {
-    "input_norm": "input_layernorm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-}
 
 
 def megatron_parameters(chunks: list[nn.Module]) -> dict[str, nn.Parameter]:
@@ -52,7 +33,7 @@ def megatron_tensors(chunks: list[nn.Module]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in megatron_parameters(chunks).items()}
 
 
-def megatron_layout(chunks: list[nn.Module], arch: Architecture, tp_rank: int) -> list[Piece]:
+def megatron_layout(chunks: list[nn.Module], arch: Sizes, tp_rank: int) -> list[Piece]:
     """Pieces of all parameters of this rank. A parameter that is not in the table raises KeyError with its name."""
     pieces: list[Piece] = []
     for index, chunk in enumerate(chunks):
@@ -64,59 +45,50 @@ def megatron_layout(chunks: list[nn.Module], arch: Architecture, tp_rank: int) -
 
 
 def parameter_pieces(
-    arch: Architecture, name: str, local: str, shape: tuple[int, ...], offset: int, tp_rank: int
+    arch: Sizes, name: str, local: str, shape: tuple[int, ...], offset: int, tp_rank: int
 ) -> Iterator[Piece]:
     """Pieces of one parameter of a model chunk.
 
     name: Megatron's, local to the chunk; local: the same with the chunk's number; offset: layers before the chunk.
     """
-    if not name.startswith("decoder.layers."):
-        yield from _outer_pieces(arch, name, local, shape, tp_rank)
-        return
-    _, _, number, part_name = name.split(".", 3)
-    part = LAYER_PARTS[part_name]
-    prefix = f"model.layers.{int(number) + offset}."
-    if part in REPLICATED:
-        yield rows(prefix + REPLICATED[part], 0, shape[0], None, local, 0)
-    elif part in ("qkv", "qkv_bias"):
-        kind = "weight" if part == "qkv" else "bias"
-        yield from _qkv_pieces(arch, prefix, kind, local, shape, tp_rank)
-    elif part == "gate_up":
-        half = shape[0] // 2
-        yield rows(prefix + "mlp.gate_proj.weight", tp_rank * half, half, shape[1], local, 0)
-        yield rows(prefix + "mlp.up_proj.weight", tp_rank * half, half, shape[1], local, half)
-    else:
-        tensor = prefix + ("self_attn.o_proj.weight" if part == "o_proj" else "mlp.down_proj.weight")
-        yield Piece(tensor, (0, tp_rank * shape[1]), shape, local, (0, 0))
-
-
-def _outer_pieces(arch: Architecture, name: str, local: str, shape: tuple[int, ...], tp_rank: int) -> Iterator[Piece]:
-    if name == "decoder.final_layernorm.weight":
-        yield rows("model.norm.weight", 0, shape[0], None, local, 0)
-        return
-    # With tied embeddings and a pipeline, the last stage's output layer is a second copy of the embedding.
-    head = "model.embed_tokens.weight" if arch.tied else "lm_head.weight"
-    tensor = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": head}[name]
-    first = tp_rank * shape[0]
-    count = min(arch.vocab, first + shape[0]) - first
-    if count > 0:
-        yield rows(tensor, first, count, shape[1], local, 0)
+    parts, prefix, inner = parts_of(arch), "", name
+    known = parts.outer
+    if name.startswith("decoder.layers."):
+        _, _, number, inner = name.split(".", 3)
+        prefix, known = f"model.layers.{int(number) + offset}.", parts.layer
+    part = {spelling: part for part in known for spelling in part.megatron}[inner]
+    if part.cut == "qkv":
+        yield from _qkv_pieces(arch, part, prefix, local, shape, tp_rank)
+    elif part.cut == "columns":
+        (source,) = part.sources
+        yield Piece(prefix + source.tensor, (source.first, tp_rank * shape[1]), shape, local, (0, 0))
+    elif part.cut == "vocabulary":
+        first, (source,) = tp_rank * shape[0], part.sources
+        count = min(source.rows, first + shape[0]) - first
+        if count > 0:
+            yield rows(prefix + source.tensor, source.first + first, count, part.width, local, 0)
+    else:  # whole, or each source's share below the one before it
+        share = shape[0] // len(part.sources)
+        begin = 0 if part.cut == "whole" else tp_rank * share
+        for index, source in enumerate(part.sources):
+            yield rows(prefix + source.tensor, source.first + begin, share, part.width, local, index * share)
 
 
 def _qkv_pieces(
-    arch: Architecture, prefix: str, kind: str, local: str, shape: tuple[int, ...], tp_rank: int
+    arch: Sizes, part: Part, prefix: str, local: str, shape: tuple[int, ...], tp_rank: int
 ) -> Iterator[Piece]:
     """Intersect this rank's even share of the interleaved rows with the q, k and v runs of every group."""
     head, queries = arch.head_dim, arch.queries_per_group
-    width = shape[1] if len(shape) == 2 else None
+    q, k, v = part.sources
     low, high = tp_rank * shape[0], (tp_rank + 1) * shape[0]
     for group in range(arch.kv_heads):
         begin = group * (queries + 2) * head
-        for letter, at, count, first in (
-            ("q", begin, queries * head, group * queries * head),
-            ("k", begin + queries * head, head, group * head),
-            ("v", begin + (queries + 1) * head, head, group * head),
+        for source, at, count, first in (
+            (q, begin, queries * head, group * queries * head),
+            (k, begin + queries * head, head, group * head),
+            (v, begin + (queries + 1) * head, head, group * head),
         ):
             a, b = max(low, at), min(high, at + count)
             if a < b:
-                yield rows(f"{prefix}self_attn.{letter}_proj.{kind}", first + a - at, b - a, width, local, a - low)
+                run = source.first + first + a - at
+                yield rows(prefix + source.tensor, run, b - a, part.width, local, a - low)

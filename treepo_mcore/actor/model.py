@@ -34,9 +34,9 @@ from treepo_mcore.actor.attention import TreeAttention, choose_attention
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.precision import precision_fields
 from treepo_mcore.config import ActorConfig, ConfigError, did_you_mean
-from treepo_mcore.model.architecture import Architecture
 from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, padded
 from treepo_mcore.model.shards import check_tensor_parallel
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine, this_machine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -14,7 +14,7 @@ from megatron.core.enums import Fp8Recipe
 from torch import nn
 
 from treepo_mcore.config import ActorConfig, ConfigError
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine
 
 # First and last layers are the ones that FP8 hurts most (Megatron Bridge's recipes leave them in bf16, too).

@@ -11,7 +11,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from treepo_mcore.config import load_config
-from treepo_mcore.model.architecture import read_architecture, read_sizes, resolve_model
+from treepo_mcore.model.architecture import read_architecture, read_sizes
+from treepo_mcore.model.files import resolve_model
 from treepo_mcore.observe.logs import set_up_logging
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from treepo_mcore.config import Config
-from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.sizes import Sizes
 
 UTILISATION = 0.6  # of GPU memory for the engine, where rollout.engine.gpu_memory_utilization does not say
 BLOCK_FP8 = "fp8_per_block"  # vLLM's word for 128 x 128 blocks, quantised from bf16 weights: the one that pushes know

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.shards import matrix_parameters
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.tree.tree import Tree
 
 

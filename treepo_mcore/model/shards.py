@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from treepo_mcore.config import ActorConfig, ConfigError
-from treepo_mcore.model.architecture import Sizes
-from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, ENGINE_VOCAB_UNIT, padded
+from treepo_mcore.model.families import parts_of
+from treepo_mcore.model.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,18 @@ def check_tensor_parallel(sizes: Sizes, actor: ActorConfig) -> None:
 
 
 def matrix_parameters(sizes: Sizes) -> int:
-    """Weights of one layer's four matrices, whole."""
-    heads = sizes.heads * sizes.head_dim
-    return sizes.hidden * (2 * heads + 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.ffn)
+    """Weights of one layer's matrices, whole: half its FLOPs a token."""
+    return sum(part.flops for part in parts_of(sizes).layer) // 2
 
 
 def layer_parameters(sizes: Sizes, tp: int) -> int:
     """All weights of one layer on one of `tp` GPUs."""
-    norms = 2 * sizes.hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
-    bias = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim if sizes.qkv_bias else 0
-    return (matrix_parameters(sizes) + bias) // tp + norms
+    return sum(math.prod(part.actor_shape(tp)) for part in parts_of(sizes).layer)
 
 
 def vocabulary_parameters(sizes: Sizes, tp: int) -> int:
     """Of the embedding or the output layer on one of `tp` GPUs of the actor."""
-    return padded(sizes.vocab, ACTOR_VOCAB_UNIT * tp) // tp * sizes.hidden
+    return math.prod(parts_of(sizes).outer[0].actor_shape(tp))
 
 
 def stage_parameters(sizes: Sizes, stage: Stage, tp: int, pp: int) -> int:
@@ -85,24 +83,20 @@ def stage_parameters(sizes: Sizes, stage: Stage, tp: int, pp: int) -> int:
 
 def model_parameters(sizes: Sizes) -> int:
     """Weights of the checkpoint."""
-    vocabularies = 1 if sizes.tied else 2
-    return sizes.layers * layer_parameters(sizes, 1) + vocabularies * sizes.vocab * sizes.hidden + sizes.hidden
+    parts = parts_of(sizes)
+    return sizes.layers * sum(part.numel for part in parts.layer) + sum(part.numel for part in parts.outer)
 
 
 def engine_parameters(sizes: Sizes, tp: int) -> tuple[int, int]:
-    """On one of `tp` GPUs of an engine: in matrices of layers (these can be FP8), and everything else.
-
-    Key and value heads are repeated when there are fewer of them than GPUs.
-    """
-    heads = sizes.heads * sizes.head_dim // tp
-    kv = max(1, sizes.kv_heads // tp) * sizes.head_dim
-    matrices = sizes.hidden * (2 * heads + 2 * kv + 3 * (sizes.ffn // tp))
-    bias = heads + 2 * kv if sizes.qkv_bias else 0
-    norms = 2 * sizes.hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
-    vocabulary = padded(sizes.vocab, ENGINE_VOCAB_UNIT) // tp * sizes.hidden * (1 if sizes.tied else 2)
-    return sizes.layers * matrices, sizes.layers * (norms + bias) + vocabulary + sizes.hidden
+    """On one of `tp` GPUs of an engine: in matrices of layers (these can be FP8), and everything else."""
+    parts = parts_of(sizes)
+    counts = {part: math.prod(part.engine_shape(tp, sizes.head_dim)) for part in (*parts.layer, *parts.outer)}
+    matrices = sizes.layers * sum(counts[part] for part in parts.layer if part.quantised)
+    rest = sizes.layers * sum(counts[part] for part in parts.layer if not part.quantised)
+    return matrices, rest + sum(counts[part] for part in parts.outer)
 
 
 def tensors(sizes: Sizes) -> int:
     """Tensors in the actor's layout of the whole model: what a gathered push handles one by one."""
-    return sizes.layers * (6 + sizes.qkv_bias + 2 * sizes.qk_norm) + 2 + (not sizes.tied)
+    parts = parts_of(sizes)
+    return sizes.layers * len(parts.layer) + len(parts.outer)

@@ -16,13 +16,13 @@ from treepo_mcore.actor.costs import (
 )
 from treepo_mcore.config import Config
 from treepo_mcore.engine.costs import GRAPH_BYTES, UTILISATION, EngineMemory, cache_bytes, engine_in_fp8
-from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.shards import (
     Stage,
     engine_parameters,
     stages,
 )
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan.hardware import Cluster
 
 PHASES = ("update", "log_probs", "push", "rollout")

@@ -23,7 +23,7 @@ from treepo_mcore.actor.parallel import Grid, build_grid, leave_grid
 from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.engine.vllm.engine import engine_arguments
 from treepo_mcore.engine.vllm.layout import MetaEngine, vllm_layout, vllm_padding, vllm_shapes
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine, this_machine
 from treepo_mcore.system.placement import Placement, colocated
 from treepo_mcore.weights.fp8 import SCALE, block_plan, fp8_parameters
@@ -122,7 +122,7 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
                 held[place] = megatron_layout(build_meta_model(configs, arch), arch, grid.tp_rank)
             with engine.groups():
                 if rank < tp:
-                    parameters.append(engine.parameters())
+                    parameters.append(engine.parameters(arch))
         grids.append(grid)
         groups = groups or created
         _check_same_groups(rank, created, groups)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from treepo_mcore.actor.costs import in_fp8
 from treepo_mcore.config import Config, check_grid
 from treepo_mcore.engine.costs import BLOCK_FP8, EngineMemory, engine_in_fp8
-from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.facts import FP8_BLOCK
 from treepo_mcore.model.shards import check_tensor_parallel, model_parameters, stages
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.hardware import Cluster, Gpu
 from treepo_mcore.plan.memory import PHASES, Memory, plan_memory

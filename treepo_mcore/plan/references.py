@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from treepo_mcore.config import Config, parse_config
-from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.hardware import Cluster, make_cluster
 from treepo_mcore.plan.memory import plan_engine

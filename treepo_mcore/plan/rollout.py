@@ -9,9 +9,9 @@ import numpy as np
 
 from treepo_mcore.config import Config
 from treepo_mcore.engine.costs import EngineMemory, engine_in_fp8
-from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.shards import matrix_parameters, model_parameters
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.constants import LINK_EFFICIENCY
 from treepo_mcore.plan.hardware import Cluster

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from treepo_mcore.actor.costs import actor_state, in_fp8
 from treepo_mcore.config import ActorConfig, Config
 from treepo_mcore.engine.costs import EngineMemory
-from treepo_mcore.model.architecture import Sizes
 from treepo_mcore.model.facts import ELEMENT, padded
 from treepo_mcore.model.shards import Stage, matrix_parameters, model_parameters, stage_parameters, stages, tensors
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.constants import LINK_EFFICIENCY
 from treepo_mcore.plan.hardware import Cluster

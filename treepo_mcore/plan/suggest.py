@@ -14,7 +14,7 @@ from rich.table import Table
 
 from treepo_mcore.config import Config, ConfigError, apply_override, parse_config
 from treepo_mcore.engine.costs import EngineMemory
-from treepo_mcore.model.architecture import Sizes
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan.hardware import Cluster
 from treepo_mcore.plan.memory import plan_memory
 from treepo_mcore.plan.plan import Plan, errors_of, plan_run

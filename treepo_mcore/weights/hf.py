@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.model.architecture import Architecture, safetensors_header, weight_files
+from treepo_mcore.model.files import safetensors_header, weight_files
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.weights.layout import Piece, box, hf_shapes
 
+UNUSED = ("rotary_emb.inv_freq", "lm_head.weight")  # endings of tensors that a checkpoint may have in excess
 SHARD_BYTES = 5 << 30  # of one exported safetensors file, the hub's habit
 READABLE = ("F64", "F32", "F16", "BF16")  # safetensors' names; others (F8_E4M3, I8) need scales that are not read here
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, chat template
@@ -31,7 +33,13 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
     """
     files = weight_files(directory)
     headers = {file: safetensors_header(file) for file in set(files.values())}
-    for name, shape in hf_shapes(arch).items():
+    shapes = hf_shapes(arch)
+    for name in sorted(files.keys() - shapes.keys()):
+        if not name.endswith(UNUSED):
+            raise ConfigError(
+                f"{files[name]}: tensor {name} has no place in a {arch.family} model as config.json describes it"
+            )
+    for name, shape in shapes.items():
         if name not in files:
             raise ConfigError(f"{directory}: tensor {name} is missing from the safetensors files")
         dtype = headers[files[name]][name]["dtype"]

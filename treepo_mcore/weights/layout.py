@@ -1,7 +1,8 @@
 """One picture of where every weight lives.
 
 Every local tensor, Megatron's, vLLM's or a file's, is a list of pieces: a box of a Hugging Face tensor and the place
-of that box in the local tensor. Boxes keep their shape; nothing is ever transposed.
+of that box in the local tensor. Boxes keep their shape; nothing is ever transposed. A local tensor may have more
+dimensions than the file's (experts stacked in one): its first indices then choose the slab that the box lies in.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model import family
+from treepo_mcore.model.families import parts_of
+from treepo_mcore.model.sizes import Sizes
 
 
 @dataclass(frozen=True, order=True)
@@ -22,7 +25,7 @@ class Piece:
     start: tuple[int, ...]  # first index in the HF tensor, each dimension
     shape: tuple[int, ...]
     local: str  # name of the local tensor
-    local_start: tuple[int, ...]
+    local_start: tuple[int, ...]  # one index for each dimension of the local tensor
 
     def of_local(self, tensors: dict[str, Tensor]) -> Tensor:
         """View of the piece in its local tensor."""
@@ -35,8 +38,11 @@ class Piece:
 
 
 def box(tensor: Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """View ``tensor[start : start + shape]``."""
-    for dim, (first, size) in enumerate(zip(start, shape, strict=True)):
+    """View ``tensor[start : start + shape]``. Indices beyond the shape's come first and choose a slab of the tensor."""
+    slab = len(start) - len(shape)
+    for index in start[:slab]:
+        tensor = tensor.select(0, index)
+    for dim, (first, size) in enumerate(zip(start[slab:], shape, strict=True)):
         tensor = tensor.narrow(dim, first, size)
     return tensor
 
@@ -48,26 +54,6 @@ def rows(tensor: str, first: int, count: int, width: int | None, local: str, loc
     return Piece(tensor, (first, 0), (count, width), local, (local_first, 0))
 
 
-def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint with its shape, in the order of the layers."""
-    hidden, head = arch.hidden, arch.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab, hidden)}
-    for layer in range(arch.layers):
-        p = f"model.layers.{layer}."
-        shapes[p + "input_layernorm.weight"] = (hidden,)
-        for name, heads in (("q", arch.heads), ("k", arch.kv_heads), ("v", arch.kv_heads)):
-            shapes[p + f"self_attn.{name}_proj.weight"] = (heads * head, hidden)
-            if arch.qkv_bias:
-                shapes[p + f"self_attn.{name}_proj.bias"] = (heads * head,)
-        if arch.qk_norm:
-            shapes[p + "self_attn.q_norm.weight"] = (head,)
-            shapes[p + "self_attn.k_norm.weight"] = (head,)
-        shapes[p + "self_attn.o_proj.weight"] = (hidden, arch.heads * head)
-        shapes[p + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[p + "mlp.gate_proj.weight"] = (arch.ffn, hidden)
-        shapes[p + "mlp.up_proj.weight"] = (arch.ffn, hidden)
-        shapes[p + "mlp.down_proj.weight"] = (hidden, arch.ffn)
-    shapes["model.norm.weight"] = (hidden,)
-    if not arch.tied:
-        shapes["lm_head.weight"] = (arch.vocab, hidden)
-    return shapes
+def hf_shapes(arch: Sizes) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint with its shape, in the order of the layers. Raises `ConfigError`: see `family`."""
+    return family.hf_shapes(parts_of(arch), arch.layers)

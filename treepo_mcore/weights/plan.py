@@ -150,7 +150,9 @@ def _transfer(shared: Box, source: int, held: Piece, target: int, wanted: Piece)
 
 def _translate(start: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
     """An index of the HF tensor as an index of the piece's local tensor."""
-    return tuple(i - a + b for i, a, b in zip(start, piece.start, piece.local_start, strict=True))
+    slab = len(piece.local_start) - len(piece.shape)
+    inside = piece.local_start[slab:]
+    return piece.local_start[:slab] + tuple(i - a + b for i, a, b in zip(start, piece.start, inside, strict=True))
 
 
 def _intersect(one: Box, other: Box) -> Box | None:
@@ -232,7 +234,8 @@ def part_of(transfer: Transfer, first: int, count: int, dim: int = 0) -> Transfe
     """`count` rows of the box (columns with dim 1), from the row `first` of it on."""
 
     def moved(start: tuple[int, ...]) -> tuple[int, ...]:
-        return (*start[:dim], start[dim] + first, *start[dim + 1 :])
+        at = len(start) - len(transfer.shape) + dim  # behind the indices of a slab
+        return (*start[:at], start[at] + first, *start[at + 1 :])
 
     return replace(
         transfer,

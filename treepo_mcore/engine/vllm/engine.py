@@ -22,7 +22,7 @@ from treepo_mcore.engine.protocol import Chunk
 from treepo_mcore.engine.vllm import cpu as vllm_cpu
 from treepo_mcore.engine.vllm.layout import fp8_shapes, refusals, vllm_shapes
 from treepo_mcore.grow.sampler import Finish, Request
-from treepo_mcore.model.architecture import Architecture
+from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.weights.fp8 import check_whole_columns
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.model.architecture import Architecture
 from treepo_mcore.model.facts import ENGINE_VOCAB_UNIT, padded
+from treepo_mcore.model.families import parts_of
+from treepo_mcore.model.family import Part
+from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.weights.fp8 import FP8, SCALE, fp8_parameters, scale_shape
 from treepo_mcore.weights.layout import Piece, rows
-
-LINEAR = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")  # what vLLM quantises
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ class MetaEngine:
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self, arch: Sizes) -> dict[str, Tensor]:
         """Parameters of the model that vLLM builds on this rank, by name. Within `groups`."""
         from vllm.model_executor.model_loader.utils import initialize_model
         from vllm.utils.torch_utils import set_default_torch_dtype
@@ -86,14 +86,14 @@ class MetaEngine:
             model = initialize_model(self.config)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         if self.quantised:  # what vLLM leaves of weights that are nowhere here
-            for name in [name for name in parameters if name.endswith(LINEAR)]:
+            for name in fp8_shapes(arch, self.config.parallel_config.tensor_parallel_size):
                 scales = scale_shape(tuple(parameters[name].shape))
                 parameters[name] = parameters[name].to(FP8)
                 parameters[name + SCALE] = torch.empty(scales, dtype=torch.float32, device="meta")
         return parameters
 
 
-def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_rank: int) -> list[Piece]:
+def vllm_layout(parameters: dict[str, Tensor], arch: Sizes, tp: int, tp_rank: int) -> list[Piece]:
     """Pieces of all parameters of one rank of an engine over `tp` ranks.
 
     parameters: the real model's, by name. Raises `ValueError` naming a parameter that the table does not know, that
@@ -112,117 +112,82 @@ def vllm_layout(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_r
     return list(vllm_pieces(arch, tp, tp_rank))
 
 
-def fp8_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
+def fp8_shapes(arch: Sizes, tp: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what `fp8_per_block` quantises on one rank of an engine, from the sizes alone."""
-    return {name: shape for name, shape in vllm_shapes(arch, tp).items() if name.endswith(LINEAR)}
+    _check_divisible(arch, tp)
+    return {name: part.engine_shape(tp, arch.head_dim) for name, _, part in _named_parts(arch) if part.quantised}
 
 
-def vllm_padding(parameters: dict[str, Tensor], arch: Architecture, tp: int, tp_rank: int) -> list[Tensor]:
+def vllm_padding(parameters: dict[str, Tensor], arch: Sizes, tp: int, tp_rank: int) -> list[Tensor]:
     """Views of the vocabulary rows that no HF row fills; vLLM's own loader writes zeros there."""
     names = ["model.embed_tokens.weight", "lm_head.weight"]
     used = _vocab_rows(arch, tp, tp_rank)
     return [parameters[name][used:] for name in names if name in parameters and used < len(parameters[name])]
 
 
-def vllm_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
+def vllm_shapes(arch: Sizes, tp: int) -> dict[str, tuple[int, ...]]:
     """Every parameter of one rank with its shape; all ranks of an engine are alike.
 
     Raises `ConfigError` for sizes that vLLM cannot split over `tp` ranks.
     """
     _check_divisible(arch, tp)
-    hidden, head = arch.hidden, arch.head_dim
-    queries, ffn = arch.heads // tp * head, arch.ffn // tp
-    fused = queries + 2 * _local_kv_heads(arch, tp) * head
-    vocab = (_padded_vocab(arch) // tp, hidden)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocab}
-    for layer in range(arch.layers):
-        p = f"model.layers.{layer}."
-        shapes[p + "self_attn.qkv_proj.weight"] = (fused, hidden)
-        if arch.qkv_bias:
-            shapes[p + "self_attn.qkv_proj.bias"] = (fused,)
-        if arch.qk_norm:
-            shapes[p + "self_attn.q_norm.weight"] = (head,)
-            shapes[p + "self_attn.k_norm.weight"] = (head,)
-        shapes[p + "self_attn.o_proj.weight"] = (hidden, queries)
-        shapes[p + "mlp.gate_up_proj.weight"] = (2 * ffn, hidden)
-        shapes[p + "mlp.down_proj.weight"] = (hidden, ffn)
-        shapes[p + "input_layernorm.weight"] = (hidden,)
-        shapes[p + "post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not arch.tied:
-        shapes["lm_head.weight"] = vocab
-    return shapes
+    return {name: part.engine_shape(tp, arch.head_dim) for name, _, part in _named_parts(arch)}
 
 
-def vllm_pieces(arch: Architecture, tp: int, tp_rank: int) -> Iterator[Piece]:
+def vllm_pieces(arch: Sizes, tp: int, tp_rank: int) -> Iterator[Piece]:
     """The same as `vllm_layout`, from the sizes alone."""
-    yield from _vocab_pieces("model.embed_tokens.weight", arch, tp, tp_rank)
+    for name, prefix, part in _named_parts(arch):
+        if part.cut == "qkv":
+            yield from _qkv_pieces(name, prefix, part, arch, tp, tp_rank)
+        elif part.cut == "columns":
+            (source,), (height, width) = part.sources, part.engine_shape(tp, arch.head_dim)
+            yield Piece(prefix + source.tensor, (source.first, tp_rank * width), (height, width), name, (0, 0))
+        elif part.cut == "vocabulary":
+            (source,), count = part.sources, _vocab_rows(arch, tp, tp_rank)
+            if count:
+                first = source.first + tp_rank * (padded(arch.vocab, ENGINE_VOCAB_UNIT) // tp)
+                yield rows(prefix + source.tensor, first, count, part.width, name, 0)
+        else:  # whole, or each source's share below the one before it
+            at = 0
+            for source in part.sources:
+                share = source.rows if part.cut == "whole" else source.rows // tp
+                first = source.first if part.cut == "whole" else source.first + tp_rank * share
+                yield rows(prefix + source.tensor, first, share, part.width, name, at)
+                at += share
+
+
+def _named_parts(arch: Sizes) -> Iterator[tuple[str, str, Part]]:
+    """vLLM's name of every parameter, the prefix of its checkpoint's tensors, and its part."""
+    parts = parts_of(arch)
+    for part in parts.outer[:1]:
+        yield part.vllm, "", part
     for layer in range(arch.layers):
-        yield from _layer_pieces(f"model.layers.{layer}.", arch, tp, tp_rank)
-    yield _whole("model.norm.weight", arch.hidden)
-    if not arch.tied:
-        yield from _vocab_pieces("lm_head.weight", arch, tp, tp_rank)
+        prefix = f"model.layers.{layer}."
+        for part in parts.layer:
+            yield prefix + part.vllm, prefix, part
+    for part in parts.outer[1:]:
+        yield part.vllm, "", part
 
 
-def _layer_pieces(p: str, arch: Architecture, tp: int, tp_rank: int) -> Iterator[Piece]:
-    hidden, head = arch.hidden, arch.head_dim
-    queries, ffn = arch.heads // tp * head, arch.ffn // tp
-    yield _whole(p + "input_layernorm.weight", hidden)
-    yield from _qkv_pieces(p, "weight", hidden, arch, tp, tp_rank)
-    if arch.qkv_bias:
-        yield from _qkv_pieces(p, "bias", None, arch, tp, tp_rank)
-    if arch.qk_norm:
-        yield _whole(p + "self_attn.q_norm.weight", head)
-        yield _whole(p + "self_attn.k_norm.weight", head)
-    yield _columns(p + "self_attn.o_proj.weight", hidden, queries, tp_rank)
-    yield _whole(p + "post_attention_layernorm.weight", hidden)
-    fused = p + "mlp.gate_up_proj.weight"
-    yield rows(p + "mlp.gate_proj.weight", tp_rank * ffn, ffn, hidden, fused, 0)
-    yield rows(p + "mlp.up_proj.weight", tp_rank * ffn, ffn, hidden, fused, ffn)
-    yield _columns(p + "mlp.down_proj.weight", hidden, ffn, tp_rank)
-
-
-def _qkv_pieces(p: str, kind: str, width: int | None, arch: Architecture, tp: int, tp_rank: int) -> Iterator[Piece]:
-    fused = f"{p}self_attn.qkv_proj.{kind}"
-    queries = arch.heads // tp * arch.head_dim
-    count = _local_kv_heads(arch, tp)
+def _qkv_pieces(name: str, prefix: str, part: Part, arch: Sizes, tp: int, tp_rank: int) -> Iterator[Piece]:
+    q, k, v = part.sources
+    queries, count = q.rows // tp, max(1, arch.kv_heads // tp)
     # With fewer heads than ranks, tp / kv_heads neighbouring ranks share one.
     first = tp_rank * count if arch.kv_heads >= tp else tp_rank // (tp // arch.kv_heads)
     begin, size = first * arch.head_dim, count * arch.head_dim
-    yield rows(f"{p}self_attn.q_proj.{kind}", tp_rank * queries, queries, width, fused, 0)
-    yield rows(f"{p}self_attn.k_proj.{kind}", begin, size, width, fused, queries)
-    yield rows(f"{p}self_attn.v_proj.{kind}", begin, size, width, fused, queries + size)
+    yield rows(prefix + q.tensor, q.first + tp_rank * queries, queries, part.width, name, 0)
+    yield rows(prefix + k.tensor, k.first + begin, size, part.width, name, queries)
+    yield rows(prefix + v.tensor, v.first + begin, size, part.width, name, queries + size)
 
 
-def _vocab_pieces(name: str, arch: Architecture, tp: int, tp_rank: int) -> Iterator[Piece]:
-    count = _vocab_rows(arch, tp, tp_rank)
-    if count:
-        yield rows(name, tp_rank * (_padded_vocab(arch) // tp), count, arch.hidden, name, 0)
-
-
-def _whole(name: str, size: int) -> Piece:
-    return rows(name, 0, size, None, name, 0)
-
-
-def _columns(name: str, height: int, width: int, tp_rank: int) -> Piece:
-    return Piece(name, (0, tp_rank * width), (height, width), name, (0, 0))
-
-
-def _local_kv_heads(arch: Architecture, tp: int) -> int:
-    return max(1, arch.kv_heads // tp)
-
-
-def _padded_vocab(arch: Architecture) -> int:
-    return padded(arch.vocab, ENGINE_VOCAB_UNIT)
-
-
-def _vocab_rows(arch: Architecture, tp: int, tp_rank: int) -> int:
+def _vocab_rows(arch: Sizes, tp: int, tp_rank: int) -> int:
     """Rows of the rank's vocabulary shard that the checkpoint has."""
-    share = _padded_vocab(arch) // tp
+    share = padded(arch.vocab, ENGINE_VOCAB_UNIT) // tp
     return max(0, min(arch.vocab, (tp_rank + 1) * share) - tp_rank * share)
 
 
-def _check_divisible(arch: Architecture, tp: int) -> None:
+def _check_divisible(arch: Sizes, tp: int) -> None:
     arch.check_split("rollout.tp", tp)
-    if _padded_vocab(arch) % tp:
-        raise ConfigError(f"rollout.tp: {tp} does not divide the model's padded vocabulary of {_padded_vocab(arch)}")
+    vocabulary = padded(arch.vocab, ENGINE_VOCAB_UNIT)
+    if vocabulary % tp:
+        raise ConfigError(f"rollout.tp: {tp} does not divide the model's padded vocabulary of {vocabulary}")

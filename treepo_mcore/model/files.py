@@ -1,0 +1,90 @@
+"""A model's directory, and the headers of its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from treepo_mcore.config import ConfigError, ModelConfig
+
+
+def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
+    """The local directory of a model: the path itself, or a hub name's snapshot through huggingface_hub.
+
+    weights: have the hub's weights too, not only what describes them. Honours HF_HUB_OFFLINE and the hub's cache.
+    Raises `ConfigError` when neither is there.
+    """
+    directory = Path(config.path)
+    if directory.is_dir():
+        return directory
+    if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path: {config.path}: no such directory (and not a hub name like org/model)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise ConfigError(
+            f"model.path: {config.path} at revision {config.revision or 'main'} is neither a directory nor "
+            f"to be had from the hub{offline}: {type(error).__name__}"
+        ) from error
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """HF tensor name -> safetensors file, from the index or the single file; every header is checked.
+
+    Raises `ConfigError` naming a file that is missing or shorter than its header says.
+    """
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.is_file():
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict):
+            raise ConfigError(f"{index}: expected a weight_map from tensors to files, found {placed!r}")
+        where = {name: directory / file for name, file in placed.items()}
+    elif single.is_file():
+        where = dict.fromkeys(safetensors_header(single), single)
+    else:
+        raise ConfigError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
+    headers = {file: safetensors_header(file) for file in sorted(set(where.values()))}
+    for name, file in where.items():
+        if name not in headers[file]:
+            raise ConfigError(f"{file}: the index places {name} here, but the file does not hold it")
+    return where
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Tensor name -> {dtype, shape, data_offsets}; checks that the file is as long as its header says."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing weight file")
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ConfigError(f"{file}: truncated safetensors file ({size} bytes, header alone needs {length + 8})")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise ConfigError(f"{file}: not a safetensors file: its header is not valid JSON") from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < end:
+        raise ConfigError(f"{file}: truncated safetensors file (found {size} bytes, expected {end})")
+    return header
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object. Raises `ConfigError` where the file is missing or holds something else."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
