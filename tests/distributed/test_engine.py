@@ -21,6 +21,7 @@ CASES = {
     "one process, rollout tp1": (1, {"family": "qwen2", "rope_parameters": YARN}, {}, 1),
     "tp2, rollout tp2": (2, {"family": "qwen3", "tie_word_embeddings": True}, {"tp": 2}, 2),
     "pp2, two engines": (2, {"family": "qwen2", "tie_word_embeddings": True}, {"pp": 2}, 1),
+    "tp2, fused files, two engines": (2, {"family": "phi3"}, {"tp": 2}, 1),
     "dp2, rollout tp2, one kv head": (2, {"family": "llama", "num_key_value_heads": 1}, {}, 2),
 }
 

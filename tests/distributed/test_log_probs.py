@@ -16,6 +16,7 @@ MODELS = {
     "qwen2 with biases": ("qwen2", {}),
     "qwen2 tied, yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen3, wide heads": ("qwen3", {"head_dim": 64}),
+    "phi3": ("phi3", {}),
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "qwen3 tied, one kv head": ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
 }

@@ -24,7 +24,7 @@ CASES = {
     "tp2 to two engines": (2, LLAMA, {"tp": 2}, 1),
     "uneven pp2 to two engines, tied": (2, {"family": "qwen2", "tie_word_embeddings": True}, UNEVEN, 1),
     "pp2 vpp2 to tp2": (2, LLAMA, {"pp": 2, "vpp": 2}, 2),
-    "tp2 pp2 to tp2": (4, {"family": "qwen2"}, {"tp": 2, "pp": 2}, 2),
+    "tp2 pp2 to tp2, fused files": (4, {"family": "phi3"}, {"tp": 2, "pp": 2}, 2),
 }
 LONG = {
     "pp2 vpp2 to two engines, tied": (2, {"family": "qwen3", "tie_word_embeddings": True}, {"pp": 2, "vpp": 2}, 1),

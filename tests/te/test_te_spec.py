@@ -30,6 +30,7 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "mistral": {},
+    "phi3": {},
 }
 
 

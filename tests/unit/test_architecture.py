@@ -121,6 +121,18 @@ def test_attention_bias_of_other_families_is_refused(tmp_path):
     assert "biases on llama attention" in text
 
 
+def test_phi3_with_longrope_or_a_part_of_the_head_rotated_is_refused(tmp_path):
+    rope = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    made = make_model(tmp_path, "phi3")
+    assert "rope type 'longrope'" in refused(
+        read_architecture, edit(made, rope_scaling=rope, remove=["rope_parameters"])
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    assert "partial_rotary_factor 0.75" in refused(
+        read_architecture, edit(made, rope_parameters=rope, remove=["rope_scaling"])
+    )
+
+
 def test_a_sliding_window_that_no_layer_uses_is_fine(directory):
     edit(directory, use_sliding_window=True, layer_types=["full_attention"] * 4)
     assert read_architecture(directory).layers == 4

@@ -18,7 +18,7 @@ from treepo_mcore.weights import hf
 from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors, load_pieces
 from treepo_mcore.weights.layout import Piece, hf_shapes
 
-FAMILIES = {"qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "llama": {"num_key_value_heads": 1}}
+FAMILIES = {"qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "llama": {"num_key_value_heads": 1}, "phi3": {}}
 
 
 def local_shapes(arch, tp):
@@ -147,7 +147,7 @@ def test_weights_that_need_scales_are_refused(directory, dtype):
     """Copied as plain numbers they would load, and mean nothing."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
-    name = "model.layers.2.mlp.up_proj.weight"
+    name = "model.layers.2.mlp.down_proj.weight"
     save_file(tensors | {name: tensors[name].to(dtype)}, file)
     kind = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}[dtype]
     message = rf"model\.safetensors: tensor {name} has dtype {kind}, expected one of F64, F32, F16, BF16$"
@@ -174,8 +174,8 @@ def test_names_of_transformer_engine(directory, tp):
 def test_a_tensor_that_nobody_holds_is_an_error(directory, group):
     arch = read_architecture(directory)
     tensors = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
-    pieces = [piece for piece in pieces_of(arch, 1, 0) if piece.tensor != "model.layers.2.mlp.up_proj.weight"]
-    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.mlp\.up_proj\.weight: 0 of"):
+    pieces = [piece for piece in pieces_of(arch, 1, 0) if piece.tensor != "model.layers.2.mlp.down_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.mlp\.down_proj\.weight: 0 of"):
         list(gather_tensors(arch, pieces, tensors, torch.float32))
 
 
@@ -183,6 +183,6 @@ def test_loading_another_shape_names_the_tensor(directory):
     arch = read_architecture(directory)
     raw = json.loads((directory / "config.json").read_text()) | {"intermediate_size": 64}
     (directory / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"tensor model\.layers\.0\.mlp\.gate_proj\.weight has shape"):
+    with pytest.raises(ConfigError, match=r"tensor model\.layers\.0\.mlp\.gate(_up)?_proj\.weight has shape"):
         load_pieces(directory, read_architecture(directory), [], {})
     assert arch.ffn == 256

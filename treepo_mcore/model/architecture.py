@@ -89,8 +89,9 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: Family) ->
         raise ConfigError(f"{where}: attention_bias is true: biases on {family.name} attention are not supported")
     if raw.get("mlp_bias"):
         raise ConfigError(f"{where}: mlp_bias is true: biases in the MLP are not supported")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor {raw['partial_rotary_factor']}; supported: 1.0")
+    part = (raw | _rope_settings(raw)).get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise ConfigError(f"{where}: partial_rotary_factor {part}; supported: 1.0")
     if raw.get("use_sliding_window") and "sliding_attention" in raw.get("layer_types", ["sliding_attention"]):
         raise ConfigError(f"{where}: use_sliding_window is true: sliding-window attention is not supported")
     window = raw.get("sliding_window", family.window) if family.windowed else None

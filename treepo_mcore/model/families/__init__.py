@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
-from treepo_mcore.model.families import llama, mistral, qwen2, qwen3
+from treepo_mcore.model.families import llama, mistral, phi3, qwen2, qwen3
 from treepo_mcore.model.family import Family, Parts
 from treepo_mcore.model.sizes import Sizes
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
+    "Phi3ForCausalLM": phi3.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
 }
