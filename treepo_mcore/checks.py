@@ -17,7 +17,10 @@ from treepo_mcore.actor.costs import host_memory
 from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from treepo_mcore.grow.branching import make_allocation
 from treepo_mcore.grow.pruning import make_pruner
+from treepo_mcore.grow.shape import sampled_shape
+from treepo_mcore.learn.advantage import find_estimator
 from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.model.files import resolve_model
 from treepo_mcore.model.sizes import Architecture
@@ -111,8 +114,20 @@ def _weights(context: Context) -> None:
 
 
 def _functions(context: Context) -> None:
-    check_function(context.config.reward)
-    make_pruner(context.config.rollout.tree.pruning)
+    """Everything that a name stands for."""
+    config = context.config
+    check_function(config.reward)
+    make_pruner(config.rollout.tree.pruning)
+    make_allocation(config.rollout.tree.branching, 0.0)
+    sampled_shape(config.rollout)
+    find_estimator(config.advantage.estimator)
+    from treepo_mcore.learn.correction import find_correction
+    from treepo_mcore.learn.loss import find_loss
+    from treepo_mcore.learn.packing import find_packing
+
+    find_packing(config.actor.packing)
+    find_correction(config.actor.correction)
+    find_loss(config.actor.loss.form)
 
 
 def _checkpoint(context: Context) -> None:

@@ -44,7 +44,7 @@ class RunConfig(Section):
     deterministic: bool = False  # decisions follow logical time (engine steps), never the clock
     resume: bool = True  # continue from the newest checkpoint in `dir`
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    trackers: list[Literal["tensorboard", "wandb"]] = []  # get the numbers of metrics.jsonl too
+    trackers: list[str] = []  # tensorboard, wandb or package.module:name; get the numbers of metrics.jsonl too
 
     @property
     def checkpoints(self) -> Path:
@@ -81,8 +81,8 @@ class BranchingConfig(Section):
     factor: IntRange = (2, 2)  # b, drawn per prompt and wave (all paths of one depth) when a range
     first: IntRange | None = None  # first-level divergence, drawn per prompt; default: `factor`
     # even: remainder to random survivors (the paper's best). low/high_logprob: softmax of the mean log-prob
-    # of the last segment; the paper found neither better than even.
-    allocation: Literal["even", "low_logprob", "high_logprob"] = "even"
+    # of the last segment; the paper found neither better than even. Or package.module:name (docs/extending.md).
+    allocation: str = "even"
     temperature: float = Field(2.0, gt=0)  # of that softmax
     temperature_end: float | None = Field(None, gt=0)  # half-cosine from `temperature` to this over the run
 
@@ -157,7 +157,7 @@ class RolloutConfig(Section):
 
     tp: int = Field(1, ge=1)  # tensor-parallel size of one engine; world size / tp engines run
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    sampler: Literal["tree", "flat"] = "tree"  # flat: W independent answers a prompt
+    sampler: str = "tree"  # flat: W independent answers a prompt; or package.module:name
     temperature: float = Field(1.0, gt=0)  # nothing else changes the distribution: ratios compare the whole of it
     tree: TreeConfig = TreeConfig()
     # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
@@ -174,14 +174,6 @@ class RolloutConfig(Section):
     # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
     # quantised before they are sent.
     engine: dict[str, Any] = {}
-
-    @property
-    def shape(self) -> TreeConfig:
-        """Of what is sampled; flat sampling is a tree that only forks at the prompt."""
-        if self.sampler == "tree":
-            return self.tree
-        width = self.tree.width
-        return self.tree.model_copy(update={"branching": BranchingConfig(factor=(1, 1), first=(width, width))})
 
 
 class FilterConfig(Section):
@@ -205,7 +197,8 @@ OF_TREEPO = (
 class AdvantageConfig(Section):
     """Estimators over a tree's sub-groups (docs/algorithm.md 4; paper equations 5 to 7)."""
 
-    estimator: Literal["treepo", "segment", "spo", "grpo", "rloo", "reinforce_pp_baseline"] = "treepo"
+    # treepo, segment, spo, grpo, rloo, reinforce_pp_baseline, or package.module:name (docs/extending.md).
+    estimator: str = "treepo"
     # The seven up to max_levels are of treepo, and refused under other estimators.
     aggregation: Literal["average", "group_size"] = "average"  # weight of the levels
     reject_uniform_subgroups: bool = False  # drop levels >= 1 whose leaves all agree (hurts: docs/algorithm.md 4.2)
@@ -235,6 +228,7 @@ class LossConfig(Section):
     # sequence_mean: leaves, of each leaf's mean (GRPO); fixed_length: leaves, of each leaf's sum divided by the
     # longest response allowed (Dr. GRPO).
     aggregation: Aggregation = "token_mean"
+    form: str = "clip"  # of a token's loss: clip-higher with dual clip, or package.module:name (docs/extending.md)
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     dual_clip: float = Field(10.0, gt=1)
@@ -280,7 +274,7 @@ class ActorConfig(Section):
     # Other recipes of Megatron: actor.megatron.fp8 and fp8_recipe. Parameters that are FP8 themselves:
     # actor.megatron.fp8_param and fp8_param_gather, together (docs/gpu.md).
     fp8: Literal["none", "current", "blockwise"] = "none"
-    packing: Literal["tree", "flat"] = "tree"  # flat: every leaf its own copy of the prefix, for comparison
+    packing: str = "tree"  # flat: every leaf its own copy of the prefix, for comparison; or package.module:name
     # Unique tokens of one packed sequence, at most; a pipeline with few sequences gets shorter ones, of whole trees.
     micro_batch_tokens: int = Field(8192, ge=1)
     attention: Literal["auto", "dense", "chain", "flex"] = "auto"  # auto: chain on a CPU, flex on a GPU
@@ -292,7 +286,8 @@ class ActorConfig(Section):
     # times min(rho, threshold); mask: no loss where rho is outside [1 / threshold, threshold]. token: rho of each
     # token; sequence: the product along each leaf's response. With old_logprobs: engine, where rho is in the clipped
     # ratio already and is first known in the update, only token_mask.
-    correction: Literal["none", "token_tis", "sequence_tis", "token_mask", "sequence_mask"] = "none"
+    # Also package.module:name, a factor of each token from log rho (docs/extending.md).
+    correction: str = "none"
     correction_threshold: float = Field(2.0, gt=1)
     max_mismatch: float | None = Field(None, gt=0)  # the run stops beyond this mean |log rho| of a mini-batch, in nats
     # The policy at the start of the run, for loss.kl_coef. host: its weights wait in host memory, the actor's size

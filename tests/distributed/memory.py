@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from layouts import mini_batches, noise
 from log_probs import make_actor
+from megatron.core.distributed import DistributedDataParallel
 
 from treepo_mcore.actor import checkpoint
+from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.memory import storages
+from treepo_mcore.config import ActorConfig
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.trainer import Trainer
 
@@ -60,6 +63,29 @@ def updates(
             }
     memory.keep(EVERYTHING)
     return {name: tensor.clone() for name, tensor in actor.tensors.items()}, sizes
+
+
+def weights_alone(directory: str, trees: str, out: str) -> dict[str, Any]:
+    """What an actor that only answers holds, and what it reads of a checkpoint of one that has learnt."""
+    actor = make_actor(Path(directory), {})
+    (batch,) = mini_batches(actor, trees, 100, "tree")
+    actor.update(batch, [o[0] for o in actor.log_probs(batch)], PolicyObjective(actor.config))
+    checkpoint.save(Path(out), 1, actor, {}, keep=1)
+    newest = checkpoint.newest(Path(out))
+    assert newest is not None
+    settings = {"temperature": 1.0, "total_steps": 1, "learns": False}
+    reader = Actor(ActorConfig(dtype="float32"), actor.arch, Path(directory), actor.grid, **settings)
+    before = {name: tensor.clone() for name, tensor in reader.tensors.items()}
+    checkpoint.load(newest, reader)
+    reader.memory.keep(set())
+    reader.memory.keep({"parameters"})
+    return {
+        "learner": actor.memory.bytes,
+        "reader": reader.memory.bytes,
+        "wrapped": any(isinstance(chunk, DistributedDataParallel) for chunk in reader.chunks),
+        "changed": any(not torch.equal(before[name], tensor) for name, tensor in reader.tensors.items()),
+        "equal": all(torch.equal(actor.tensors[name], tensor) for name, tensor in reader.tensors.items()),
+    }
 
 
 def warm_up(folder: str, model: str, out: str) -> dict[str, Any]:

@@ -40,6 +40,18 @@ def test_updates_are_the_same_when_everything_moves_in_between(model_directory, 
             assert found["pinned"] == found["host"], name
 
 
+def test_an_actor_that_only_answers_holds_weights_alone(model_directory, tmp_path):
+    """Neither gradients nor optimizer; and its weights are those of the checkpoint."""
+    write_trees(tmp_path / "trees.jsonl", [random_tree(seed) for seed in range(4)])
+    arguments = {"directory": str(model_directory("qwen2")), "trees": str(tmp_path / "trees.jsonl")}
+    (found,) = launch("memory:weights_alone", 1, arguments | {"out": str(tmp_path / "checkpoints")})
+    parameters = found["learner"]["parameters"]
+    assert found["learner"]["gradients"] + found["learner"]["optimizer"] >= 3 * parameters
+    assert 0 < found["reader"]["parameters"] <= parameters
+    assert (found["reader"]["gradients"], found["reader"]["optimizer"], found["wrapped"]) == (0, 0, False)
+    assert (found["changed"], found["equal"]) == (True, True)
+
+
 def test_the_warm_up_of_the_quickstart_with_state_away_between_steps(task, tmp_path):
     model = Path(next(override for override in task if override.startswith("model.path=")).split("=")[1])
     arguments = {"folder": str(model.parent), "model": str(model), "out": str(tmp_path / "out")}

@@ -26,6 +26,7 @@ from treepo_mcore.config import (
     parse_config,
 )
 from treepo_mcore.engine.vllm.layout import vllm_pieces
+from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.learn.advantage import LeafAdvantage
 from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.model.architecture import read_sizes
@@ -154,7 +155,7 @@ def leaf_length(tree, leaf):
 
 
 def test_flat_answers_share_nothing():
-    profile = grow(RolloutConfig(sampler="flat").shape, hazard(1792, 7168))
+    profile = grow(sampled_shape(RolloutConfig(sampler="flat")), hazard(1792, 7168))
     assert profile.sharing == 1
     assert profile.physical / 16 == pytest.approx(1792, rel=0.03)
     assert profile.live[0] == 16

@@ -10,8 +10,7 @@ from treepo_mcore.config import AdvantageConfig
 from treepo_mcore.learn.advantage import (
     NodeAdvantage,
     advantages,
-    node_advantages,
-    raw_advantages,
+    raw_values,
     tree_from_plain,
     whiten,
 )
@@ -57,7 +56,7 @@ def test_all_keys_of_the_cases_are_covered():
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", RAW)
 def test_raw_values(case, name):
-    found = raw_advantages(case_tree(case), AdvantageConfig(**RAW[name]))
+    found = raw_values(case_tree(case), AdvantageConfig(**RAW[name]))
     np.testing.assert_allclose(found, CASES[case]["raw"][name], atol=2e-6)
 
 
@@ -97,7 +96,7 @@ def test_node_sums(case):
 @pytest.mark.parametrize(("estimator", "key"), [("segment", "treeseg_raw_segment_adv"), ("spo", "spo_segment_adv")])
 def test_segment_estimators(case, estimator, key):
     tree = case_tree(case)
-    values = node_advantages(tree, AdvantageConfig(estimator=estimator))
+    values = raw_values(tree, AdvantageConfig(estimator=estimator))
     for leaf, expected in zip(tree.leaves, CASES[case][key], strict=True):
         np.testing.assert_allclose(values[tree.path(leaf.node)[1:]], expected, atol=2e-6)
 
@@ -105,16 +104,16 @@ def test_segment_estimators(case, estimator, key):
 def test_max_levels_one_is_the_mean_baseline():
     tree = case_tree("A")
     np.testing.assert_allclose(
-        raw_advantages(tree, AdvantageConfig(max_levels=1)),
-        raw_advantages(tree, AdvantageConfig(estimator="reinforce_pp_baseline")),
+        raw_values(tree, AdvantageConfig(max_levels=1)),
+        raw_values(tree, AdvantageConfig(estimator="reinforce_pp_baseline")),
     )
 
 
 def test_single_leaf_keeps_its_reward_under_every_option():  # the root level is always there
     tree = tree_from_plain({"leaves": [{"path": ["a", "b"], "reward": -1, "n_tokens": 3}]})
     for options in RAW.values():
-        np.testing.assert_array_equal(raw_advantages(tree, AdvantageConfig(**options)), [-1.0])
-    assert raw_advantages(tree, AdvantageConfig(estimator="grpo"))[0] == pytest.approx(-1.0, abs=2e-6)
+        np.testing.assert_array_equal(raw_values(tree, AdvantageConfig(**options)), [-1.0])
+    assert raw_values(tree, AdvantageConfig(estimator="grpo"))[0] == pytest.approx(-1.0, abs=2e-6)
 
 
 def test_unsplit_tree_has_finite_advantages():  # ids without inner nodes gave 0 or NaN
@@ -122,7 +121,7 @@ def test_unsplit_tree_has_finite_advantages():  # ids without inner nodes gave 0
     tree = tree_from_plain({"leaves": leaves})
     for options in RAW.values():
         expected = [2.0, -2 / 3, -2 / 3, -2 / 3] if "leave_one_out" in options else [1.5, -0.5, -0.5, -0.5]
-        np.testing.assert_allclose(raw_advantages(tree, AdvantageConfig(**options)), expected)
+        np.testing.assert_allclose(raw_values(tree, AdvantageConfig(**options)), expected)
 
 
 def test_whitening_is_over_the_whole_batch_and_weighted_by_tokens():
@@ -143,7 +142,7 @@ def test_segment_whitening_uses_real_lengths():  # the released code takes L tok
         node.tokens.extend([1] * number)
     config = AdvantageConfig(estimator="segment")
     (found,) = advantages([tree], config)
-    raw = node_advantages(tree, config)
+    raw = raw_values(tree, config)
     flat = [raw[n] for leaf in tree.leaves for n in tree.path(leaf.node)[1:] for _ in tree.nodes[n].tokens]
     expected = (raw[1:] - np.mean(flat)) / np.std(flat, ddof=1)
     np.testing.assert_allclose(found.values[1:], expected, atol=1e-6)
@@ -180,7 +179,7 @@ def test_leave_one_out_with_masses_is_the_mean_of_the_others():
     expected = [
         rewards[i] - np.average(np.delete(rewards, i), weights=np.delete(masses, i)) for i in range(len(rewards))
     ]
-    np.testing.assert_allclose(raw_advantages(tree, config), expected)
+    np.testing.assert_allclose(raw_values(tree, config), expected)
 
 
 def test_missing_reward_and_bad_plain_forms_are_errors():

@@ -27,7 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 def advantages(
     file: File,
     estimator: Annotated[
-        Literal["treepo", "grpo", "rloo", "reinforce_pp_baseline", "segment", "spo"], typer.Option()
+        str, typer.Option(help=f"{', '.join(advantage.ESTIMATORS)} or package.module:name")
     ] = "treepo",
     aggregation: Annotated[Literal["average", "group_size"], typer.Option(help="weight of the levels")] = "average",
     reject_uniform_subgroups: Annotated[bool, typer.Option("--reject-uniform-subgroups")] = False,
@@ -109,7 +109,7 @@ def advantage_rows(trees: Sequence[Tree], config: AdvantageConfig) -> list[dict[
     whitened = advantage.advantages(trees, config)
     alone = {"whiten": "none", "mass_loss_weight": False}
     raw = advantage.advantages(trees, config.model_copy(update=alone))
-    per_node = config.estimator in ("segment", "spo")
+    per_node = advantage.find_estimator(config.estimator).per_node
 
     def values(of: advantage.Advantage, tree: Tree) -> list[Any]:
         paths = [of.along(tree, leaf) for leaf in range(len(tree.leaves))]

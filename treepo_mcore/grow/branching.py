@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from treepo_mcore.config import BranchingConfig
+from treepo_mcore.registry import resolve
 from treepo_mcore.tree.tree import Tree
 
 # The slot for a policy: (tree, survivors, children in all, rng) -> children of each survivor, each at least 1.
@@ -33,16 +35,13 @@ def total_children(width: int, leaves: int, new_leaves: int, survivors: int, fac
 
 
 def make_allocation(config: BranchingConfig, progress: float) -> Allocation:
-    """The configured policy; `progress` in [0, 1] is how much of the run has passed."""
-    if config.allocation == "even":
-        return allocate_evenly
-    sign = -1.0 if config.allocation == "low_logprob" else 1.0
-    scale = sign / temperature_at(config, progress)
+    """The configured policy; `progress` in [0, 1] is how much of the run has passed.
 
-    def allocate(tree: Tree, survivors: Sequence[int], children: int, rng: random.Random) -> list[int]:
-        return allocate_by_logprob(tree, survivors, children, rng, scale)
-
-    return allocate
+    Raises `ConfigError` where there is no such policy.
+    """
+    key, parameters = "rollout.tree.branching.allocation", ("tree", "survivors", "children", "rng")
+    make = resolve(key, config.allocation, ALLOCATIONS, lambda function: lambda *_: function, parameters)
+    return make(config, progress)
 
 
 def allocate_evenly(tree: Tree, survivors: Sequence[int], children: int, rng: random.Random) -> list[int]:
@@ -70,6 +69,15 @@ def allocate_by_logprob(
     return [1 + count for count in counts]
 
 
+def _by_logprob(sign: float) -> Callable[[BranchingConfig, float], Allocation]:
+    """Favours high log-probs for a sign of 1, low ones for -1."""
+
+    def make(config: BranchingConfig, progress: float) -> Allocation:
+        return partial(allocate_by_logprob, scale=sign / temperature_at(config, progress))
+
+    return make
+
+
 def temperature_at(config: BranchingConfig, progress: float) -> float:
     """Half a cosine from `temperature` to `temperature_end` over the run."""
     start = config.temperature
@@ -79,3 +87,11 @@ def temperature_at(config: BranchingConfig, progress: float) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+# (configuration, progress) -> the policy
+ALLOCATIONS: dict[str, Callable[[BranchingConfig, float], Allocation]] = {
+    "even": lambda config, progress: allocate_evenly,
+    "low_logprob": _by_logprob(-1.0),
+    "high_logprob": _by_logprob(1.0),
+}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from treepo_mcore.config import ConfigError, PruningConfig
+from treepo_mcore.config import PruningConfig
+from treepo_mcore.registry import import_function
 from treepo_mcore.tree.tree import PROMPT, Tree
 
 
@@ -39,21 +39,7 @@ def make_pruner(config: PruningConfig) -> Prune | None:
     if minimum is not None:
         rules.append(lambda view: view.mean_logprob() < minimum)
     if config.function is not None:
-        rules.append(_import(config.function))
+        rules.append(import_function("rollout.tree.pruning.function", config.function, ("view",)))
     if not rules:
         return None
     return lambda view: any(rule(view) for rule in rules)
-
-
-def _import(name: str) -> Prune:
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ConfigError(f"rollout.tree.pruning.function: expected package.module:name, found {name!r}")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of the user's module: whatever it raises while it is imported
-        what = f"cannot import {name!r}: {type(error).__name__}: {error}"
-        raise ConfigError(f"rollout.tree.pruning.function: {what}") from error
-    if not callable(function):
-        raise ConfigError(f"rollout.tree.pruning.function: {name!r} is not callable")
-    return function

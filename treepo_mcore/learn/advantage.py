@@ -1,6 +1,6 @@
 """Estimators over a tree's sub-groups (docs/algorithm.md 4; paper equations 5 to 7).
 
-`raw_advantages` is the estimator alone; `advantages` also whitens over the batch and carries loss weights. A
+`raw_values` is the estimator alone; `advantages` also whitens over the batch and carries loss weights. A
 trajectory estimator gives each leaf one value, a segment estimator each node one.
 
 Paper findings: a plain average over levels beats weights by group size; rejecting uniform sub-groups hurts; leaving
@@ -10,7 +10,7 @@ out the root level changes little.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ import numpy as np
 
 from treepo_mcore.config import AdvantageConfig, Aggregation
 from treepo_mcore.records import Advantage
+from treepo_mcore.registry import resolve
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, get
 
 LONGEST = 10**7  # tokens of a leaf in the plain form
-WHITENED = ("treepo", "segment", "reinforce_pp_baseline")  # the others are defined without
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,23 @@ class NodeAdvantage:
         return self.values[tree.path(tree.leaves[leaf].node)] * (self.weights * self.factors)[leaf]
 
 
+Values = Callable[[Tree, np.ndarray, AdvantageConfig], np.ndarray]  # (tree, rewards float64[leaves], config)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Values before whitening: float64[leaves], or float64[nodes] where it gives one for each node."""
+
+    values: Values
+    per_node: bool = False
+    whitened: bool = True  # where advantage.whiten says so; some are defined without
+
+
+def find_estimator(name: str) -> Estimator:
+    """Of `ESTIMATORS`, or a function of the user's, one value a leaf. Raises `ConfigError` where there is none."""
+    return resolve("advantage.estimator", name, ESTIMATORS, Estimator, ("tree", "rewards", "config"))
+
+
 def advantages(
     trees: Sequence[Tree], config: AdvantageConfig, aggregation: Aggregation = "token_mean"
 ) -> list[Advantage]:
@@ -76,46 +93,23 @@ def advantages(
     Whitening is over all response tokens of the batch, so call this before splitting into mini-batches.
     Raises ValueError when a leaf has no reward.
     """
-    raw = [node_advantages(tree, config) if _per_node(config) else raw_advantages(tree, config) for tree in trees]
-    if config.whiten == "batch" and config.estimator in WHITENED and raw:
-        tokens = [_node_tokens(tree) if _per_node(config) else _response_lengths(tree) for tree in trees]
+    estimator = find_estimator(config.estimator)
+    raw = [raw_values(tree, config) for tree in trees]
+    if config.whiten == "batch" and estimator.whitened and raw:
+        tokens = [_node_tokens(tree) if estimator.per_node else _response_lengths(tree) for tree in trees]
         raw = whiten(raw, tokens, config.whiten_shift)
-    kind = NodeAdvantage if _per_node(config) else LeafAdvantage
+    kind = NodeAdvantage if estimator.per_node else LeafAdvantage
     return [kind(values, _loss_weights(tree, config, aggregation)) for tree, values in zip(trees, raw, strict=True)]
 
 
-def raw_advantages(tree: Tree, config: AdvantageConfig) -> np.ndarray:
-    """Trajectory estimators before whitening, float64[leaves]."""
-    rewards = _rewards(tree)
-    if config.estimator == "treepo":
-        return _treepo(tree, rewards, config)
-    size = len(rewards)
-    centred = rewards - rewards.mean() if size > 1 else rewards  # the mean of a single leaf is taken as 0
-    if config.estimator == "grpo":
-        return centred / ((rewards.std(ddof=1) if size > 1 else 1.0) + 1e-6)
-    if config.estimator == "rloo":
-        return centred * (size / (size - 1) if size > 1 else 1.0)
-    if config.estimator == "reinforce_pp_baseline":
-        return centred
-    raise ValueError(f"advantage.estimator: {config.estimator} gives one value per node, not per leaf")
-
-
-def node_advantages(tree: Tree, config: AdvantageConfig) -> np.ndarray:
-    """Segment estimators before whitening, float64[nodes]: a node's value minus its parent's, 0 for the prompt.
-
-    `segment`: a leaf is worth the average of (reward - ancestor's mean), weighted by group size, over all prefixes,
-    the prompt and the leaf itself included; a node the mean of its children; the prompt 0.
-    `spo`: a leaf is worth its reward; values are z-scored among siblings.
-    """
-    rewards = _rewards(tree)
-    if config.estimator == "segment":
-        values = _mean_of_children(tree, _prefix_average(tree, rewards))
-    elif config.estimator == "spo":
-        values = _among_siblings(tree, _mean_of_children(tree, rewards))
-    else:
-        raise ValueError(f"advantage.estimator: {config.estimator} gives one value per leaf, not per node")
-    values[PROMPT] = 0.0
-    return values - values[[max(node.parent, PROMPT) for node in tree.nodes]]
+def raw_values(tree: Tree, config: AdvantageConfig) -> np.ndarray:
+    """The estimator alone, before whitening: float64[leaves] or, of a segment estimator, float64[nodes]."""
+    estimator = find_estimator(config.estimator)
+    values = np.asarray(estimator.values(tree, _rewards(tree), config), dtype=np.float64)
+    expected = (len(tree.nodes) if estimator.per_node else len(tree.leaves),)
+    if values.shape != expected:
+        raise ValueError(f"advantage.estimator: {config.estimator} gave the shape {values.shape}, expected {expected}")
+    return values
 
 
 def whiten(values: list[np.ndarray], tokens: list[np.ndarray], shift: bool) -> list[np.ndarray]:
@@ -145,6 +139,40 @@ def _treepo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndar
         differences *= group_mass / others
     weights = used * (counts if config.aggregation == "group_size" else 1.0)
     return (weights * differences).sum(axis=1) / weights.sum(axis=1)
+
+
+def _centred(rewards: np.ndarray) -> np.ndarray:
+    return rewards - rewards.mean() if len(rewards) > 1 else rewards  # the mean of a single leaf is taken as 0
+
+
+def _grpo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    return _centred(rewards) / ((rewards.std(ddof=1) if len(rewards) > 1 else 1.0) + 1e-6)
+
+
+def _rloo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    size = len(rewards)
+    return _centred(rewards) * (size / (size - 1) if size > 1 else 1.0)
+
+
+def _reinforce_pp_baseline(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    return _centred(rewards)
+
+
+def _segment(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """A leaf is worth the average of (reward - ancestor's mean), weighted by group size, over all prefixes, the prompt
+    and the leaf itself included; a node the mean of its children; the prompt 0."""
+    return _above_parents(tree, _mean_of_children(tree, _prefix_average(tree, rewards)))
+
+
+def _spo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """A leaf is worth its reward; values are z-scored among siblings."""
+    return _above_parents(tree, _among_siblings(tree, _mean_of_children(tree, rewards)))
+
+
+def _above_parents(tree: Tree, values: np.ndarray) -> np.ndarray:
+    """A node's value minus its parent's, 0 for the prompt."""
+    values[PROMPT] = 0.0
+    return values - values[[max(node.parent, PROMPT) for node in tree.nodes]]
 
 
 def _used_levels(
@@ -225,10 +253,6 @@ def _loss_weights(tree: Tree, config: AdvantageConfig, aggregation: Aggregation)
     return weights / _response_lengths(tree) if aggregation == "sequence_mean" else weights
 
 
-def _per_node(config: AdvantageConfig) -> bool:
-    return config.estimator in ("segment", "spo")
-
-
 def _rewards(tree: Tree) -> np.ndarray:
     rewards = []
     for index, leaf in enumerate(tree.leaves):
@@ -249,6 +273,16 @@ def _node_tokens(tree: Tree) -> np.ndarray:
     """Logical tokens of each node: its length times the leaves below; 0 where it is not trained."""
     lengths = np.array([len(node.tokens) if node.trained else 0 for node in tree.nodes])
     return lengths * tree.leaf_counts()
+
+
+ESTIMATORS = {
+    "treepo": Estimator(_treepo),
+    "grpo": Estimator(_grpo, whitened=False),
+    "rloo": Estimator(_rloo, whitened=False),
+    "reinforce_pp_baseline": Estimator(_reinforce_pp_baseline),
+    "segment": Estimator(_segment, per_node=True),
+    "spo": Estimator(_spo, per_node=True, whitened=False),
+}
 
 
 def tree_from_plain(data: dict[str, Any]) -> Tree:

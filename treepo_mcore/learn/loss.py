@@ -5,6 +5,7 @@ An objective is given to `Actor.update`, which knows nothing of it but `records.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from treepo_mcore.learn.correction import token_factors
 from treepo_mcore.learn.measures import NAMES, edge_means, edge_sums
 from treepo_mcore.learn.ratios import likelihood_ratio, reference_kl
 from treepo_mcore.records import EdgeValues
+from treepo_mcore.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,28 @@ class SupervisedObjective:
         return edge_means(totals)
 
 
+def clipped(logp: Tensor, old_logp: Tensor, adv_pos: Tensor, adv_neg: Tensor, config: LossConfig) -> Tensor:
+    """The clip-higher, dual-clip loss of all leaves below each edge (docs/algorithm.md 5.2, 5.3), all float32 [E].
+
+    A token shared by several leaves has one ratio, so its loss needs only the sums of their positive and of their
+    negative advantages.
+    """
+    ratio = likelihood_ratio(logp, old_logp)
+    gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
+    loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
+    return -(gain + loss)
+
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, LossConfig], Tensor]  # see `clipped`
+LOSSES: dict[str, Form] = {"clip": clipped}
+
+
+def find_loss(name: str) -> Form:
+    """Of `LOSSES`, or a function of the user's. Raises `ConfigError` where there is none."""
+    parameters = ("logp", "old_logp", "adv_pos", "adv_neg", "config")
+    return resolve("actor.loss.form", name, LOSSES, lambda function: function, parameters)
+
+
 def policy_loss(
     logp: Tensor,
     old_logp: Tensor,
@@ -73,15 +97,11 @@ def policy_loss(
     config: LossConfig,
     kl: Tensor | None = None,
 ) -> Tensor:
-    """Sum over edges of the clip-higher, dual-clip loss of all leaves below each edge (docs/algorithm.md 5.2, 5.3).
+    """Sum over edges of the configured form, with entropy and KL, all float32 [E].
 
-    All float32 [E]. A token shared by several leaves has one ratio, so its loss needs only the sums of their positive
-    and of their negative advantages. Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.
+    Entropy and KL (see `reference_kl`) count with the sum of the leaves' weights.
     """
-    ratio = likelihood_ratio(logp, old_logp)
-    gain = adv_pos * ratio.clamp(max=1 + config.clip_high)
-    loss = adv_neg * ratio.clamp(min=1 - config.clip_low).clamp(max=config.dual_clip)
-    total = -(gain + loss).sum()
+    total = find_loss(config.form)(logp, old_logp, adv_pos, adv_neg, config).sum()
     if config.entropy_coef:
         total = total - config.entropy_coef * (entropy * weight).sum()
     if kl is not None:

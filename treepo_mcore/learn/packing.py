@@ -8,7 +8,7 @@ predictions are edges: from the packed index of the last token of the context to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ import torch
 
 from treepo_mcore.learn.advantage import sums_below
 from treepo_mcore.records import Advantage, PackedSequence
+from treepo_mcore.registry import resolve
 from treepo_mcore.tree.tree import Tree
 
 
@@ -82,6 +83,16 @@ def pack_flat(
             values = (ones, np.maximum(along, 0), np.minimum(along, 0), ones * advantage.weights[leaf])
             pieces.append(_Piece(index, spans, _size(tree, spans), values))
     return [_lay_out(trees, group) for group in _fill(pieces, budget_tokens, least)]
+
+
+PACKINGS = {"tree": pack_trees, "flat": pack_flat}
+Pack = Callable[[Sequence[Tree], Sequence[Advantage], int, int], list[PackedSequence]]  # see `pack_trees`
+
+
+def find_packing(name: str) -> Pack:
+    """Of `PACKINGS`, or a function of the user's. Raises `ConfigError` where there is none."""
+    parameters = ("trees", "advantages", "budget_tokens", "least")
+    return resolve("actor.packing", name, PACKINGS, lambda function: function, parameters)
 
 
 def split_leaves(tree: Tree, leaves: Sequence[int], budget_tokens: int) -> list[tuple[int, int]]:

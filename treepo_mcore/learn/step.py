@@ -14,10 +14,10 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
 from treepo_mcore.learn.advantage import advantages
-from treepo_mcore.learn.correction import leaf_factors
+from treepo_mcore.learn.correction import find_correction, leaf_factors
 from treepo_mcore.learn.deal import balance, token_work
 from treepo_mcore.learn.loss import PolicyObjective
-from treepo_mcore.learn.packing import pack_flat, pack_trees
+from treepo_mcore.learn.packing import find_packing
 from treepo_mcore.records import Advantage, PackedSequence, Step
 from treepo_mcore.tree.tree import Tree
 
@@ -50,7 +50,7 @@ def learn(actor: Actor, step: Step, config: Config) -> None:
         old_logp = [next(old) for _ in batch.sequences]
         reference_logp = [next(reference) for _ in batch.sequences] if config.actor.reference == "host" else None
         factors = None
-        if config.actor.correction.startswith("sequence"):
+        if find_correction(config.actor.correction).level == "sequence":
             factors = leaf_factors(batch.trees, batch.sequences, old_logp, config.actor)
             batch = _corrected(batch, factors, config)
         step.updates.append(
@@ -87,7 +87,7 @@ def mini_batches(
 
 
 def _pack(trees: Sequence[Tree], worth: Sequence[Advantage], config: Config) -> list[PackedSequence]:
-    pack = pack_trees if config.actor.packing == "tree" else pack_flat
+    pack = find_packing(config.actor.packing)
     return pack(trees, worth, config.actor.micro_batch_tokens, config.actor.least_micro_batches)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treepo_mcore.config import Config, ConfigError
+from treepo_mcore.registry import resolve
 from treepo_mcore.system.environment import deaf_children
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,16 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a tracker whose package is not installed."""
+    """Raise `ConfigError` for a tracker that is not known, or whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        find_tracker(name)
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
             raise ConfigError(f"run.trackers: {name} is not installed here; pip install {name}, or leave it out")
+
+
+def find_tracker(name: str) -> Callable[[Config, int], Tracker]:
+    """Of `TRACKERS`, or a class of the user's. Raises `ConfigError` where there is none."""
+    return resolve("run.trackers", name, TRACKERS, lambda function: function, ("config", "step"))
 
 
 def open_trackers(config: Config, step: int) -> list[Tracker]:
@@ -42,11 +49,7 @@ def open_trackers(config: Config, step: int) -> list[Tracker]:
 
     For rank 0, when metrics.jsonl is there and holds nothing that the run will repeat.
     """
-    kinds: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
-        "tensorboard": TensorBoard,
-        "wandb": WeightsAndBiases,
-    }
-    return [kinds[name](config, step) for name in config.run.trackers]
+    return [find_tracker(name)(config, step) for name in config.run.trackers]
 
 
 class TensorBoard:
@@ -108,6 +111,9 @@ class WeightsAndBiases:
         except ConnectionError as error:
             self.gone = True
             log.warning("run.trackers: wandb's process is gone (%s); the run goes on without it", error)
+
+
+TRACKERS: dict[str, Callable[[Config, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

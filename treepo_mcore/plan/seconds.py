@@ -62,7 +62,7 @@ def pass_time(
     actor = config.actor
     dp = cluster.world // (actor.tp * actor.pp)
     tokens = prompts * work.packed / dp
-    pieces = prompts / dp * (1 if actor.packing == "tree" else work.profile.leaves)
+    pieces = prompts / dp * (work.profile.leaves if actor.packing == "flat" else 1)
     least = min(actor.least_micro_batches, max(1, int(pieces)))  # as learn/step.py packs
     count = max(least, math.ceil(tokens / (limit or actor.micro_batch_tokens)))
     if actor.vpp:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from treepo_mcore.config import Config, ConfigError, TreeConfig
+from treepo_mcore.grow.shape import sampled_shape
 
 TREES = 200  # grown for the means: their error is below 2 %
 
@@ -84,12 +85,12 @@ class Workload:
 def make_workload(config: Config, assumed: Assumptions) -> Workload:
     """The step of a configuration."""
     rate = hazard(assumed.response_tokens, config.rollout.tree.response_tokens)
-    profile = grow(config.rollout.shape, rate)
+    profile = grow(sampled_shape(config.rollout), rate)
     prompts = config.trainer.prompts_per_step
     drawn = prompts / assumed.informative if config.filter.enabled else float(prompts)
     drawn = min(drawn, prompts * config.filter.max_prompts_factor) if config.filter.enabled else drawn
     trained = min(float(prompts), drawn * assumed.informative) if config.filter.enabled else float(prompts)
-    tree = config.actor.packing == "tree"
+    tree = config.actor.packing != "flat"  # a packing of the user's is taken to share prefixes
     response = profile.physical if tree else profile.logical
     copies = 1.0 if tree else profile.leaves
     return Workload(

@@ -15,6 +15,7 @@ from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Chunk, Engine
 from treepo_mcore.grow.sampler import Actions, TreeSampler
+from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import Result, RewardPool
@@ -65,7 +66,7 @@ class Collector:
     ) -> None:
         """rewards: only on the engine's first rank. group: the engine's ranks, None when it has one."""
         self.config = config
-        self.tree_config = config.rollout.shape
+        self.tree_config = sampled_shape(config.rollout)
         self.engine, self.tokenizer, self.rewards, self.group = engine, tokenizer, rewards, group
         stopping = self.tree_config.stopping
         self.stopper = RuleStopper(stopping, BoxDetector(_decoder(tokenizer)) if stopping.boxed != "none" else None)
