@@ -102,18 +102,20 @@ class Objective(Protocol):
     """What an update minimises, and what it measures on the way."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of the numbers that are measured."""
+    def sums(self) -> tuple[str, ...]:
+        """Names of what is measured and adds up over micro-batches and ranks."""
+
+    @property
+    def maxima(self) -> tuple[str, ...]:
+        """Names of what is measured and is the largest over micro-batches and ranks."""
 
     @property
     def entropy_grad(self) -> bool:
         """Whether the entropy takes part in the loss."""
 
     def __call__(self, edges: EdgeValues, normaliser: float) -> tuple[Tensor, Tensor]:
-        """The loss, summed over the edges and divided by the normaliser, and float64 [len(names)] of what is measured.
-
-        These add up over micro-batches and ranks, but for the last one, which is a maximum.
-        """
+        """The loss, summed over the edges and divided by the normaliser; and what is measured, float64: `sums`, then
+        `maxima`."""
 
     def means(self, totals: Tensor) -> dict[str, float]:
         """Metrics of a mini-batch, from the totals of what was measured."""

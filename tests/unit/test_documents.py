@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "treepo_mcore"
 FOLDERS = ("treepo_mcore", "tests", "tools", "benchmarks", "examples", "docs")
 FILES = [f for folder in FOLDERS for kind in ("py", "md", "yaml") for f in (ROOT / folder).rglob(f"*.{kind}")]
 CITED = re.compile(r"algorithm\.md\)?,? ((?:\d+(?:\.\d+)?(?:, | to | and )?)+)")
@@ -37,3 +38,15 @@ def test_nothing_cites_a_document_that_is_not_here():
         if not (file.parent / target).exists()
     ]
     assert not links, links
+
+
+def test_every_file_that_is_named_exists():
+    """In documents, comments and docstrings: `learn/loss.py` is a path of the repository or of the package."""
+    named = re.compile(r"(?<![\w/.{}-])((?:[a-z_]+/)+[a-z_]+\.py)\b")
+    missing = [
+        f"{file.relative_to(ROOT)}: {path}"
+        for file in [*FILES, *ROOT.glob("*.md")]
+        for path in named.findall(file.read_text())
+        if not path.startswith("vllm/") and not any((base / path).is_file() for base in (ROOT, PACKAGE, ROOT / "tests"))
+    ]
+    assert not missing, missing

@@ -151,7 +151,7 @@ class Actor:
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise RuntimeError(f"the gradient's norm is {grad_norm}: these weights are lost; go on from a checkpoint")
-        return objective.means(self._totals(outputs, len(objective.names))) | {"grad_norm": float(grad_norm)}
+        return objective.means(self._totals(outputs, objective)) | {"grad_norm": float(grad_norm)}
 
     @on_megatron_device
     def finish_updates(self) -> None:
@@ -184,14 +184,19 @@ class Actor:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _needed(self, count: int) -> int:
-        """Micro-batches: at least one, and a multiple of the stages when they are interleaved."""
+        """Micro-batches that a schedule runs for `count` sequences, the rest of them empty.
+
+        At least one, since every rank takes part in an update; with interleaved stages a multiple of the stages, as
+        Megatron's schedule asks.
+        """
         unit = self.grid.pp if self.config.vpp else 1
         return -(-max(count, 1) // unit) * unit
 
     def _most(self, count: int) -> int:
-        """Of a data-parallel rank in an update, where all must have as many.
+        """Sequences of the data-parallel rank that has most, where all must run as many micro-batches; else `count`.
 
-        TransformerEngine's delayed scaling meets the other ranks in every micro-batch that has a backward pass.
+        They must under TransformerEngine's delayed scaling, which meets the other ranks in every micro-batch that has a
+        backward pass. Ranks with fewer sequences then run empty ones.
         """
         if not self.megatron.fp8 or self.megatron.fp8_recipe != Fp8Recipe.delayed:
             return count
@@ -263,14 +268,15 @@ class Actor:
         )
         return output, partial(loss, batch)
 
-    def _totals(self, outputs: list[Tensor], size: int) -> Tensor:
+    def _totals(self, outputs: list[Tensor], objective: Objective) -> Tensor:
         """Of what the objective measured, over the whole mini-batch. Only one rank of each replica holds its share."""
-        total = torch.zeros(size, dtype=torch.float64, device=self._device())
+        added, largest = len(objective.sums), len(objective.maxima)
+        total = torch.zeros(added + largest, dtype=torch.float64, device=self._device())
         if self.grid.leads_model:
             stacked = torch.stack(outputs)
-            total = torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)])
-        dist.all_reduce(total[:-1])
-        dist.all_reduce(total[-1:], op=dist.ReduceOp.MAX)
+            total = torch.cat([stacked[:, :added].sum(0), stacked[:, added:].amax(0)])
+        dist.all_reduce(total[:added])
+        dist.all_reduce(total[added:], op=dist.ReduceOp.MAX)
         return total
 
 

@@ -49,11 +49,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 @cache
 def _compiled() -> Any:
-    """Two graphs for all lengths, with and without gradients; two more where the first length has as many blocks as
-    there are heads, which torch takes for one size.
+    """FlexAttention compiled once for all lengths (`dynamic`), once more for the backward pass.
 
-    Uncompiled, FlexAttention computes the whole matrix. Torch comes to that without a word behind the eighth graph;
-    `fullgraph` makes it an error.
+    Where the first sequence has as many blocks of 128 tokens as there are heads, torch's compiler takes these two sizes
+    for one and the same, and compiles twice more for the next length. Uncompiled, FlexAttention computes the whole
+    matrix of scores; torch falls back to that silently once a function was compiled as often as its recompile limit
+    allows (8). `fullgraph` makes that an error.
     """
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 

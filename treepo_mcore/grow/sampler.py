@@ -168,6 +168,7 @@ class TreeSampler:
     def _reason(self, path: _Path, finish: Finish | None, stop: tuple[int, str] | None) -> str | None:
         """Why the path ends with its newest token, None if it does not: docs/algorithm.md 3.1, in this order."""
         node = self.tree.nodes[path.node]
+        # A box, EOS, the response's length, the depth, a repetition, the engine's own limit; else the path lives.
         if stop is not None and stop[1] == BOXED:
             return BOXED
         if finish == "stop":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treepo_mcore.config import ActorConfig, LossConfig
 from treepo_mcore.learn.correction import token_factors
-from treepo_mcore.learn.measures import NAMES, edge_means, edge_sums
+from treepo_mcore.learn.measures import MAXIMA, SUMS, edge_means, edge_sums
 from treepo_mcore.learn.ratios import likelihood_ratio, reference_kl
 from treepo_mcore.records import EdgeValues
 from treepo_mcore.registry import resolve
@@ -23,7 +23,8 @@ class PolicyObjective:
     """The clipped loss of all leaves below each edge, with entropy, KL and a token-level correction."""
 
     config: ActorConfig
-    names: tuple[str, ...] = NAMES
+    sums: tuple[str, ...] = SUMS
+    maxima: tuple[str, ...] = MAXIMA
 
     @property
     def entropy_grad(self) -> bool:
@@ -51,7 +52,8 @@ class PolicyObjective:
 class SupervisedObjective:
     """The negative log-likelihood of what the sequences hold."""
 
-    names: tuple[str, ...] = NAMES
+    sums: tuple[str, ...] = SUMS
+    maxima: tuple[str, ...] = MAXIMA
     entropy_grad: bool = False
 
     def __call__(self, edges: EdgeValues, normaliser: float) -> tuple[Tensor, Tensor]:

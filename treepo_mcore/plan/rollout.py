@@ -192,7 +192,11 @@ class _Play:
         self.running = np.insert(self.running, at, running)
 
     def _fit(self) -> None:
-        """The oldest run as far as the cache holds them, the others wait; what lost its place is prefilled again."""
+        """The oldest run as far as the cache holds them, the others wait; what lost its place is prefilled again.
+
+        The state is a list of groups, oldest first: `counts` prompts of the same age (engine steps that they have run),
+        which are running or wait. A group that fits in part is cut in two.
+        """
         before = self.running.copy()
         used = (self.counts * self.stored[self.ages]).cumsum()
         over = np.flatnonzero(used > self.cache)

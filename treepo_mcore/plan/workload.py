@@ -138,7 +138,12 @@ def _grow(
 
 
 class _Sums:
-    """Adds up stretches of decoding."""
+    """Adds up what trees do over time, in engine steps since their prompt was admitted, as if nothing had to wait.
+
+    A stretch is one path decoding one token a step. From all stretches follow, for every step: the live paths; the
+    response tokens that their contexts reach back over, shared ones counted for each; and the tokens that the cache
+    holds, which is all that was decoded less what was released, but never more than is reached.
+    """
 
     def __init__(self) -> None:
         self.leaves = self.logical = self.requests = 0

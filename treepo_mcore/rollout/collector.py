@@ -47,10 +47,10 @@ class _Prompt:
     prompt: Prompt
     sampler: TreeSampler
     unscored: int = 0  # leaves
-    decoded: int = 0  # tokens
-    context: int = 0
-    cached: int = 0
-    found: int = 0  # prompt tokens that the first request found in the cache: of an earlier phase
+    decoded: int = 0  # tokens that the engine sampled
+    context: int = 0  # tokens of the contexts of all its requests
+    cached: int = 0  # of these, served by the prefix cache
+    found: int = 0  # of these, prompt tokens that its first request found there, left by another prompt
 
 
 class Collector:
@@ -304,8 +304,11 @@ class _Collect:
             return
         del self.scoring[entry.number]
         tree = entry.sampler.tree
-        computed, first = entry.context - entry.cached, len(entry.prompt.tokens) - entry.found
-        tree.meta |= {"prefix_hit_tokens": entry.cached, "recomputed_tokens": computed - first}
+        # Context tokens that no cache served were computed: those of the prompt once, which is no waste, and others
+        # that one request of the tree had computed before another did again.
+        computed = entry.context - entry.cached
+        prompt_once = len(entry.prompt.tokens) - entry.found
+        tree.meta |= {"prefix_hit_tokens": entry.cached, "recomputed_tokens": computed - prompt_once}
         # Node ids followed the arrival of tokens; equal trees become identical tables.
         self.result.trees.append(tree.canonical())
         if self.queue is not None:

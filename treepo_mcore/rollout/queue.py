@@ -127,12 +127,16 @@ class LockstepQueue:
 
     def tick(self, finished: bool) -> None:
         """See `PromptQueue`."""
-        undrawn = self._next < self._allowed and not self._over
-        counts = torch.tensor([self._mine, int(not finished or undrawn), int(self._over)])
+        # An engine is busy while it runs something or has a number of its own left to draw.
+        has_more = self._next < self._allowed and not self._over
+        counts = torch.tensor([self._mine, int(not finished or has_more), int(self._over)])
         if self._leaders is not None:
-            dist.all_reduce(counts, group=self._leaders)
-        rejected, busy, over = counts.tolist()
-        allowed = self._allowed if over else min(self._limit, self._wanted + rejected)
+            dist.all_reduce(counts, group=self._leaders)  # summed over engines
+        rejected, busy, given_up = counts.tolist()
+        # Every rejected prompt lets one more be drawn, unless some engine has given its tail up.
+        allowed = self._allowed if given_up else min(self._limit, self._wanted + rejected)
+        # A raised limit gives engines new numbers, which they only learn of now: they must have a tick to draw them
+        # before the step can be over.
         self._closed = not busy and allowed == self._allowed
         self._allowed = allowed
 
