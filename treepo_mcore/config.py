@@ -336,9 +336,14 @@ class RewardConfig(Section):
     # the row's other columns. What it returns is the reward; a leaf counts as correct where that is more than 0.
     function: str = "math"
     correct: float = 1.0  # math: the reward of a correct answer
-    wrong: float = -1.0  # math: of any other
+    wrong: float = -1.0  # math: of any other; and see `failed`
     workers: int = Field(1, ge=1)  # processes per engine
-    timeout: float = Field(5.0, gt=0)  # of one call; one that raises, hangs or dies scores 0.0 and is not correct
+    timeout: float = Field(5.0, gt=0)  # of one call
+    # What a leaf is worth whose call raised, hung or died; such a leaf is not correct, and makes no prompt informative.
+    # wrong: `wrong`, which for a function of yours has to be the least that it returns; a number: that; drop: the leaf
+    # leaves its tree, as if it had never been sampled.
+    failed: Literal["wrong", "drop"] | float = "wrong"
+    max_failed: float = Field(0.2, gt=0, le=1)  # share of a step's calls that may fail; beyond it the run stops
     overlong_buffer_tokens: int = Field(0, ge=0)  # soft length penalty over the last tokens (DAPO)
     overlong_penalty: float = Field(1.0, ge=0)
     shuffle: bool = False  # control experiment: rewards permuted among the leaves that a step trains on

@@ -27,7 +27,8 @@ class Counts:
     preemptions: int = 0  # requests that lost their cache blocks and were recomputed
     drawn_prompts: int = 0
     failed_prompts: int = 0
-    failed_rewards: int = 0  # the function raised, died or ran too long: the score is 0.0
+    rewards: int = 0  # calls that were answered
+    failed_rewards: int = 0  # of these, the function raised, died or ran too long
     unfinished_prompts: int = 0  # given up in the tail
     discarded_tokens: int = 0  # decoded for failed and unfinished prompts
     tail_steps: int = 0  # engine steps with room for another prompt and none to draw

@@ -370,13 +370,23 @@ def test_reward_function_that_does_not_exist(config, name):
 
 
 def test_rewards_that_raise_hang_or_die_are_contained_and_counted(config):
-    result = command(config, "reward.function=reward_functions:mostly_fails", "reward.timeout=0.3")
+    result = command(
+        config, "reward.function=reward_functions:mostly_fails", "reward.timeout=0.3", "reward.max_failed=1"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     run = config.parent / "run"
     leaves = [leaf for tree in read_trees(run / "trees" / "step_000000.jsonl") for leaf in tree.leaves]
     failed = [leaf for leaf in leaves if last_number(leaf.text) % 4 != 3]
     assert len(leaves) == 16
     assert 0 < len(failed) < 16
-    assert all(leaf.correct is False and leaf.score == leaf.reward == 0.0 for leaf in failed)
+    assert all(leaf.failed and leaf.correct is False and leaf.score == leaf.reward == -1.0 for leaf in failed)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(row["reward/failed"] for row in rows if "reward/failed" in row) == len(failed)
+
+
+def test_a_checker_that_mostly_fails_stops_the_run_by_name(config):
+    result = command(config, "reward.function=reward_functions:mostly_fails", "reward.timeout=0.3")
+    assert result.returncode == 1
+    assert re.search(
+        r"RewardError: step 0: \d+ of 16 calls of reward.function failed .* reward.max_failed = 0.2", result.stderr
+    )

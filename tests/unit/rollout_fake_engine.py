@@ -119,7 +119,7 @@ class FakeTokenizer:
 
 
 class FakeRewards:
-    """Verdicts `delay` polls late; `score(text, prompt)` decides."""
+    """Verdicts `delay` polls late; `score(text, prompt)` decides, and NaN is a call that fails."""
 
     def __init__(self, score: Callable[[str, str], float], delay: int = 0) -> None:
         self.score, self.delay = score, delay
@@ -128,7 +128,10 @@ class FakeRewards:
 
     def submit(self, key, response_text: str, answer: str, prompt_text: str, row: dict) -> None:
         score = float(self.score(response_text, prompt_text))
-        self.pending.append((self.polls + self.delay, Result(key, score > 0, score, None, 0.0)))
+        result = Result(key, score > 0, score, None, 0.0)
+        if score != score:
+            result = Result(key, False, 0.0, "no answer", 0.0)
+        self.pending.append((self.polls + self.delay, result))
 
     def poll(self) -> list[Result]:
         self.polls += 1

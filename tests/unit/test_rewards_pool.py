@@ -91,7 +91,7 @@ def test_math_is_not_sent_rows():
 def test_of_calls_that_fail_alike_one_is_told(functions, caplog):
     run(RewardConfig(function=functions), ["raise", "raise", "abc"])
     assert [record.getMessage() for record in caplog.records] == [
-        "reward.function pool_functions:score: a call raised, its score is 0.0: KeyError: 'nothing here'"
+        "reward.function pool_functions:score: a call raised, see reward.failed: KeyError: 'nothing here'"
     ]
 
 

@@ -1,6 +1,7 @@
 """The collector on a fake engine: admission, the streaming filter, the tail, failures, host time."""
 
 import logging
+import math
 import random
 import time
 
@@ -125,6 +126,38 @@ def test_uniform_prompts_are_replaced_and_nothing_more_is_drawn(delay, determini
     assert len(kept) == 10
     assert result.counts.drawn_prompts == len(result.trees) == kept[-1] + 1  # the shortest run that holds ten
     assert all(leaf.reward is not None for tree in result.trees for leaf in tree.leaves)
+
+
+def fails_now_and_then(text: str, prompt: str) -> float:
+    """A checker that hangs on one answer in three, and has one verdict for all the others of most prompts."""
+    return math.nan if stable_seed(text) % 3 == 0 else verdict(text, prompt)
+
+
+@pytest.mark.parametrize(("failed", "worth"), [("wrong", -1.0), (-5, -5.0), (0.25, 0.25)])
+def test_a_call_that_fails_never_pays_and_makes_no_prompt_informative(failed, worth):
+    config = make_config({}, reward={"function": "m:f", "failed": failed})
+    result = collect(FakeEngine(hazard_draw(0.05)), make_prompts(60), config, FakeRewards(fails_now_and_then))
+    leaves = [leaf for tree in result.trees for leaf in tree.leaves]
+    lost = [leaf for leaf in leaves if leaf.failed]
+    assert len(lost) == result.counts.failed_rewards > 50
+    assert len(leaves) == result.counts.rewards
+    assert {(leaf.score, leaf.reward, leaf.correct) for leaf in lost} == {(worth, worth, False)}
+    assert all(hard_and_easy(tree.meta["prompt"]) for tree in result.trees if informative(tree))
+
+
+def test_dropped_leaves_leave_their_trees_and_a_prompt_without_any_is_replaced():
+    def score(text: str, prompt: str) -> float:
+        return math.nan if prompt == "prompt 3" else fails_now_and_then(text, prompt)
+
+    config = make_config({}, reward={"function": "m:f", "failed": "drop"}, filter={"enabled": False})
+    prompts = make_prompts(40)
+    result = collect(FakeEngine(hazard_draw(0.05)), prompts, config, FakeRewards(score), wanted=20)
+    assert len(result.trees) == 20
+    assert "p3" not in {tree.prompt_id for tree in result.trees}
+    assert result.counts.failed_prompts == 1
+    assert not [leaf for tree in result.trees for leaf in tree.leaves if leaf.failed]
+    assert sum(len(tree.leaves) for tree in result.trees) < 8 * 20
+    assert all(tree.masses().sum() == pytest.approx(1.0) for tree in result.trees)
 
 
 def test_the_filter_looks_at_scores_before_the_penalty():

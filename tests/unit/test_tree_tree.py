@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from tree_fake_engine import grow, keyed_draw
-from trees import with_turns
+from trees import random_tree, with_turns
 
-from treepo_mcore.config import TreeConfig
+from treepo_mcore.config import AdvantageConfig, TreeConfig
+from treepo_mcore.learn.advantage import ESTIMATORS, advantages
+from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.tree.jsonl import read_trees, write_trees
 from treepo_mcore.tree.tree import EOS, Tree
 
@@ -213,3 +216,33 @@ def test_turns_that_do_not_fit_are_named(change, message):
     data["nodes"][0] |= change
     with pytest.raises(ValueError, match=message):
         Tree.from_json(data)
+
+
+def without(data, leaf):
+    """The saved tree without a leaf, and without the nodes that led to it alone."""
+    nodes, leaves = data["nodes"], [dict(item) for i, item in enumerate(data["leaves"]) if i != leaf]
+    needed = set()
+    for item in leaves:
+        node = item["node"]
+        while node:
+            needed.add(node)
+            node = nodes[node - 1]["parent"]
+    number = {0: 0} | {old: new for new, old in enumerate(sorted(needed), 1)}
+    kept = [nodes[old - 1] | {"parent": number[nodes[old - 1]["parent"]]} for old in sorted(needed)]
+    return data | {"nodes": kept, "leaves": [item | {"node": number[item["node"]]} for item in leaves]}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_dropped_leaf_was_never_there(seed):
+    """In the tables, and so in every advantage, in whitening and in packed sequences."""
+    tree = random_tree(seed, leaves=7)
+    for leaf in range(len(tree.leaves)):
+        left = Tree.from_json(without(tree.to_json(), leaf))
+        found = tree.canonical({leaf})
+        assert found.to_json() == left.to_json()
+        for estimator in ESTIMATORS:
+            config = AdvantageConfig(estimator=estimator)
+            mine, theirs = advantages([found], config), advantages([left], config)
+            (one,), (other,) = pack_trees([found], mine, 10**6), pack_trees([left], theirs, 10**6)
+            for name in ("tokens", "adv_pos", "adv_neg", "weight", "multiplicity", "subtree_end"):
+                assert torch.equal(getattr(one, name), getattr(other, name))

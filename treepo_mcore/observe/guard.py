@@ -1,14 +1,36 @@
-"""The mismatch guard: engine and actor share a policy, and their log-probs must say so."""
+"""Guards: engine and actor share a policy, and their log-probs must say so; rewards must come from the function."""
 
 from __future__ import annotations
 
-from treepo_mcore.config import ActorConfig
+from treepo_mcore.config import ActorConfig, RewardConfig
 from treepo_mcore.observe.observer import Observer, Wish
 from treepo_mcore.records import Step
 
 
 class MismatchError(RuntimeError):
     """Engine and actor are further apart than `actor.max_mismatch` allows."""
+
+
+class RewardError(RuntimeError):
+    """More calls of the reward function failed than `reward.max_failed` allows."""
+
+
+class RewardGuard(Observer):
+    """Ends the run, on all ranks together and before an update, where too many calls of the reward function failed."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.bound = config.max_failed
+
+    def sampled(self, step: Step) -> Wish:
+        """Raises `RewardError`."""
+        counts = step.batch.counts
+        if counts.failed_rewards > self.bound * counts.rewards:
+            raise RewardError(
+                f"step {step.number}: {counts.failed_rewards} of {counts.rewards} calls of reward.function failed (it "
+                f"raised, ran too long or ended its process; the log has the first), more than reward.max_failed = "
+                f"{self.bound}"
+            )
+        return Wish.NOTHING
 
 
 class MismatchGuard(Observer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treepo_mcore.config import Config
-from treepo_mcore.observe.guard import MismatchGuard
+from treepo_mcore.observe.guard import MismatchGuard, RewardGuard
 from treepo_mcore.observe.metrics import Metrics
 from treepo_mcore.observe.observer import Observer
 from treepo_mcore.observe.progress import Progress
@@ -13,11 +13,11 @@ from treepo_mcore.observe.trees import TreeWriter
 def usual_observers(config: Config, reports: bool) -> list[Observer]:
     """Of this rank. reports: whether it speaks and writes for the job.
 
-    The guard is on every rank, and comes last: by then the values that it ends a run for are written.
+    The guards are on every rank, and come last: by then the values that one ends a run for are written.
     """
-    guard: list[Observer] = [MismatchGuard(config.actor)]
+    guards: list[Observer] = [RewardGuard(config.reward), MismatchGuard(config.actor)]
     if not reports:
-        return guard
+        return guards
     every = config.trainer.save_trees_every
     trees: list[Observer] = [TreeWriter(config.run.dir, every)] if every else []
-    return [Metrics(config), *trees, Progress(config.trainer.steps), *guard]
+    return [Metrics(config), *trees, Progress(config.trainer.steps), *guards]

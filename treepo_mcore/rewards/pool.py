@@ -41,7 +41,7 @@ _WAIT_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Result:
-    """What one call gave. A call that failed has an `error`, score 0.0, and is not correct."""
+    """What one call gave. A call that failed has an `error`, is not correct, and its score of 0.0 means nothing."""
 
     key: Hashable
     correct: bool  # score > 0
@@ -242,7 +242,7 @@ class RewardPool:
 
     def _failed(self, how: str, error: str) -> None:
         if self._counts[how] == 0:  # of many that fail alike one is told; reward/failed has the number
-            log.warning("reward.function %s: a call %s, its score is 0.0: %s", self._function, how, error)
+            log.warning("reward.function %s: a call %s, see reward.failed: %s", self._function, how, error)
         self._counts[how] += 1
 
     def _hand_out(self) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from treepo_mcore.config import RewardConfig
 
 
-def shape(score: float, n_tokens: int, max_tokens: int, config: RewardConfig) -> float:
+def shape(score: float, n_tokens: int, max_tokens: int, config: RewardConfig, failed: bool = False) -> float:
     """A custom function's score, or for "math" `config.correct` or `config.wrong`, less DAPO's soft overlong penalty.
 
+    failed: the score is no answer of the function, see `failed_score`, and is the reward as it stands.
     The penalty grows linearly over the last `overlong_buffer_tokens` (B) of the `max_tokens` (M) a response of
     `n_tokens` (n) may have: (n - (M - B)) / B x `overlong_penalty`, at most `overlong_penalty` (DAPO, eq. 13).
     """
     reward = score
-    if not config.custom:
+    if not config.custom and not failed:
         reward = config.correct if score > 0 else config.wrong
     buffer = config.overlong_buffer_tokens
     excess = n_tokens - (max_tokens - buffer)
     if buffer == 0 or excess <= 0:
         return reward
     return reward - min(excess / buffer, 1.0) * config.overlong_penalty
+
+
+def failed_score(config: RewardConfig) -> float:
+    """Of a call that gave no answer: the number that `reward.failed` is, else the least there is, `reward.wrong`."""
+    return config.failed if isinstance(config.failed, float) else config.wrong

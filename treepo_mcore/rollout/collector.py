@@ -19,7 +19,7 @@ from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import Result, RewardPool
-from treepo_mcore.rewards.shaping import shape
+from treepo_mcore.rewards.shaping import failed_score, shape
 from treepo_mcore.rollout.agreement import Agreement
 from treepo_mcore.rollout.queue import PromptQueue
 from treepo_mcore.tree.stats import informative
@@ -240,7 +240,6 @@ class _Collect:
             self._apply(entry, actions)
         if entry.sampler.failed:
             self._lose(entry)
-            self.counts.failed_prompts += 1
         elif entry.sampler.done:
             del self.active[entry.number]
             self.scoring[entry.number] = entry
@@ -290,12 +289,14 @@ class _Collect:
             entry = self.active.get(number) or self.scoring.get(number)
             if entry is None or step != self.step:  # its prompt was given up
                 continue
-            self.counts.failed_rewards += result.error is not None
-            tree = entry.sampler.tree
-            leaf = tree.leaves[index]
-            leaf.score, leaf.correct = result.score, result.correct
-            longest = self.tree_config.response_tokens
-            leaf.reward = shape(result.score, tree.leaf_tokens(index), longest, self.config.reward)
+            tree, reward = entry.sampler.tree, self.config.reward
+            leaf, lengths = tree.leaves[index], (tree.leaf_tokens(index), self.tree_config.response_tokens)
+            leaf.failed = result.error is not None
+            self.counts.rewards += 1
+            self.counts.failed_rewards += leaf.failed
+            leaf.correct = result.correct
+            leaf.score = failed_score(reward) if leaf.failed else result.score
+            leaf.reward = shape(leaf.score, *lengths, reward, leaf.failed)
             entry.unscored -= 1
             self._finish_if_scored(entry)
 
@@ -309,14 +310,22 @@ class _Collect:
         computed = entry.context - entry.cached
         prompt_once = len(entry.prompt.tokens) - entry.found
         tree.meta |= {"prefix_hit_tokens": entry.cached, "recomputed_tokens": computed - prompt_once}
+        dropped: set[int] = set()
+        if self.config.reward.failed == "drop":
+            dropped = {index for index, leaf in enumerate(tree.leaves) if leaf.failed}
+        if len(dropped) == len(tree.leaves):
+            self._lose(entry)
+            return
         # Node ids followed the arrival of tokens; equal trees become identical tables.
-        self.result.trees.append(tree.canonical())
+        tree = tree.canonical(dropped)
+        self.result.trees.append(tree)
         if self.queue is not None:
             self.queue.report(rejected=self.config.filter.enabled and not informative(tree))
 
     def _lose(self, entry: _Prompt) -> None:
-        """The engine dropped one of its requests: only this prompt is lost, and another one may be drawn."""
-        del self.active[entry.number]
+        """The engine dropped one of its requests, or no leaf has a reward: the prompt is lost, another may be drawn."""
+        self.active.pop(entry.number, None)
+        self.counts.failed_prompts += 1
         self.counts.discarded_tokens += entry.decoded
         if self.queue is not None:
             self.queue.report(rejected=True)

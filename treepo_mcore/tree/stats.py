@@ -38,8 +38,9 @@ class TreeStats:
 
 
 def informative(tree: Tree) -> bool:
-    """Whether the leaves' scores differ; penalties for length do not count, which say nothing about the answers."""
-    return len({leaf.score for leaf in tree.leaves}) > 1
+    """Whether the leaves' scores differ. Neither penalties for length count nor leaves whose reward call failed: both
+    say nothing about the answers."""
+    return len({leaf.score for leaf in tree.leaves if not leaf.failed}) > 1
 
 
 def tree_stats(trees: Sequence[Tree], answer_of: Callable[[str], str | None] | None = None) -> TreeStats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -66,6 +66,7 @@ class Leaf:
     score: float | None = None  # what the reward function said, before any penalty
     correct: bool | None = None  # score > 0
     text: str | None = None
+    failed: bool = False  # the reward function gave no answer: the score is what `reward.failed` says
 
 
 class Tree:
@@ -237,9 +238,14 @@ class Tree:
             stack.extend(reversed(self._children[node]))
         return order
 
-    def canonical(self) -> Tree:
-        """The same tree with nodes and leaves numbered depth first: equal trees become equal tables."""
-        order = self.depth_first()
+    def canonical(self, without: Set[int] = frozenset()) -> Tree:
+        """The same tree with nodes and leaves numbered depth first: equal trees become equal tables.
+
+        without: leaves that are left out, and with them the nodes that lead to no other leaf. One must remain.
+        """
+        gone = {node for leaf in without for node in self.path(self.leaves[leaf].node)}
+        gone -= {node for i, leaf in enumerate(self.leaves) if i not in without for node in self.path(leaf.node)}
+        order = [node for node in self.depth_first() if node not in gone]
         number = {old: new for new, old in enumerate(order)}
         tree = Tree(self.prompt_id, self.nodes[PROMPT].tokens, self.meta)
         tree.nodes[PROMPT].arrays = self.nodes[PROMPT].arrays
@@ -248,9 +254,11 @@ class Tree:
             new = tree.nodes[tree.add_node(number[node.parent], node.depth, node.from_fallback, node.source)]
             new.tokens, new.logprobs, new.arrays = node.part(0, None)
             new.trained = node.trained
-        for leaf in sorted(self.leaves, key=lambda leaf: number[leaf.node]):
+        left = [leaf for index, leaf in enumerate(self.leaves) if index not in without]
+        for leaf in sorted(left, key=lambda leaf: number[leaf.node]):
             added = tree.leaves[tree.add_leaf(number[leaf.node], leaf.reason)]
             added.reward, added.score, added.correct, added.text = leaf.reward, leaf.score, leaf.correct, leaf.text
+            added.failed = leaf.failed
         return tree
 
     def _joined(self, path: Iterable[int]) -> array[int]:
@@ -290,6 +298,7 @@ class Tree:
                     "score": leaf.score,
                     "correct": leaf.correct,
                     "text": leaf.text,
+                    **({"failed": True} if leaf.failed else {}),
                 }
                 for leaf in tree.leaves
             ],
@@ -342,6 +351,7 @@ class Tree:
         leaf = self.leaves[number]
         leaf.reward, leaf.score = (get(data, name, float, where, True) for name in ("reward", "score"))
         leaf.correct, leaf.text = get(data, "correct", bool, where, True), get(data, "text", str, where, True)
+        leaf.failed = "failed" in data and get(data, "failed", bool, where)
 
 
 WORDS = {
