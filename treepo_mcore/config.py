@@ -181,6 +181,7 @@ class FilterConfig(Section):
 
     enabled: bool = True
     max_prompts_factor: float = Field(3.0, ge=1)  # draw at most this many times `prompts_per_step`
+    patience: int = Field(10, ge=0)  # steps in a row without an informative prompt, then the run stops; 0: never
 
 
 OF_TREEPO = (

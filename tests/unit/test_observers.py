@@ -4,8 +4,11 @@ import pytest
 import torch.distributed as dist
 from trees import random_tree, step_of
 
+from treepo_mcore.config import FilterConfig, RewardConfig
+from treepo_mcore.observe.guard import NothingToLearnError, PatienceGuard, RewardError, RewardGuard
 from treepo_mcore.observe.metrics import Clock
 from treepo_mcore.observe.observer import Observer, Observers, Wish
+from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.trees import TreeWriter
 from treepo_mcore.tree.jsonl import read_trees
 
@@ -65,3 +68,38 @@ def test_a_clock_leaves_nothing_out(monkeypatch):
         now[0] += 3.0
     assert clock.look() == {"observe": 3.0, "step": 3.0}
     assert told == ["push", "rollout", "push", "observe"]
+
+
+def taught_nothing(number, accuracy, kept=()):
+    step = step_of(list(kept), number)
+    step.values = {"reward/accuracy": accuracy}
+    return step
+
+
+def test_steps_that_teach_nothing_end_the_run_and_say_why():
+    guard = PatienceGuard(FilterConfig(patience=3))
+    for number, kept in enumerate([(), (), (random_tree(0),), (), ()]):
+        guard.trained(taught_nothing(number, 0.0, kept))
+    with pytest.raises(NothingToLearnError, match=r"step 5: .* in 3 steps in a row .* accuracy of 0.000 to 0.250"):
+        guard.trained(taught_nothing(5, 0.25))
+    for settings in ({"patience": 0}, {"enabled": False, "patience": 1}):
+        PatienceGuard(FilterConfig(**settings)).trained(taught_nothing(0, 0.0))
+
+
+def test_too_many_failed_reward_calls_end_the_run_before_an_update():
+    step = step_of([], 4)
+    step.batch.counts.rewards, step.batch.counts.failed_rewards = 100, 20
+    RewardGuard(RewardConfig()).sampled(step)
+    step.batch.counts.failed_rewards = 21
+    with pytest.raises(
+        RewardError, match=r"step 4: 21 of 100 calls of reward.function failed .* reward.max_failed = 0.2"
+    ):
+        RewardGuard(RewardConfig()).sampled(step)
+
+
+def test_a_step_that_teaches_nothing_says_so(capsys):
+    step = taught_nothing(0, 0.0)
+    step.values |= {"reward/mean": -1.0, "rollout/response_tokens_mean": 3.0, "rollout/tokens_per_second": 5.0}
+    step.seconds = {"rollout": 1.0}
+    Progress(3).trained(step)
+    assert "no informative prompt: nothing was trained" in capsys.readouterr().out

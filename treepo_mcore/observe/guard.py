@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from treepo_mcore.config import ActorConfig, RewardConfig
+from treepo_mcore.config import ActorConfig, FilterConfig, RewardConfig
 from treepo_mcore.observe.observer import Observer, Wish
 from treepo_mcore.records import Step
 
@@ -29,6 +29,31 @@ class RewardGuard(Observer):
                 f"step {step.number}: {counts.failed_rewards} of {counts.rewards} calls of reward.function failed (it "
                 f"raised, ran too long or ended its process; the log has the first), more than reward.max_failed = "
                 f"{self.bound}"
+            )
+        return Wish.NOTHING
+
+
+class NothingToLearnError(RuntimeError):
+    """No prompt was informative in more steps in a row than `filter.patience` allows."""
+
+
+class PatienceGuard(Observer):
+    """Ends the run, on all ranks together, when the filter has left nothing to train on for too long."""
+
+    def __init__(self, config: FilterConfig) -> None:
+        self.patience = config.patience if config.enabled else 0
+        self.accuracies: list[float] = []  # of the steps in a row that taught nothing
+
+    def trained(self, step: Step) -> Wish:
+        """Raises `NothingToLearnError`."""
+        self.accuracies = [] if step.kept else [*self.accuracies, step.values["reward/accuracy"]]
+        if self.patience and len(self.accuracies) >= self.patience:
+            low, high = min(self.accuracies), max(self.accuracies)
+            raise NothingToLearnError(
+                f"step {step.number}: no prompt was informative in {len(self.accuracies)} steps in a row "
+                f"(filter.patience), with an accuracy of {low:.3f} to {high:.3f}: either the prompts are too hard or too "
+                "easy for this model, so that all answers to one get the same score, or the reward function does not "
+                "see answers as the model writes them (look at run.dir/trees)"
             )
         return Wish.NOTHING
 

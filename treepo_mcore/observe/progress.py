@@ -41,6 +41,7 @@ class Progress(Observer):
             f"accuracy {values['reward/accuracy']:.3f}  length {values['rollout/response_tokens_mean']:.0f}  "
             f"{values['rollout/tokens_per_second']:.0f} tok/s  rollout {step.seconds['rollout']:.1f}s  "
             f"update {step.seconds.get('update', 0.0):.1f}s  left {minutes}m{seconds:02d}s"
+            + ("" if step.kept else "  no informative prompt: nothing was trained")
         )
         return Wish.NOTHING
 

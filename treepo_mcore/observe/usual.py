@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treepo_mcore.config import Config
-from treepo_mcore.observe.guard import MismatchGuard, RewardGuard
+from treepo_mcore.observe.guard import MismatchGuard, PatienceGuard, RewardGuard
 from treepo_mcore.observe.metrics import Metrics
 from treepo_mcore.observe.observer import Observer
 from treepo_mcore.observe.progress import Progress
@@ -15,7 +15,11 @@ def usual_observers(config: Config, reports: bool) -> list[Observer]:
 
     The guards are on every rank, and come last: by then the values that one ends a run for are written.
     """
-    guards: list[Observer] = [RewardGuard(config.reward), MismatchGuard(config.actor)]
+    guards: list[Observer] = [
+        RewardGuard(config.reward),
+        MismatchGuard(config.actor),
+        PatienceGuard(config.filter),
+    ]
     if not reports:
         return guards
     every = config.trainer.save_trees_every
