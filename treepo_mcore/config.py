@@ -333,8 +333,10 @@ class MemoryConfig(Section):
 class RewardConfig(Section):
     """What a finished path is worth."""
 
-    # "math", or "package.module:name" called as f(response, answer, prompt, row) -> float, with row: dict[str, Any] of
-    # the row's other columns. What it returns is the reward; a leaf counts as correct where that is more than 0.
+    # "math", or "package.module:name" called as f(response=, answer=, prompt=, row=) -> float, with row: dict[str, Any]
+    # of the row's other columns; or verl's compute_score(data_source, solution_str, ground_truth, extra_info). A
+    # coroutine is awaited. What it returns, a number or a mapping with a `score`, is the reward; a leaf counts as
+    # correct where that is more than 0. Its process has no environment variables named ...TOKEN, ...KEY, ...SECRET.
     function: str = "math"
     correct: float = 1.0  # math: the reward of a correct answer
     wrong: float = -1.0  # math: of any other; and see `failed`

@@ -114,7 +114,7 @@ GOOD = {"prompt": "a", "answer": "1"}
         ([GOOD, "", "[1]"], "line 3: expected a JSON object, found list"),
         ([GOOD, {"answer": "1"}], "line 2: no 'prompt', found answer"),
         ([{"prompt": "a"}], "line 1: no 'answer', found prompt"),
-        ([{"prompt": "a", "answer": None}], "line 1: no 'answer'"),
+        ([{"prompt": "a", "answer": None}], "line 1: 'answer' is null"),
         ([{"prompt": "a", "answer": ["1"]}], "line 1: expected answer to be a string or a number, found list"),
         ([{"prompt": "a", "answer": True}], "line 1: expected answer to be a string or a number, found bool"),
         ([{"prompt": 3, "answer": "1"}], "line 1: expected prompt to be a string or a list of messages"),
@@ -145,7 +145,7 @@ def test_bad_paths(tmp_path):
     (tmp_path / "data.parquet").write_text("no")
     with pytest.raises(ConfigError, match="not valid parquet"):
         load_prompts(tmp_path / "data.parquet", config, Words())
-    with pytest.raises(ConfigError, match="row 2: no 'answer'"):
+    with pytest.raises(ConfigError, match="row 2: 'answer' is null"):
         load(tmp_path / "data.parquet", [GOOD, {"prompt": "a", "answer": None}])
 
 
@@ -230,3 +230,19 @@ def test_returned_prompts_come_first_and_survive_a_resume():
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     expected = [taken[1].id, taken[3].id, *ids(PromptStream(make(7), seed=1, shuffle=True).next(10))[4:]]
     assert ids(stream.next(8)) == ids(resumed.next(8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "answer": NaN}', "line 1: expected answer to be a string or a number, found nan"),
+        ('{"prompt": "a", "answer": Infinity}', "line 1: expected answer to be a string or a number, found inf"),
+        ('{"prompt": "a", "answer": "  "}', "line 1: answer is empty"),
+        ('{"prompt": " ", "answer": "1"}', "line 1: the prompt is empty"),
+        ('{"prompt": "a \\ud83d", "answer": "1"}', r"line 1: prompt is not valid Unicode: '.ud83d' at character 2"),
+        ('{"prompt": "a", "answer": "\\ud83d"}', "line 1: answer is not valid Unicode"),
+    ],
+)
+def test_what_is_no_answer_or_no_text_is_refused_by_line(tmp_path, line, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "data.jsonl", [line])

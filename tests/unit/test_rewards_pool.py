@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -181,8 +182,8 @@ def test_math_sends_the_rest_to_a_worker():
         ("pool_functions:constant", "reward.function: pool_functions has no function 'constant'"),
         (
             "pool_functions:without_row",
-            "reward.function: expected f(response, answer, prompt, row), "
-            "found pool_functions:without_row(response, answer, prompt)",
+            "reward.function: expected f(response, answer, prompt, row) or verl's (data_source, solution_str, "
+            "ground_truth, extra_info), found pool_functions:without_row(response, answer, prompt)",
         ),
     ],
 )
@@ -214,3 +215,71 @@ def test_a_script_needs_no_main_guard(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=30)
     assert done.stdout == "True\n", done.stderr
+
+
+OTHERS = """
+import asyncio, os, subprocess
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    assert (data_source, extra_info) == ("gsm8k", {"level": 3})
+    return {"score": float(ground_truth in solution_str), "acc": True}
+
+async def judge(response, answer, prompt, row):
+    await asyncio.sleep(0.01)
+    return 2.0
+
+def swapped(prompt, response, answer, row):
+    return float(answer in response)
+
+def secrets(response, answer, prompt, row):
+    gone = {"HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"}
+    return float(not gone & set(os.environ) and "TOKENIZERS_PARALLELISM" in os.environ)
+
+def starts_a_program(response, answer, prompt, row):
+    child = subprocess.Popen(["sleep", "300"])
+    open(row["file"], "w").write(str(child.pid))
+    child.wait()
+
+def positions(a, b, c, d):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def others(tmp_path, monkeypatch):
+    (tmp_path / "others.py").write_text(OTHERS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "score"), [("compute_score", 1.0), ("judge", 2.0), ("swapped", 1.0)])
+def test_functions_are_called_by_the_names_of_their_parameters(others, name, score):
+    row = {"data_source": "gsm8k", "extra_info": {"level": 3}}
+    with RewardPool(RewardConfig(function=f"others:{name}")) as pool:
+        pool.submit(0, "it is 42", "42", "a question", row)
+        (result,) = pool.drain()
+    assert (result.score, result.error) == (score, None)
+
+
+def test_other_names_are_refused_with_the_wrapper_to_write(others):
+    with pytest.raises(ConfigError, match=r"others:positions\(a, b, c, d\); write a wrapper, .* return positions"):
+        RewardPool(RewardConfig(function="others:positions"))
+
+
+def test_a_worker_has_no_tokens_of_services(others, monkeypatch):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with RewardPool(RewardConfig(function="others:secrets")) as pool:
+        pool.submit(0, "", "", "", {})
+        assert pool.drain()[0].score == 1.0
+
+
+def test_what_a_function_starts_ends_with_its_worker(others, tmp_path):
+    with RewardPool(RewardConfig(function="others:starts_a_program", timeout=0.5)) as pool:
+        pool.submit(0, "", "", "", {"file": str(tmp_path / "pid")})
+        assert "timed out" in pool.drain()[0].error
+    child = Path("/proc") / (tmp_path / "pid").read_text()
+    deadline = time.monotonic() + 10
+    while child.is_dir() and "\nState:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < deadline, "the program runs on"
+        time.sleep(0.05)

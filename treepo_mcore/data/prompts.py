@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,10 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
 def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
     content = _lookup(row, config.prompt_key, place)
     answer = _lookup(row, config.answer_key, place)
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ConfigError(f"{place}: expected {config.answer_key} to be a string or a number, found {answer}")
+    if isinstance(answer, str) and not answer.strip():
+        raise ConfigError(f"{place}: {config.answer_key} is empty")
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
         expected = f"expected {config.answer_key} to be a string or a number"
         raise ConfigError(f"{place}: {expected}, found {type(answer).__name__}")
@@ -192,8 +197,10 @@ def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer
         text = content if messages is None else tokenizer.render_chat(messages)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
+    _check_unicode(text, config.prompt_key, place)
+    _check_unicode(str(answer), config.answer_key, place)
     tokens = tokenizer.encode(text, start=messages is None)
-    if not tokens:
+    if not tokens or not text.strip():
         raise ConfigError(f"{place}: the prompt is empty")
     used = (config.prompt_key, config.answer_key)
     meta = {key: value for key, value in row.items() if key not in used}
@@ -209,8 +216,19 @@ def _lookup(row: Row, key: str, place: str) -> Any:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
     if value is None:
+        if key in row:
+            raise ConfigError(f"{place}: {key!r} is null")
         raise ConfigError(f"{place}: no {key!r}, found {', '.join(row)}")
     return value
+
+
+def _check_unicode(text: str, key: str, place: str) -> None:
+    """Half a surrogate pair, as a cut emoji leaves it in JSON, is no character: it cannot be encoded or written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!a} at character {error.start}"
+        raise ConfigError(f"{place}: {key} is not valid Unicode: {found}") from error
 
 
 def _messages(content: Any, place: str, config: DataConfig) -> list[Message] | None:

@@ -23,15 +23,30 @@ def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
         raise ConfigError(f"model.path: {config.path}: no such directory (and not a hub name like org/model)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    # Of other folders' files (checkpoints, other formats) nothing is read but named chat templates.
+    described: dict[str, Any] = {
+        "allow_patterns": ["*.json", "*.model", "*.txt", "*.jinja"],
+        "ignore_patterns": ["*/*.json", "*/*.model", "*/*.txt"],
+    }
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+        found = Path(snapshot_download(config.path, revision=config.revision, **described))
+        if weights:
+            snapshot_download(config.path, revision=config.revision, allow_patterns=_weights_of(found))
+        return found
     except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise ConfigError(
             f"model.path: {config.path} at revision {config.revision or 'main'} is neither a directory nor "
             f"to be had from the hub{offline}: {type(error).__name__}"
         ) from error
+
+
+def _weights_of(directory: Path) -> list[str]:
+    """The files that the index names; without one, the single file."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(read_json(index).get("weight_map", {}).values()))
 
 
 def weight_files(directory: Path) -> dict[str, Path]:

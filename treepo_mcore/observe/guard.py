@@ -51,9 +51,9 @@ class PatienceGuard(Observer):
             low, high = min(self.accuracies), max(self.accuracies)
             raise NothingToLearnError(
                 f"step {step.number}: no prompt was informative in {len(self.accuracies)} steps in a row "
-                f"(filter.patience), with an accuracy of {low:.3f} to {high:.3f}: either the prompts are too hard or too "
-                "easy for this model, so that all answers to one get the same score, or the reward function does not "
-                "see answers as the model writes them (look at run.dir/trees)"
+                f"(filter.patience), with an accuracy of {low:.3f} to {high:.3f}: either the prompts are too hard or "
+                "too easy for this model, so that all answers to one get the same score, or the reward function does "
+                "not see answers as the model writes them (look at run.dir/trees)"
             )
         return Wish.NOTHING
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 import math
 import mmap
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 
 from treepo_mcore.config import ConfigError, RewardConfig
 from treepo_mcore.rewards.math import quick_verdict
-from treepo_mcore.rewards.worker import PROGRESS, Outcome, resolve
+from treepo_mcore.rewards.worker import PROGRESS, VERL, Outcome, arguments_of, resolve
 from treepo_mcore.system.environment import deaf_children
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,8 @@ class _Worker:
                     [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit)],
                     pass_fds=[theirs.fileno(), file.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    env=_environment(),
+                    start_new_session=True,  # so that what a function starts can be ended with it
                 )
         theirs.close()
 
@@ -99,7 +102,7 @@ class _Worker:
         answers: list[tuple[_Item, Outcome]] = []
         try:
             while self.connection.poll():
-                message = self.connection.recv()
+                message = json.loads(self.connection.recv_bytes())
                 if not self.ready:
                     self._started(message)
                     continue
@@ -125,7 +128,8 @@ class _Worker:
         return _Death(item, time.monotonic() - started, again)
 
     def kill(self) -> int:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # the worker may have ended, what it started may run on
+            os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         self.connection.close()
         return code
@@ -139,23 +143,38 @@ class _Worker:
 def check_function(config: RewardConfig) -> None:
     """Raise `ConfigError` for a function that cannot be found or called."""
     try:
-        signature = inspect.signature(resolve(config.function))
+        function = resolve(config.function)
+        signature = inspect.signature(function)
     except ValueError as error:
         raise ConfigError(f"reward.function: {error}") from error
     try:
-        signature.bind("response", "answer", "prompt", {})
+        signature.bind(**arguments_of(function, ("", "", "", {})))
     except TypeError as error:
-        found = f"found {config.function}{signature}"
-        raise ConfigError(f"reward.function: expected f(response, answer, prompt, row), {found}") from error
+        module, _, name = config.function.partition(":")
+        raise ConfigError(
+            f"reward.function: expected f(response, answer, prompt, row) or verl's ({', '.join(VERL)}), found "
+            f"{config.function}{signature}; write a wrapper, and name it: from {module} import {name}; "
+            f"def reward(response, answer, prompt, row): return {name}(...)"
+        ) from error
+
+
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)(_|$)")
+
+
+def _environment() -> dict[str, str]:
+    """Of a worker: the trainer's, without what opens other people's services."""
+    shared = {name: value for name, value in os.environ.items() if not SECRET.search(name.upper())}
+    return shared | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 class RewardPool:
     """Scores responses in `config.workers` processes. Not thread-safe: one thread submits and polls.
 
     For the function "math", what comparing strings can decide (`rewards.math.quick_verdict`) is decided on `submit`,
-    without a worker. A custom function is called as f(response, answer, prompt, row) and returns a finite float; a
-    response is correct when that is more than 0. Results come in any order. Raises `ConfigError` for a function that
-    cannot be found or called; `poll` and `drain` raise `RuntimeError` when a worker cannot start.
+    without a worker. A custom function is called as f(response=, answer=, prompt=, row=) or as verl's compute_score; a
+    coroutine is awaited. It returns a finite number, or a mapping with one as its `score`; a response is correct when
+    that is more than 0. Results come in any order. Raises `ConfigError` for a function that cannot be found or called;
+    `poll` and `drain` raise `RuntimeError` when a worker cannot start.
     """
 
     def __init__(self, config: RewardConfig) -> None:

@@ -7,9 +7,12 @@ seconds) in the same order.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import importlib
+import inspect
+import json
 import math
 import mmap
 import signal
@@ -20,7 +23,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-RewardFunction = Callable[[str, str, str, dict[str, Any]], float]
+RewardFunction = Callable[..., Any]
+VERL = ("data_source", "solution_str", "ground_truth", "extra_info")  # parameters of a reward function of verl's
 Call = tuple[str, str, str, dict[str, Any]]  # response, answer, prompt, row
 Outcome = tuple[float, str | None, float]  # score, error, seconds
 
@@ -48,6 +52,15 @@ def resolve(name: str) -> RewardFunction:
     return function
 
 
+def arguments_of(function: RewardFunction, call: Call) -> dict[str, Any]:
+    """The call, by the names that the function has: ours, or those of verl's `compute_score`."""
+    response, answer, prompt, row = call
+    if VERL[0] in inspect.signature(function).parameters:
+        columns = (row.get("data_source"), response, answer, row.get("extra_info"))
+        return dict(zip(VERL, columns, strict=True))
+    return {"response": response, "answer": answer, "prompt": prompt, "row": row}
+
+
 def serve(connection: Connection, progress: mmap.mmap, function: RewardFunction, limit: float) -> None:
     """Answer batches until the pool hangs up."""
     while True:
@@ -59,10 +72,10 @@ def serve(connection: Connection, progress: mmap.mmap, function: RewardFunction,
             outcomes.append(_run(function, call, limit))
             PROGRESS.pack_into(progress, 0, position, 0.0)
             if time.monotonic() - reported > _REPORT_SECONDS:
-                connection.send(outcomes)
+                _send(connection, outcomes)
                 outcomes, reported = [], time.monotonic()
         if outcomes:
-            connection.send(outcomes)
+            _send(connection, outcomes)
 
 
 def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
@@ -70,15 +83,22 @@ def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
     # Nobody handles this signal, so it ends the process even inside C code and even when the pool is busy or gone.
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        response, answer, prompt, row = call
         # Calls of one batch share the rows of their prompts; what a function does to its own must not reach the next.
-        score = float(function(response, answer, prompt, copy.deepcopy(row)))
+        result = function(**arguments_of(function, copy.deepcopy(call)))
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
+        score = float(result["score"] if isinstance(result, dict) else result)
         error = None if math.isfinite(score) else f"returned {score}"
     except (Exception, SystemExit) as raised:  # whatever a function raises belongs to its call, not to the worker
         score, error = 0.0, f"{type(raised).__name__}: {raised}"[:_ERROR_CHARACTERS]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return (0.0 if error else score), error, time.monotonic() - start
+
+
+def _send(connection: Connection, message: Any) -> None:
+    """As data: a process that runs code of others must not have the trainer unpickle what it sends."""
+    connection.send_bytes(json.dumps(message).encode())
 
 
 def main() -> None:
@@ -92,11 +112,13 @@ def main() -> None:
         try:
             function = resolve(name)
             if name == "math":
-                function(r"\boxed{\frac{1}{2}}", "0.5", "", {})  # loads the parser now, not in somebody's time limit
+                function(
+                    response=r"\boxed{\frac{1}{2}}", answer="0.5", prompt="", row={}
+                )  # loads the parser now, not in somebody's time limit
         except Exception as error:  # told to the pool, which raises it
-            connection.send(f"{type(error).__name__}: {error}")
+            _send(connection, f"{type(error).__name__}: {error}")
             return
-        connection.send(None)
+        _send(connection, None)
         serve(connection, progress, function, float(limit))
 
 
