@@ -173,7 +173,7 @@ def test_the_script_says_how_it_was_made():
         (SlurmJob(CONFIG, gpus_per_node=0), "--processes-per-node: needed where --gpus-per-node is 0"),
         (SlurmJob(CONFIG, processes_per_node=4), "--processes-per-node: 4, expected one for each of --gpus-per-node 8"),
         (SlurmJob(CONFIG, container_mounts="/a:/a"), "--container-mounts: needs --container-image"),
-        (SlurmJob(CONFIG, time="tomorrow"), "--time: expected MINUTES, H:M:S or D-H:M:S, found 'tomorrow'"),
+        (SlurmJob(CONFIG, time="tomorrow"), "--time: expected MINUTES, H:M:S, D-H:M:S or UNLIMITED, found 'tomorrow'"),
         (SlurmJob(CONFIG, time="11"), "--signal-seconds: 600 leaves nothing of --time 11 (660 s)"),
         (SlurmJob(CONFIG, ("run.resume=false",)), "run.resume: found false; a requeued job would begin anew"),
         (TorchrunJob(CONFIG, nodes=2), "--head: needed with several nodes"),
@@ -201,3 +201,16 @@ def test_submit_hands_the_script_to_sbatch(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="no sbatch on this machine"):
         CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("word", ["infinite", "UNLIMITED", "0"])
+def test_words_for_no_limit_are_sbatchs(word):
+    assert seconds_of(word) == float("inf")
+
+
+@pytest.mark.parametrize("option", ["job-name", "account", "partition", "qos"])
+def test_a_name_that_would_break_the_script_is_refused(option):
+    recipe = str(ROOT / "examples/qwen2.5-7b-8gpu/config.yaml")
+    result = CliRunner().invoke(app, ["launch", "slurm", recipe, "--nodes", "1", f"--{option}", "tree po"])
+    assert result.exit_code
+    assert f"--{option}: expected letters, digits" in str(result.exception)

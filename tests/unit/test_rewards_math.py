@@ -16,7 +16,9 @@ from treepo_mcore.rewards.shaping import shape
         (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{\left\{1, 2\right.}", r"\left\{1, 2\right."),
         (r"\boxed{}", ""),
-        (r"\boxed{3} then \boxed{4", None),
+        (r"\boxed{3} then \boxed{4", "3"),  # the last one that is complete
+        (r"so \boxed {42}", "42"),
+        (r"\fbox{42}", "42"),
         ("42", None),
         ("", None),
     ],
@@ -33,7 +35,7 @@ def test_extract_boxed(text, expected):
         ("x + 1", "x+1"),
         ("1 1/2", "1 1/2"),
         ("1,2,3", "1,2,3"),
-        ("(1,234)", "(1234)"),
+        ("(1,234)", "(1,234)"),
         ("12,3456", "12,3456"),
     ],
 )
@@ -101,3 +103,22 @@ def test_boxed_answer(text, expected):
 def test_shape_without_a_buffer_has_no_penalty():
     config = RewardConfig(correct=2.0, wrong=0.5)
     assert [shape(score, 100, 100, config) for score in (0.3, 0.0, -1.0)] == [2.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("found", "gold", "equal"),
+    [
+        ("1,000", "1000", True),
+        (r"1{,}000", "1000", True),
+        (r"1\,000,000", "1000000", True),
+        ("1,234.50", "1234.50", True),
+        ("200, 100", "100, 200", True),
+        ("200, 100", "200,100", True),
+        ("100200", "100, 200", False),
+        ("(1,234)", "(1, 234)", True),
+        (r"\{1,234\}", r"\{1, 234\}", True),
+        (r"\{1234\}", r"\{1, 234\}", False),
+    ],
+)
+def test_a_thousands_comma_is_of_one_whole_number(found, gold, equal):
+    assert bool(math_reward(f"\\boxed{{{found}}}", gold, "", {})) is equal

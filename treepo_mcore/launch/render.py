@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from dataclasses import dataclass, fields
@@ -105,6 +106,12 @@ def render(job: SlurmJob | TorchrunJob) -> str:
 def _check_slurm(job: SlurmJob) -> None:
     if job.container_mounts and not job.container_image:
         raise ConfigError("--container-mounts: needs --container-image")
+    for name in ("job_name", "account", "partition", "qos"):
+        value = getattr(job, name)
+        if value and not re.fullmatch(r"[\w.,:+@%-]+", value):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected letters, digits and . , : + @ % _ -, found {value!r}"
+            )
     limit = seconds_of(job.time)
     if job.signal_seconds >= limit - EARLY_SECONDS:
         raise ConfigError(
@@ -113,10 +120,12 @@ def _check_slurm(job: SlurmJob) -> None:
         )
 
 
-def seconds_of(limit: str) -> int:
-    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+def seconds_of(limit: str) -> float:
+    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0, infinite and UNLIMITED are none."""
+    if limit.lower() in ("infinite", "unlimited", "0"):
+        return math.inf
     if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", limit):
-        raise ConfigError(f"--time: expected MINUTES, H:M:S or D-H:M:S, found {limit!r}")
+        raise ConfigError(f"--time: expected MINUTES, H:M:S, D-H:M:S or UNLIMITED, found {limit!r}")
     days, dash, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:

@@ -11,9 +11,12 @@ import re
 from typing import Any
 
 _BOX = "\\boxed{"
+_BOXES = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _DOLLAR = re.compile(r"\\?\$")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # all but a space between digits: "1 1/2" is not "11/2"
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+# One whole number with thousands commas, as TeX may write them too; in a list, a point or a set commas separate.
+_THOUSANDS = re.compile(r"\s*(?:\\?\$)?[+-]?\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?:\.\d+)?\s*(?:\\?\$)?\.?\s*")
+_COMMA = re.compile(r"\{,\}|\\,|,")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -37,7 +40,7 @@ def quick_verdict(response: str, answer: str) -> bool | None:
     left, right = normalise(found), normalise(answer)
     if not left or not right:
         return False
-    if left == right:
+    if left == right or _stripped(found) == _stripped(answer):
         return True
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
         return int(left) == int(right)
@@ -45,11 +48,16 @@ def quick_verdict(response: str, answer: str) -> bool | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, braces matched and \{, \} passed over; None without one, or not closed."""
-    start = text.rfind(_BOX)
-    if start < 0:
-        return None
-    start += len(_BOX)
+    r"""The content of the last \boxed{...} or \fbox{...} that closes, \{ and \} passed over; None without one."""
+    for match in reversed(list(_BOXES.finditer(text))):
+        content = _inside(text, match.end())
+        if content is not None:
+            return content
+    return None
+
+
+def _inside(text: str, start: int) -> str | None:
+    """What lies between an open brace before `start` and the one that closes it; None where none does."""
     depth, position = 1, start
     while position < len(text):
         character = text[position]
@@ -72,9 +80,14 @@ def boxed_answer(text: str) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """Without dollar signs, spaces (but between digits), trailing dots and thousands commas."""
-    text = _SPACE.sub("", _DOLLAR.sub("", text)).rstrip(".")
-    return _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    """Without dollar signs, spaces (but between digits), trailing dots, and the thousands commas of a whole number."""
+    if _THOUSANDS.fullmatch(text):
+        text = _COMMA.sub("", text)
+    return _stripped(text)
+
+
+def _stripped(text: str) -> str:
+    return _SPACE.sub("", _DOLLAR.sub("", text)).rstrip(".")
 
 
 def _equal_as_math(found: str, answer: str) -> bool:
