@@ -8,6 +8,7 @@ The paper gives no ablation of these rules; its script ends at a box followed by
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,7 +16,9 @@ from typing import Protocol
 from treepo_mcore.config import StoppingConfig
 from treepo_mcore.tree.tree import BOXED, EOS, FINISHED, REPETITION
 
-BOX = "\\boxed{"
+# A box opens, or has begun to at the end of a text: the spellings of `rewards.math.extract_boxed`.
+OPENS = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BEGUN = re.compile(r"\\(?:b|bo|box|boxe|boxed\s*|f|fb|fbo|fbox\s*)?\Z")
 REPETITION_STRIDE = 16  # tokens between looks for repetition: a path may end that much later, at any chunk size
 
 
@@ -71,7 +74,7 @@ class BoxDetector:
     def _learn(self, token: int) -> None:
         piece = self._decode([token])
         self._pieces[token] = piece
-        self._opens[token] = BOX in piece or bool(_begun(piece))
+        self._opens[token] = bool(OPENS.search(piece) or BEGUN.search(piece))
         self._braces[token] = any(character in piece for character in "{}\\")
 
 
@@ -102,13 +105,14 @@ class BoxState:
 
     def outside(self, text: str) -> bool:
         """Look for a box; True when one opens and closes in `text`."""
-        at = text.find(BOX)
-        if at < 0:
-            self.begun = _begun(text)
+        opened = OPENS.search(text)
+        if opened is None:
+            begun = BEGUN.search(text)
+            self.begun = begun.group() if begun else ""
             return False
         self.begun = ""
         self.nesting, self.escaped = 1, False
-        return self.inside(text[at + len(BOX) :])
+        return self.inside(text[opened.end() :])
 
 
 class RuleStopper:
@@ -186,11 +190,3 @@ class RuleWatch:
             if recent[-1 - period] == last and recent[period - span :] == recent[-span:-period]:
                 return True
         return False
-
-
-def _begun(text: str) -> str:
-    # The longest end of `text` that is a proper beginning of BOX.
-    for size in range(min(len(BOX) - 1, len(text)), 0, -1):
-        if BOX.startswith(text[-size:]):
-            return text[-size:]
-    return ""
