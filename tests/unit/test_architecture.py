@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from treepo_mcore.config import ConfigError, ModelConfig
 from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.model.decoder import Q_NORM, QKV_BIAS
+from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.files import resolve_model, weight_files
 from treepo_mcore.weights.hf import check_weights
 
@@ -41,7 +43,7 @@ def test_sizes(directory):
     arch = read_architecture(directory)
     assert (arch.family, arch.hidden, arch.layers, arch.heads, arch.kv_heads) == ("qwen2", 128, 4, 4, 2)
     assert (arch.vocab, arch.head_dim, arch.queries_per_group) == (330, 32, 2)
-    assert (arch.qkv_bias, arch.qk_norm, arch.tied) == (True, False, False)
+    assert (parts_of(arch).holds(QKV_BIAS), parts_of(arch).holds(Q_NORM), arch.tied) == (True, False, False)
 
 
 def test_head_dim_need_not_be_hidden_over_heads(tmp_path):

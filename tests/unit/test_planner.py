@@ -177,9 +177,7 @@ def test_shards_that_match_are_not_sent():
 )
 def test_pushed_bytes_are_those_of_the_real_plan(tp, pp, dp, rollout_tp):
     """Of a small model whose layers are nearly all of it, on average over ranks."""
-    arch = architecture(
-        hidden=16, ffn=128, layers=16, heads=8, kv_heads=8, head_dim=4, vocab=64, qk_norm=False, qkv_bias=False
-    )
+    arch = architecture(hidden=16, ffn=128, layers=16, heads=8, kv_heads=8, head_dim=4, vocab=64)
     each = arch.layers // pp
     layers = [range(stage * each, (stage + 1) * each) for stage in range(pp)]
     sources = megatron_side(arch, hf_tensors(arch), tp, layers, dp, 1)[1]

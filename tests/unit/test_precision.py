@@ -29,8 +29,6 @@ def architecture(**changes):
         "head_dim": 32,
         "vocab": 330,
         "norm_eps": 1e-6,
-        "qkv_bias": False,
-        "qk_norm": False,
         "tied": False,
         "max_positions": 256,
         "initializer_range": 0.02,

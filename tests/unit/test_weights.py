@@ -41,9 +41,9 @@ def local_shapes(arch, tp):
             p + "mlp.linear_fc1.weight": (2 * arch.ffn // tp, arch.hidden),
             p + "mlp.linear_fc2.weight": (arch.hidden, arch.ffn // tp),
         }
-        if arch.qkv_bias:
+        if arch.family == "qwen2":
             shapes[p + "self_attention.linear_qkv.bias"] = (rows,)
-        if arch.qk_norm:
+        if arch.family == "qwen3":
             shapes[p + "self_attention.q_layernorm.weight"] = (arch.head_dim,)
             shapes[p + "self_attention.k_layernorm.weight"] = (arch.head_dim,)
     return shapes

@@ -29,8 +29,6 @@ def architecture(**sizes):
         "head_dim": 2,
         "vocab": 70,
         "norm_eps": 1e-6,
-        "qkv_bias": True,
-        "qk_norm": True,
         "tied": False,
         "max_positions": 64,
         "initializer_range": 0.02,
@@ -74,11 +72,11 @@ def megatron_shard(arch, hf, tp, rank, padding, layers, first, last):
         h, m = f"model.layers.{layer}.", f"decoder.layers.{number}."
         shard[m + "input_layernorm.weight"] = hf[h + "input_layernorm.weight"]
         shard[m + "pre_mlp_layernorm.weight"] = hf[h + "post_attention_layernorm.weight"]
-        for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+        for kind in ("weight", "bias") if arch.family == "qwen2" else ("weight",):
             q, k, v = (hf[f"{h}self_attn.{n}_proj.{kind}"] for n in "qkv")
             groups = [x.view(arch.kv_heads, -1, *x.shape[1:]) for x in (q, k, v)]
             shard[m + f"self_attention.linear_qkv.{kind}"] = share(torch.cat(groups, 1).flatten(0, 1), tp, rank)
-        if arch.qk_norm:
+        if arch.family == "qwen3":
             shard[m + "self_attention.q_layernorm.weight"] = hf[h + "self_attn.q_norm.weight"]
             shard[m + "self_attention.k_layernorm.weight"] = hf[h + "self_attn.k_norm.weight"]
         shard[m + "self_attention.linear_proj.weight"] = share(hf[h + "self_attn.o_proj.weight"], tp, rank, 1)
@@ -101,7 +99,7 @@ def vllm_shard(arch, hf, tp, rank):
     copies = max(1, tp // arch.kv_heads)
     for layer in range(arch.layers):
         p = f"model.layers.{layer}."
-        for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+        for kind in ("weight", "bias") if arch.family == "qwen2" else ("weight",):
             q, k, v = (hf[f"{p}self_attn.{n}_proj.{kind}"] for n in "qkv")
             k, v = (
                 x.view(arch.kv_heads, arch.head_dim, *x.shape[1:]).repeat_interleave(copies, 0).flatten(0, 1)
@@ -113,7 +111,7 @@ def vllm_shard(arch, hf, tp, rank):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             shard[p + name + ".weight"] = share(hf[p + name + ".weight"], tp, rank, 1)
         norms = ["input_layernorm", "post_attention_layernorm"]
-        for name in norms + (["self_attn.q_norm", "self_attn.k_norm"] if arch.qk_norm else []):
+        for name in norms + (["self_attn.q_norm", "self_attn.k_norm"] if arch.family == "qwen3" else []):
             shard[p + name + ".weight"] = hf[p + name + ".weight"]
     return shard
 
@@ -124,6 +122,7 @@ def cases(draw):
     queries = draw(st.sampled_from([1, 2, 4]))
     heads = kv_heads * queries
     arch = architecture(
+        family=draw(st.sampled_from(["llama", "qwen2", "qwen3"])),  # neither, bias, norms
         heads=heads,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 4])),
@@ -132,8 +131,6 @@ def cases(draw):
         layers=draw(st.integers(1, 5)),
         vocab=draw(st.integers(3, 300)),
         tied=draw(st.booleans()),
-        qkv_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
     )
     sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     tp, rollout_tp = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 
 from treepo_mcore.config import ActorConfig, Config
+from treepo_mcore.model.decoder import Q_NORM
 from treepo_mcore.model.facts import ELEMENT
+from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.shards import (
     Stage,
     matrix_parameters,
@@ -143,7 +145,7 @@ def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: b
     norms = (6 if cpu else 4) * hidden  # of each of two: its input, its output as the linear layer's input
     fused = heads + 2 * kv  # the output of linear_qkv, alive through the view that is v
     rotated = heads + kv
-    per_head_norms = (2 if cpu else 1) * rotated if sizes.qk_norm else 0
+    per_head_norms = (2 if cpu else 1) * rotated if parts_of(sizes).holds(Q_NORM) else 0
     angles = 4 * sizes.head_dim  # cosine and sine, for q and for k
     mlp = 5 * sizes.ffn / tp  # gate and up in one, silu(gate), up once more, their product
     sums = 4 * sizes.heads / tp  # of the softmax, float32

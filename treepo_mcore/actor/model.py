@@ -34,7 +34,9 @@ from treepo_mcore.actor.attention import TreeAttention, choose_attention
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.precision import precision_fields
 from treepo_mcore.config import ActorConfig, ConfigError, did_you_mean
+from treepo_mcore.model.decoder import Q_NORM, QKV_BIAS
 from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, padded
+from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.shards import check_tensor_parallel
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine, this_machine
@@ -198,8 +200,8 @@ def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dty
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": arch.qkv_bias,
-        "qk_layernorm": arch.qk_norm,
+        "add_qkv_bias": parts_of(arch).holds(QKV_BIAS),
+        "qk_layernorm": parts_of(arch).holds(Q_NORM),
         "init_method_std": arch.initializer_range,
         "tensor_model_parallel_size": actor.tp,
         "pipeline_model_parallel_size": actor.pp,
@@ -382,8 +384,9 @@ def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | Non
 
 def _local_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
     """A layer of Megatron's own modules, and the norm after the last one."""
-    parts = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
-    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if arch.qk_norm else {}
+    qk_norm = parts_of(arch).holds(Q_NORM)
+    parts = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=qk_norm)
+    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if qk_norm else {}
     parts = dataclasses.replace(
         parts,
         self_attention=_tree_attention(parts.self_attention, **norms),
@@ -397,7 +400,7 @@ def _te_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
     """The same of TransformerEngine's: norms are fused into the linear layer behind them."""
     from megatron.core.extensions.transformer_engine import TENorm
 
-    parts = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=arch.qk_norm)
+    parts = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=parts_of(arch).holds(Q_NORM))
     parts = dataclasses.replace(parts, self_attention=_tree_attention(parts.self_attention))
     return ModuleSpec(module=TransformerLayer, submodules=parts), TENorm
 

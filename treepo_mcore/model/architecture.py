@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.model.families import FAMILIES
+from treepo_mcore.model.decoder import QKV_BIAS
+from treepo_mcore.model.families import FAMILIES, parts_of
 from treepo_mcore.model.family import Family
 from treepo_mcore.model.files import read_json
 from treepo_mcore.model.sizes import Architecture, Sizes
@@ -44,7 +45,7 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
     _refuse_unsupported(directory, raw, family)
     given = {key: _size(directory, raw, key) for key in SIZE_KEYS}
     heads, hidden = given["num_attention_heads"], given["hidden_size"]
-    return Sizes(
+    sizes = Sizes(
         family=family.name,
         hidden=hidden,
         ffn=given["intermediate_size"],
@@ -55,12 +56,15 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
         head_dim=_size(directory, raw, "head_dim", family.head_dim or hidden // heads),
         vocab=given["vocab_size"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
         tied=raw.get("tie_word_embeddings", False),
         max_positions=_longest(raw, _size(directory, raw, "max_position_embeddings", 32768)),
         initializer_range=raw.get("initializer_range", 0.02),
     )
+    if raw.get("attention_bias") and not parts_of(sizes).holds(QKV_BIAS):
+        raise ConfigError(
+            f"{directory}/config.json: attention_bias is true: biases on {family.name} attention are not supported"
+        )
+    return sizes
 
 
 def _size(directory: Path, raw: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -85,8 +89,6 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: Family) ->
     where = f"{directory}/config.json"
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: hidden_act {raw['hidden_act']!r}; supported: 'silu'")
-    if not family.qkv_bias and raw.get("attention_bias"):
-        raise ConfigError(f"{where}: attention_bias is true: biases on {family.name} attention are not supported")
     if raw.get("mlp_bias"):
         raise ConfigError(f"{where}: mlp_bias is true: biases in the MLP are not supported")
     part = (raw | _rope_settings(raw)).get("partial_rotary_factor", 1.0)

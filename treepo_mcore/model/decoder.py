@@ -6,11 +6,21 @@ from treepo_mcore.model.family import Part, Parts, Source
 from treepo_mcore.model.sizes import Sizes
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV_BIAS, Q_NORM = "self_attention.linear_qkv.bias", "self_attention.q_layernorm.weight"  # in Megatron
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def decoder_parts(sizes: Sizes, qkv: tuple[str, ...] = QKV, gate_up: tuple[str, ...] = GATE_UP) -> Parts:
-    """qkv, gate_up: the checkpoint's names of what both libraries fuse; one name where the checkpoint fuses it too."""
+def decoder_parts(
+    sizes: Sizes,
+    *,
+    qkv: tuple[str, ...] = QKV,
+    gate_up: tuple[str, ...] = GATE_UP,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+) -> Parts:
+    """qkv, gate_up: the checkpoint's names of what both libraries fuse; one name where the checkpoint fuses it too.
+    qk_norm: an RMSNorm on every head of q and k.
+    """
     hidden, head = sizes.hidden, sizes.head_dim
     heads = (sizes.heads * head, sizes.kv_heads * head, sizes.kv_heads * head)
     layer = [
@@ -26,10 +36,10 @@ def decoder_parts(sizes: Sizes, qkv: tuple[str, ...] = QKV, gate_up: tuple[str, 
             quantised=True,
         ),
     ]
-    if sizes.qkv_bias:
+    if qkv_bias:
         bias = _fused(qkv, heads, "bias")
-        layer.append(Part("qkv", ("self_attention.linear_qkv.bias",), "self_attn.qkv_proj.bias", bias))
-    if sizes.qk_norm:
+        layer.append(Part("qkv", (QKV_BIAS,), "self_attn.qkv_proj.bias", bias))
+    if qk_norm:
         for letter in "qk":
             megatron, name = f"self_attention.{letter}_layernorm.weight", f"self_attn.{letter}_norm.weight"
             layer.append(_norm(name, head, megatron))

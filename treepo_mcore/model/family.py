@@ -89,6 +89,10 @@ class Parts:
     outer: tuple[Part, ...]  # embedding, final norm, output layer where it is not the embedding
     layer: tuple[Part, ...]  # of every layer alike
 
+    def holds(self, name: str) -> bool:
+        """Whether every layer has a tensor that Megatron calls so, such as ``self_attention.linear_qkv.bias``."""
+        return any(name in part.megatron for part in self.layer)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -96,8 +100,6 @@ class Family:
 
     name: str
     parts: Callable[[Sizes], Parts]
-    qkv_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on the heads of q and k
     head_dim: int | None = None  # where config.json does not say; None: hidden_size / num_attention_heads
     windowed: bool = False  # whether `sliding_window` counts; a window shorter than the context is refused
     window: int | None = None  # what transformers assumes where that key is absent

@@ -23,8 +23,6 @@ class Sizes:
     head_dim: int
     vocab: int
     norm_eps: float
-    qkv_bias: bool
-    qk_norm: bool
     tied: bool
     max_positions: int
     initializer_range: float

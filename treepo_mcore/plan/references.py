@@ -46,10 +46,10 @@ class Reference:
 
 
 def _llama(hidden: int, ffn: int, layers: int, heads: int) -> Sizes:
-    return _sizes("llama", hidden, ffn, layers, heads, 128256, qk_norm=False)
+    return _sizes("llama", hidden, ffn, layers, heads, 128256)
 
 
-def _sizes(family: str, hidden: int, ffn: int, layers: int, heads: int, vocab: int, *, qk_norm: bool) -> Sizes:
+def _sizes(family: str, hidden: int, ffn: int, layers: int, heads: int, vocab: int) -> Sizes:
     return Sizes(
         family=family,
         hidden=hidden,
@@ -60,8 +60,6 @@ def _sizes(family: str, hidden: int, ffn: int, layers: int, heads: int, vocab: i
         head_dim=128,
         vocab=vocab,
         norm_eps=1e-5,
-        qkv_bias=False,
-        qk_norm=qk_norm,
         tied=False,
         max_positions=131072,
         initializer_range=0.02,
@@ -71,7 +69,7 @@ def _sizes(family: str, hidden: int, ffn: int, layers: int, heads: int, vocab: i
 MODELS = {
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32),
     "Llama-3.1-70B": _llama(8192, 28672, 80, 64),
-    "Qwen3-32B": _sizes("qwen3", 5120, 25600, 64, 64, 151936, qk_norm=True),
+    "Qwen3-32B": _sizes("qwen3", 5120, 25600, 64, 64, 151936),
 }
 
 EIGHT = Reference(
