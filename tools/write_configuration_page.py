@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the models, comments and defaults of treepo_mcore/config.py.
+"""Write docs/configuration.md from the models, comments and defaults of treepo_mcore/config/.
 
     python tools/write_configuration_page.py [--check]
 

@@ -22,7 +22,7 @@ from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
 from treepo_mcore.model.shards import Stage
 from treepo_mcore.records import Batch
 from treepo_mcore.rewards.pool import RewardPool
-from treepo_mcore.rollout.rollout import Rollout
+from treepo_mcore.rollout.phase import Rollout
 from treepo_mcore.system.heartbeat import listen_to_nodes
 from treepo_mcore.system.machine import this_machine
 from treepo_mcore.system.phases import Phase, Phases

@@ -140,6 +140,12 @@ def test_optimizer_settings_out_of_range(file, override, words):
     assert words in message(file, override)
 
 
+@pytest.mark.parametrize("key", ["actor.optimizer.lr", "reward.failed", "rollout.temperature"])
+@pytest.mark.parametrize("value", [".inf", ".nan", "1e999"])
+def test_numbers_are_finite(file, key, value):
+    assert message(file, f"{key}={value}").startswith(f"{file}: {key}: input should be ")
+
+
 def test_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "run.yaml"
     assert message(path) == f"{path}: no such configuration file"
@@ -147,6 +153,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "expected a mapping at the top, found list" in message(path)
     path.write_text("model: {path: m\n")
     assert "not valid YAML" in message(path)
+    path.write_text("model: {path: m}\ndata: {train: t}\nmodel: {path: n}\n")
+    assert message(path) == f"{path}: not valid YAML: model stands in line 1 and again in line 3"
     path.write_bytes(b"model: {path: \xff}\n")
     assert "not valid YAML" in message(path)
 

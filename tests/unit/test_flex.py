@@ -120,9 +120,9 @@ def attend(blocks, heads=(8, 4)):
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        ((6, 2, 4, 8, 16, 10), 2),  # in blocks
+        pytest.param((6, 2, 4, 8, 16, 10), 2, marks=pytest.mark.long),  # in blocks
         ((8, 6, 4, 10), 4),  # the first has as many as there are heads
-        ((4, 8, 16, 6, 10, 12), 4),  # as groups, as heads, as numbers in a head
+        pytest.param((4, 8, 16, 6, 10, 12), 4, marks=pytest.mark.long),  # as groups, as heads, as numbers in a head
     ],
 )
 def test_few_graphs_for_all_lengths(lengths, expected, graphs):

@@ -76,6 +76,7 @@ def test_a_file_goes_on_where_it_stopped(tmp_path):
     assert set(common.Results(file, MACHINE, fresh=True).cells) == set()
 
 
+@pytest.mark.long
 def test_a_cell_that_runs_too_long_ends_with_all_that_it_started(tmp_path):
     """What it started gets the time to end its own workers, as torchrun must; these have sessions of their own."""
     worker = "import time; time.sleep(600)"

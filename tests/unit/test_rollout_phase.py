@@ -24,8 +24,8 @@ from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import queue as queue_module
 from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.evaluation import majority, sample
+from treepo_mcore.rollout.phase import Rollout
 from treepo_mcore.rollout.queue import LockstepQueue
-from treepo_mcore.rollout.rollout import Rollout
 from treepo_mcore.system.placement import colocated
 
 PLACEMENT = colocated(rank=0, world=1, rollout_tp=1)

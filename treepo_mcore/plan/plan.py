@@ -12,9 +12,9 @@ from treepo_mcore.model.facts import FP8_BLOCK
 from treepo_mcore.model.shards import check_tensor_parallel, model_parameters, stages
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
+from treepo_mcore.plan.decode import RolloutTime, rollout_time
 from treepo_mcore.plan.hardware import Cluster, Gpu
 from treepo_mcore.plan.memory import PHASES, Memory, plan_memory
-from treepo_mcore.plan.rollout import RolloutTime, rollout_time
 from treepo_mcore.plan.seconds import (
     PushTime,
     UpdateTime,

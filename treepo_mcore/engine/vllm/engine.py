@@ -28,7 +28,7 @@ from treepo_mcore.weights.fp8 import check_whole_columns
 log = logging.getLogger(__name__)
 
 # Engine arguments that the trainer sets itself -> the key to use instead.
-OWNED = {
+OF_THE_TRAINER = {
     "model": "model.path",
     "tokenizer": "model.path",
     "revision": "model.revision",
@@ -250,8 +250,8 @@ def _launcher_environment() -> Iterator[None]:
 def _check_pass_through(config: RolloutConfig) -> None:
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for key in config.engine:
-        if key in OWNED:
-            raise ConfigError(f"rollout.engine.{key}: set by the trainer; use {OWNED[key]}")
+        if key in OF_THE_TRAINER:
+            raise ConfigError(f"rollout.engine.{key}: set by the trainer; use {OF_THE_TRAINER[key]}")
         if key not in known:
             raise ConfigError(f"unknown key rollout.engine.{key}{did_you_mean(key, known, 'rollout.engine.')}")
 

@@ -1,0 +1,36 @@
+"""What a finished path is worth."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from treepo_mcore.config.base import Section
+
+
+class RewardConfig(Section):
+    """What a finished path is worth."""
+
+    # "math", or "package.module:name" called as f(response=, answer=, prompt=, row=) -> float, with row: dict[str, Any]
+    # of the row's other columns; or verl's compute_score(data_source, solution_str, ground_truth, extra_info). A
+    # coroutine is awaited. What it returns, a number or a mapping with a `score`, is the reward; a leaf counts as
+    # correct where that is more than 0. Its process has no environment variables named ...TOKEN, ...KEY, ...SECRET.
+    function: str = "math"
+    correct: float = 1.0  # math: the reward of a correct answer
+    wrong: float = -1.0  # math: of any other; and see `failed`
+    workers: int = Field(1, ge=1)  # processes per engine
+    timeout: float = Field(5.0, gt=0)  # of one call
+    # What a leaf is worth whose call raised, hung or died; such a leaf is not correct, and makes no prompt informative.
+    # wrong: `wrong`, which for a function of yours has to be the least that it returns; a number: that; drop: the leaf
+    # leaves its tree, as if it had never been sampled.
+    failed: Literal["wrong", "drop"] | float = "wrong"
+    max_failed: float = Field(0.2, gt=0, le=1)  # share of a step's calls that may fail; beyond it the run stops
+    overlong_buffer_tokens: int = Field(0, ge=0)  # soft length penalty over the last tokens (DAPO)
+    overlong_penalty: float = Field(1.0, ge=0)
+    shuffle: bool = False  # control experiment: rewards permuted among the leaves that a step trains on
+
+    @property
+    def custom(self) -> bool:
+        """Whether the reward is a function of the user's."""
+        return self.function != "math"

@@ -1,0 +1,110 @@
+"""How trees are sampled."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from treepo_mcore.config.base import IntRange, Section
+
+
+class BranchingConfig(Section):
+    """How many children, for whom (docs/algorithm.md 2.3 to 2.5)."""
+
+    factor: IntRange = (2, 2)  # b, drawn per prompt and wave (all paths of one depth) when a range
+    first: IntRange | None = None  # first-level divergence, drawn per prompt; default: `factor`
+    # even: remainder to random survivors (the paper's best). low/high_logprob: softmax of the mean log-prob
+    # of the last segment; the paper found neither better than even. Or package.module:name (docs/extending.md).
+    allocation: str = "even"
+    temperature: float = Field(2.0, gt=0)  # of that softmax
+    temperature_end: float | None = Field(None, gt=0)  # half-cosine from `temperature` to this over the run
+
+    @model_validator(mode="after")
+    def _ranges(self) -> BranchingConfig:
+        for name, pair in (("factor", self.factor), ("first", self.first)):
+            if pair is not None and not 1 <= pair[0] <= pair[1]:
+                raise ValueError(f"{name}: expected 1 <= low <= high, found {list(pair)}")
+        return self
+
+
+class StoppingConfig(Section):
+    """When a path ends besides EOS, length and depth (docs/algorithm.md 3)."""
+
+    # boxed: the token that closes a \boxed{...} ends the path. boxed_and_eos: a box marks a path that
+    # also ended by EOS as finished. none: boxes are not looked for.
+    boxed: Literal["none", "boxed", "boxed_and_eos"] = "boxed_and_eos"
+    # A path ends when its last `repetition_count` x period tokens are periodic, with a period up to
+    # `repetition_period`; 0 turns it off.
+    repetition_count: int = Field(8, ge=0)
+    repetition_period: int = Field(32, ge=1)
+    repetition_min_tokens: int = Field(64, ge=1)  # and never on fewer repeated tokens than this
+
+    @model_validator(mode="after")
+    def _really_repeats(self) -> StoppingConfig:
+        if self.repetition_count == 1:
+            raise ValueError("repetition_count: expected 0 (off) or at least 2, found 1")
+        return self
+
+
+class FallbackConfig(Section):
+    """Restarting from finished paths when live ones run out before W (docs/algorithm.md 2.7)."""
+
+    # soft_boxed_and_eos: leaves that ended by a box or EOS. random_all: any leaf. Where there is none, the prompt.
+    candidates: Literal["soft_boxed_and_eos", "random_all"] = "soft_boxed_and_eos"
+    # Where on its path the new one begins: at any of the boundaries, before the least likely token, at the prompt.
+    cut: Literal["random", "min_logprob_token", "from_start"] = "random"
+
+
+class PruningConfig(Section):
+    """Ending low-value paths early; they stay in the tree as leaves with the reason `pruned`."""
+
+    min_mean_logprob: float | None = Field(None, lt=0)  # of the whole path so far, looked at on boundaries
+    function: str | None = None  # "package.module:name", called with a `PathView`, True prunes
+
+
+class TreeConfig(Section):
+    """The shape of a tree."""
+
+    width: int = Field(16, ge=1)  # W, leaves per prompt
+    segment_tokens: int = Field(512, ge=1)  # L
+    max_depth: int = Field(14, ge=1)  # D, segments per path
+    max_response_tokens: int | None = Field(None, ge=1)  # default D x L
+    branching: BranchingConfig = BranchingConfig()
+    stopping: StoppingConfig = StoppingConfig()
+    fallback: FallbackConfig = FallbackConfig()
+    pruning: PruningConfig = PruningConfig()
+    # fork_behind: the parent's request keeps decoding across boundaries, siblings start from the recorded
+    # prefix. stop_and_fork: every path stops at every boundary (the released design), for comparison.
+    expansion: Literal["fork_behind", "stop_and_fork"] = "fork_behind"
+
+    @property
+    def response_tokens(self) -> int:
+        """Longest response, in tokens."""
+        return min(
+            self.max_response_tokens or self.max_depth * self.segment_tokens, self.max_depth * self.segment_tokens
+        )
+
+
+class RolloutConfig(Section):
+    """Trees out of a colocated vLLM engine."""
+
+    tp: int = Field(1, ge=1)  # tensor-parallel size of one engine; world size / tp engines run
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    sampler: str = "tree"  # flat: W independent answers a prompt; or package.module:name
+    temperature: float = Field(1.0, gt=0)  # nothing else changes the distribution: ratios compare the whole of it
+    tree: TreeConfig = TreeConfig()
+    # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
+    # of its steps in that state the engine gives up what is unfinished; default: never.
+    tail_steps: int | None = Field(None, ge=0)
+    # carry: such prompts come first in the next step, sampled anew, and are then left to finish.
+    unfinished: Literal["carry", "drop"] = "carry"
+    # Engine steps between two meetings: ranks of an engine compare what they sampled and look for new prompts; under
+    # run.deterministic, engines wait for outstanding rewards and share what they know.
+    agreement_every: int = Field(16, ge=1)
+    # Buffer of the pushes of weights on every rank, in MiB: both directions and both halves together. Only what is used
+    # is taken; 64 hold a row of FP8 blocks of the widest models.
+    push_staging_mb: int = Field(256, ge=64)
+    # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
+    # quantised before they are sent.
+    engine: dict[str, Any] = {}

@@ -1,0 +1,55 @@
+"""All sections, and the rules between them."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from treepo_mcore.config.actor import ActorConfig
+from treepo_mcore.config.base import ConfigError, Section
+from treepo_mcore.config.learn import AdvantageConfig, FilterConfig
+from treepo_mcore.config.rewards import RewardConfig
+from treepo_mcore.config.rollout import RolloutConfig
+from treepo_mcore.config.run import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainerConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    filter: FilterConfig = FilterConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    actor: ActorConfig = ActorConfig()
+    memory: MemoryConfig = MemoryConfig()
+    reward: RewardConfig = RewardConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.trainer.prompts_per_update > self.trainer.prompts_per_step:
+            raise ValueError(
+                f"trainer.prompts_per_update: {self.trainer.prompts_per_update} is more than "
+                f"trainer.prompts_per_step = {self.trainer.prompts_per_step}"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.tree.response_tokens
+        if self.actor.micro_batch_tokens < longest:
+            raise ValueError(
+                f"actor.micro_batch_tokens: {self.actor.micro_batch_tokens} is less than the longest path, "
+                f"data.max_prompt_tokens + the longest response = {longest}"
+            )
+        return self
+
+
+def check_grid(config: Config, world: int) -> None:
+    """Raise `ConfigError` when the processes do not fill the layout."""
+    actor, rollout = config.actor, config.rollout
+    model = actor.tp * actor.pp
+    if world % model:
+        raise ConfigError(
+            f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} processes are not a multiple of {model}; "
+            f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
+        )
+    if world % rollout.tp:
+        raise ConfigError(f"rollout.tp: {world} processes are not a multiple of {rollout.tp}")
