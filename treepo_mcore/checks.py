@@ -25,6 +25,7 @@ from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.model.files import resolve_model
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.observe.trackers import check_trackers
+from treepo_mcore.rewards.answers import tell_unreadable
 from treepo_mcore.rewards.pool import check_function
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ def _load(context: Context, file: Path) -> list[Prompt]:
         return []
     prompts = load_prompts(file, context.config.data, context.tokenizer)
     check_token_ids(prompts, context.arch.vocab)
+    if not context.config.reward.custom and os.environ.get("RANK", "0") == "0":
+        tell_unreadable(file, {prompt.id: prompt.answer for prompt in prompts})
     return prompts
 
 

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from treepo_mcore.data.tokenizer import load_tokenizer
-from treepo_mcore.rewards.math import extract_boxed, quick_verdict
+from treepo_mcore.rewards.math import final_answer, quick_verdict
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -74,7 +74,7 @@ def test_styles(folder):
     counts = {"plain": 0, "told": 0, "hasty": 0}
     for row in rows(folder / "sft.jsonl"):
         counts[row["style"]] += 1
-        assert extract_boxed(row["solution"]) == answers[row["prompt"]]
+        assert final_answer(row["solution"]) == answers[row["prompt"]]
         assert ("=" in row["solution"]) == (row["style"] != "hasty")
         assert row["solution"].startswith(" ")
         assert row["prompt"].endswith("\nAnswer:")

@@ -21,7 +21,7 @@ from rollout_fake_engine import (
 
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.grow.sampler import stable_seed
-from treepo_mcore.rewards.math import extract_boxed
+from treepo_mcore.rewards.math import final_answer
 from treepo_mcore.rollout.collector import Collection, Collector
 from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
 from treepo_mcore.tree.stats import informative
@@ -251,7 +251,7 @@ def test_boxes_under_sentencepiece_are_those_that_the_reward_sees(tmp_path):
     stopper = Collector(config, FakeEngine(hazard_draw(0.1)), tokenizer, None, None).stopper
     for text in (*lines, "\\boxed{ 5 } so", "\\boxed {5}", "\\ boxed{5} \\boxed{", "so \\boxed{{}}"):
         found = stopper.watch([]).feed(tokenizer.encode(text)) is not None
-        assert found == (extract_boxed(text) is not None), text
+        assert found == (final_answer(text) is not None), text
 
 
 def test_tokens_without_text_are_told_once(caplog):

@@ -16,7 +16,7 @@ from typing import Protocol
 from treepo_mcore.config import StoppingConfig
 from treepo_mcore.tree.tree import BOXED, EOS, FINISHED, REPETITION
 
-# A box opens, or has begun to at the end of a text: the spellings of `rewards.math.extract_boxed`.
+# A box opens, or has begun to at the end of a text: the spellings of `rewards.math.final_answer`.
 OPENS = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BEGUN = re.compile(r"\\(?:b|bo|box|boxe|boxed\s*|f|fb|fbo|fbox\s*)?\Z")
 REPETITION_STRIDE = 16  # tokens between looks for repetition: a path may end that much later, at any chunk size
@@ -89,7 +89,7 @@ class BoxState:
         self.escaped = False  # behind a backslash inside a box: the next character is passed over
 
     def inside(self, text: str) -> bool:
-        r"""Count braces, but not \{ and \} (like `rewards.math.extract_boxed`); True when the box closes in `text`."""
+        r"""Count braces, but not \{ and \} (like `rewards.math.final_answer`); True when the box closes in `text`."""
         for character in text:
             if self.escaped:
                 self.escaped = False

@@ -1,44 +1,44 @@
 r"""Is the last \boxed{...} of a response equal to the reference answer?
 
-Most answers are decided by comparing strings (`quick_verdict`, microseconds); the others go to math-verify, which
-compares them as mathematics (milliseconds, and now and then for ever: run it under a time limit, see `pool.py`).
+Most answers are decided by comparing strings (`quick_verdict`, microseconds). The others are brought into one spelling
+(`notation.py`) and compared as mathematics (`compare.py`), which takes milliseconds, and now and then for ever: run it
+under a time limit, see `pool.py`.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
-_BOX = "\\boxed{"
+from treepo_mcore.rewards.compare import readable, same
+from treepo_mcore.rewards.notation import one_spelling, without_thousands
+
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_JOINT = re.compile(r"(?:[\s$,;.]|\\[()\[\],;! ]|\\q?quad|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|[a-zA-Z]\s*=)*")
 _DOLLAR = re.compile(r"\\?\$")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # all but a space between digits: "1 1/2" is not "11/2"
-# One whole number with thousands commas, as TeX may write them too; in a list, a point or a set commas separate.
-_THOUSANDS = re.compile(r"\s*(?:\\?\$)?[+-]?\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?:\.\d+)?\s*(?:\\?\$)?\.?\s*")
-_COMMA = re.compile(r"\{,\}|\\,|,")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def math_reward(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
-    """1.0 when the last complete box of `response` equals `answer`, else 0.0. `prompt` and `row` are not looked at.
+    """1.0 when the last complete boxes of `response` equal `answer`, else 0.0. `prompt` and `row` are not looked at.
 
     Has no time limit of its own.
     """
     verdict = quick_verdict(response, answer)
     if verdict is not None:
         return float(verdict)
-    found = extract_boxed(response)
-    return float(found is not None and _equal_as_math(found, answer))
+    found = final_answer(response)
+    return float(found is not None and same(one_spelling(found), one_spelling(final_answer(answer) or answer)))
 
 
 def quick_verdict(response: str, answer: str) -> bool | None:
     """What comparing strings can tell: equal, not equal (no box, or two different integers), or None, undecided."""
-    found = extract_boxed(response)
+    found = final_answer(response)
     if found is None:
         return False
     left, right = normalise(found), normalise(answer)
-    if not left or not right:
+    if not left or not right or left == "nan":  # which is no number, not even itself
         return False
     if left == right or _stripped(found) == _stripped(answer):
         return True
@@ -47,13 +47,22 @@ def quick_verdict(response: str, answer: str) -> bool | None:
     return None
 
 
-def extract_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} or \fbox{...} that closes, \{ and \} passed over; None without one."""
+def final_answer(text: str) -> str | None:
+    r"""The content of the last \boxed{...} or \fbox{...} that closes, \{ and \} passed over; None without one.
+
+    Of boxes with nothing but "and", commas and the like between them, all that differ, as a list.
+    """
+    boxes: list[tuple[int, int, str]] = []  # from the last one on: where it begins, where it ends, what is in it
     for match in reversed(list(_BOXES.finditer(text))):
         content = _inside(text, match.end())
-        if content is not None:
-            return content
-    return None
+        if content is None:
+            continue
+        end = match.end() + len(content) + 1
+        if boxes and (end > boxes[-1][0] or not _JOINT.fullmatch(text, end, boxes[-1][0])):
+            break
+        boxes.append((match.start(), end, content))
+    contents = list(dict.fromkeys(content for _, _, content in reversed(boxes)))
+    return ", ".join(contents) if contents else None
 
 
 def _inside(text: str, start: int) -> str | None:
@@ -74,29 +83,20 @@ def _inside(text: str, start: int) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """What `extract_boxed` finds, normalised; None where that is nothing."""
-    found = extract_boxed(text)
+    """What `final_answer` finds, normalised; None where that is nothing."""
+    found = final_answer(text)
     return None if found is None else normalise(found) or None
 
 
 def normalise(text: str) -> str:
     """Without dollar signs, spaces (but between digits), trailing dots, and the thousands commas of a whole number."""
-    if _THOUSANDS.fullmatch(text):
-        text = _COMMA.sub("", text)
-    return _stripped(text)
+    return _stripped(without_thousands(text))
 
 
 def _stripped(text: str) -> str:
     return _SPACE.sub("", _DOLLAR.sub("", text)).rstrip(".")
 
 
-def _equal_as_math(found: str, answer: str) -> bool:
-    # Imported here: it brings sympy along (0.5 s), which the process that only compares strings does not need.
-    from math_verify import parse, verify
-
-    # No time limits inside math-verify: they use SIGALRM, so they fail outside the main thread and would switch off
-    # the alarm of the pool's worker. It warns once about that.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    gold = parse(f"{_BOX}{answer}}}", parsing_timeout=None)
-    target = parse(f"{_BOX}{found}}}", parsing_timeout=None)
-    return bool(verify(gold, target, timeout_seconds=None))
+def answer_is_readable(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
+    """1.0 when another spelling than its own can equal `answer`, else 0.0. Nothing else is looked at."""
+    return float(readable(final_answer(answer) or answer))
