@@ -175,3 +175,35 @@ def test_a_dump_reads_back_to_an_equal_configuration(width, temperature, sampler
         }
     )
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[]", "schedule: expected the prompt's width first, as [0, paths], found []"),
+        ("[[0.3, 4]]", "schedule: expected the prompt's width first"),
+        ("[[0, 4], [1.5, 16]]", "schedule: expected shares in (0, 1) or whole segments as depths, found [0.0, 1.5]"),
+        ("[[0, 4], [-1, 16]]", "expected shares in (0, 1) or whole segments"),
+        ("[[0, 4], [0.5, 8], [0.2, 16]]", "schedule: expected depths that rise, found [0.0, 0.5, 0.2]"),
+        ("[[0, 8], [0.5, 4]]", "schedule: expected widths of 1 or more that rise, found [8, 4]"),
+        ("[[0, 0], [0.5, 16]]", "expected widths of 1 or more that rise"),
+        ("[[0, 4], [0.5, 8]]", "branching.schedule: expected a last width of width = 16, found 8"),
+        ("[[0, 4], [14, 16]]", "branching.schedule: depth 14 lies behind max_response_tokens or max_depth"),
+    ],
+)
+def test_planned_forks_that_cannot_be(file, value, words):
+    assert words in message(file, f"rollout.tree.branching.schedule={value}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.tree.branching.first=1"], "expected two first paths or more, found 1"),
+        (["advantage.mass_loss_weight=false"], "mass_loss_weight: estimator: subtree needs true, found false"),
+        (["advantage.estimator=treepo", "advantage.baseline=kin"], "baseline: kin is of estimator: subtree"),
+    ],
+)
+def test_weights_and_trees_that_subtree_cannot_have(file, overrides, words):
+    wrong = ["advantage.estimator=subtree", "rollout.tree.branching.schedule=[[0, 4], [0.5, 16]]"]
+    load_config(file, [*wrong, "actor.micro_batch_tokens=16384"])
+    assert words in message(file, *["advantage.estimator=subtree", *overrides])

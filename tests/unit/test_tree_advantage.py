@@ -92,13 +92,39 @@ def test_node_sums(case):
         assert negative[node] == pytest.approx(expected["A_neg"], abs=2e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("estimator", "key"), [("segment", "treeseg_raw_segment_adv"), ("spo", "spo_segment_adv")])
-def test_segment_estimators(case, estimator, key):
-    tree = case_tree(case)
+def test_segment_estimators(estimator, key):
+    tree = case_tree("A")
     values = raw_values(tree, AdvantageConfig(estimator=estimator))
-    for leaf, expected in zip(tree.leaves, CASES[case][key], strict=True):
+    for leaf, expected in zip(tree.leaves, CASES["A"][key], strict=True):
         np.testing.assert_allclose(values[tree.path(leaf.node)[1:]], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("estimator", ["segment", "spo"])
+def test_a_chain_without_forks_is_one_unit(estimator):
+    """Case C has chains, which the released code gives 0 or another scale; every node gets its unit's value."""
+    tree = case_tree("C")
+    units = [[node for node in tree.path(leaf.node)[1:] if _begins_a_unit(tree, node)] for leaf in tree.leaves]
+    merged = tree_from_plain(
+        {
+            "leaves": [
+                {"path": unit, "reward": leaf.reward, "n_tokens": 1}
+                for unit, leaf in zip(units, tree.leaves, strict=True)
+            ]
+        }
+    )
+    values, expected = (raw_values(one, AdvantageConfig(estimator=estimator)) for one in (tree, merged))
+    for index, leaf in enumerate(tree.leaves):
+        found = dict(zip(units[index], expected[merged.path(merged.leaves[index].node)[1:]], strict=True))
+        unit = None
+        for node in tree.path(leaf.node)[1:]:
+            unit = found.get(node, unit)
+            assert values[node] == pytest.approx(unit)
+
+
+def _begins_a_unit(tree, node):
+    parent = tree.nodes[node].parent
+    return parent == 0 or len(tree.children(parent)) > 1
 
 
 def test_max_levels_one_is_the_mean_baseline():
@@ -215,3 +241,71 @@ def test_scaled_values_leave_the_weights(estimator):
         np.testing.assert_allclose(scaled.along(tree, leaf), found.along(tree, leaf) * factors[leaf])
         positive[tree.path(tree.leaves[leaf].node)] += np.maximum(scaled.along(tree, leaf), 0)
     np.testing.assert_allclose(scaled.node_sums(tree)[0][1:], positive[1:], atol=1e-12)
+
+
+def forked_tree(*rewards, roots=2):
+    """Roots of 4 tokens that fork once, children of 4 tokens."""
+    tree = Tree("p", [1])
+    leaves = []
+    for _ in range(roots):
+        root = tree.add_node(0, 1)
+        tree.nodes[root].tokens.extend([2] * 4)
+        leaves += [tree.add_node(root, 2) for _ in range(len(rewards) // roots)]
+    for node, reward in zip(leaves, rewards, strict=True):
+        tree.nodes[node].tokens.extend([3] * 4)
+        tree.leaves[tree.add_leaf(node, "eos")].reward = reward
+    return tree
+
+
+def test_subtree_compares_a_node_with_what_is_outside():
+    tree = forked_tree(1.0, 0.0, 0.0, 0.0)
+    found = {
+        baseline: raw_values(tree, AdvantageConfig(estimator="subtree", baseline=baseline))[1:].tolist()
+        for baseline in ("mean", "sibling", "kin")
+    }
+    # Nodes 1 and 2 are the first root and its children, in order of creation: root, leaf, leaf, root, leaf, leaf.
+    assert found["sibling"] == pytest.approx([0.5, 1.0, -1.0, -0.5, 0.0, 0.0])
+    # A leaf's ancestors: its root without it (one leaf) and the prompt without it (three, of mass 3/4).
+    assert found["mean"] == pytest.approx([0.5, 1.0, -2 / 3, -0.5, -1 / 6, -1 / 6])
+    assert found["kin"][1] == pytest.approx(1.0 - (1 * 0.0 + 2 * 0.0) / 3)
+    assert found["kin"][2] == pytest.approx(0.0 - (1 * 1.0 + 2 * 1 / 3) / 3)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "sibling", "kin", "blup"])
+def test_subtree_of_independent_answers_is_rloo(baseline):
+    tree = forked_tree(1.0, 0.0, 0.5, roots=3)
+    values = raw_values(tree, AdvantageConfig(estimator="subtree", baseline=baseline))
+    expected = raw_values(tree, AdvantageConfig(estimator="rloo"))
+    for leaf, value in zip(tree.leaves, expected, strict=True):
+        assert values[tree.path(leaf.node)[1:]] == pytest.approx([value, value])
+
+
+def test_leaves_behind_a_fallback_carry_no_loss():
+    tree = forked_tree(1.0, 0.0, 0.0, 0.0)
+    (without,) = advantages([tree], AdvantageConfig(estimator="subtree", whiten="none"))
+    node = tree.add_node(1, 2, from_fallback=True)
+    tree.nodes[node].tokens.extend([3] * 4)
+    tree.leaves[tree.add_leaf(node, "eos")].reward = 1.0
+    (worth,) = advantages([tree], AdvantageConfig(estimator="subtree", whiten="none"))
+    assert worth.weights[-1] == 0
+    assert worth.values[:-1] == pytest.approx(without.values)
+    assert worth.values[-1] == 0
+
+
+def test_brownian_values_follow_from_increments():
+    """Two roots of two leaves each share 4 of 8 tokens: K = [[1, 1/2], [1/2, 1]] twice, and the mean 1/4."""
+    tree = forked_tree(1.0, 0.0, 0.0, 0.0)
+    values = raw_values(tree, AdvantageConfig(estimator="brownian"))
+    block = np.linalg.inv(np.array([[1, 0.5], [0.5, 1]]))
+    alpha = np.concatenate([block @ [0.75, -0.25], block @ [-0.25, -0.25]])
+    expected = [alpha[:2].sum(), alpha[0], alpha[1], alpha[2:].sum(), alpha[2], alpha[3]]
+    assert values[1:] == pytest.approx(expected, abs=1e-6)
+
+
+def test_packing_of_trees_and_of_leaves_agree_under_subtree():
+    tree = forked_tree(1.0, 0.0, 0.0, 1.0)
+    (worth,) = advantages([tree], AdvantageConfig(estimator="subtree"))
+    along = np.zeros(len(tree.nodes))
+    for leaf in range(len(tree.leaves)):
+        along[tree.path(tree.leaves[leaf].node)] += worth.along(tree, leaf)
+    assert along == pytest.approx(sum(worth.node_sums(tree)))

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mcore.config import BranchingConfig
+from treepo_mcore.config import BranchingConfig, TreeConfig
 from treepo_mcore.grow.branching import (
     allocate_evenly,
+    allocate_to_heaviest,
     first_children,
     make_allocation,
     temperature_at,
@@ -44,13 +45,17 @@ def test_budget(leaves, new, survivors, factor, expected):
 
 def test_first_children_are_clipped_to_the_width():
     rng = random.Random(0)
-    drawn = Counter(first_children(BranchingConfig(factor=2, first=(2, 8)), 16, rng) for _ in range(400))
+
+    def first(width, **branching):
+        return first_children(TreeConfig(width=width, branching=BranchingConfig(**branching)), rng)
+
+    drawn = Counter(first(16, factor=2, first=(2, 8)) for _ in range(400))
     assert set(drawn) == set(range(2, 9))  # the range is really used
-    assert {first_children(BranchingConfig(first=(9, 12)), 4, rng) for _ in range(20)} == {4}
-    clipped = Counter(first_children(BranchingConfig(first=(2, 8)), 4, rng) for _ in range(600))
+    assert {first(4, first=(9, 12)) for _ in range(20)} == {4}
+    clipped = Counter(first(4, first=(2, 8)) for _ in range(600))
     assert set(clipped) == {2, 3, 4}
     assert max(clipped.values()) < 260  # the range is clipped, not what is drawn from it: 4 is no likelier than 2
-    assert first_children(BranchingConfig(factor=3), 16, rng) == 3
+    assert first(16, factor=3) == 3
 
 
 @given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 1000))
@@ -99,3 +104,14 @@ def test_temperature_schedule_is_half_a_cosine():
     assert [temperature_at(config, p) for p in (0.0, 0.5, 1.0)] == pytest.approx([5.0, 3.0, 1.0])
     assert temperature_at(config, 0.25) > 4.0
     assert temperature_at(BranchingConfig(temperature=2.0), 0.7) == pytest.approx(2.0)
+
+
+def test_the_heaviest_path_gets_the_next_child():
+    """Of masses 1/2, 1/6, 1/6 and 1/6."""
+    tree = Tree("p", [1])
+    light = tree.add_node(0, 1)
+    nodes = [tree.add_node(0, 1), *(tree.add_node(light, 2) for _ in range(3))]
+    counts = allocate_to_heaviest(tree, nodes, 6, random.Random(0))
+    assert counts == [3, 1, 1, 1]
+    most = {tuple(allocate_to_heaviest(tree, nodes, 7, random.Random(seed))) for seed in range(60)}
+    assert most == {(4, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 1), (3, 1, 1, 2)}  # a tie of all four

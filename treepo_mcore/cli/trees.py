@@ -35,10 +35,11 @@ def advantages(
     leave_one_out: Annotated[bool, typer.Option("--leave-one-out")] = False,
     distinct_groups: Annotated[bool, typer.Option("--distinct-groups")] = False,
     mass_baseline: Annotated[bool, typer.Option("--mass-baseline")] = False,
-    mass_loss_weight: Annotated[bool, typer.Option("--mass-loss-weight")] = False,
+    baseline: Annotated[str, typer.Option(help="of subtree: mean, kin, sibling or blup")] = "mean",
+    mass_loss_weight: Annotated[bool | None, typer.Option("--mass-loss-weight/--no-mass-loss-weight")] = None,
     max_levels: Annotated[int | None, typer.Option(min=1)] = None,
     whiten: Annotated[Literal["batch", "none"], typer.Option()] = "batch",
-    whiten_shift: Annotated[bool, typer.Option(help="subtract the batch mean as well")] = True,
+    whiten_shift: Annotated[bool | None, typer.Option(help="subtract the batch mean as well")] = None,
     only_informative: Annotated[
         bool, typer.Option("--informative", help="leave out what filter.enabled does: all leaves with the same score")
     ] = False,
@@ -60,6 +61,7 @@ def advantages(
         "leave_one_out": leave_one_out,
         "distinct_groups": distinct_groups,
         "mass_baseline": mass_baseline,
+        "baseline": baseline,
         "mass_loss_weight": mass_loss_weight,
         "max_levels": max_levels,
         "whiten": whiten,

@@ -28,10 +28,14 @@ class FilterConfig(Section):
     patience: int = Field(10, ge=0)  # steps in a row without an informative prompt, then the run stops; 0: never
 
 
+BY_MASS = ("subtree", "brownian")
+
+
 class AdvantageConfig(Section):
     """Estimators over a tree's sub-groups (docs/algorithm.md 4; paper equations 5 to 7)."""
 
-    # treepo, segment, spo, grpo, rloo, reinforce_pp_baseline, or package.module:name (docs/extending.md).
+    # treepo, subtree, brownian, segment, spo, grpo, rloo, reinforce_pp_baseline, or package.module:name
+    # (docs/extending.md).
     estimator: str = "treepo"
     # The seven up to max_levels are of treepo, and refused under other estimators.
     aggregation: Literal["average", "group_size"] = "average"  # weight of the levels
@@ -41,9 +45,15 @@ class AdvantageConfig(Section):
     distinct_groups: bool = False  # count each distinct set of leaves once
     mass_baseline: bool = False  # sub-group means weighted by path mass
     max_levels: int | None = Field(None, ge=1)  # levels used, the root's included; default: all
-    mass_loss_weight: bool = False  # loss of leaf i times W m_i, in a mean with the same weights
-    whiten: Literal["batch", "none"] = "batch"  # treepo, segment and reinforce_pp_baseline; the others never are
-    whiten_shift: bool = True  # subtract the batch mean as well
+    # Of subtree, what a node's value is compared with, always without the node's own leaves. mean: the plain mean over
+    # its forked ancestors; kin: shrunk towards the nearest; sibling: the nearest alone; blup: the best linear
+    # prediction if a reward is a sum of independent increments, one a token.
+    baseline: Literal["mean", "kin", "sibling", "blup"] = "mean"
+    # Loss of leaf i times W m_i, in a mean with the same weights. Default: under subtree and brownian, which are
+    # unbiased with these weights only; there leaves behind a fallback have none.
+    mass_loss_weight: bool | None = None
+    whiten: Literal["batch", "none"] = "batch"  # grpo, rloo and spo never are
+    whiten_shift: bool | None = None  # subtract the batch mean as well; default: but under subtree and brownian
 
     @model_validator(mode="after")
     def _options_of_the_estimator(self) -> AdvantageConfig:
@@ -52,7 +62,26 @@ class AdvantageConfig(Section):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default:
                 raise ValueError(f"{name}: {value} is of estimator: treepo, found estimator: {self.estimator}")
+        if self.baseline != "mean" and self.estimator != "subtree":
+            raise ValueError(f"baseline: {self.baseline} is of estimator: subtree, found estimator: {self.estimator}")
+        if self.by_mass and self.mass_loss_weight is False:
+            raise ValueError(f"mass_loss_weight: estimator: {self.estimator} needs true, found false")
         return self
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether the estimator counts leaves by their mass without fallback."""
+        return self.estimator in BY_MASS
+
+    @property
+    def weighted_by_mass(self) -> bool:
+        """Whether a leaf's loss is multiplied by W times its mass."""
+        return self.by_mass if self.mass_loss_weight is None else self.mass_loss_weight
+
+    @property
+    def shifted(self) -> bool:
+        """Whether whitening subtracts the mean of the batch."""
+        return not self.by_mass if self.whiten_shift is None else self.whiten_shift
 
 
 class LossConfig(Section):

@@ -15,8 +15,13 @@ class BranchingConfig(Section):
     factor: IntRange = (2, 2)  # b, drawn per prompt and wave (all paths of one depth) when a range
     first: IntRange | None = None  # first-level divergence, drawn per prompt; default: `factor`
     # even: remainder to random survivors (the paper's best). low/high_logprob: softmax of the mean log-prob
-    # of the last segment; the paper found neither better than even. Or package.module:name (docs/extending.md).
+    # of the last segment; the paper found neither better than even. heaviest: each extra child to the path with the
+    # largest mass, which keeps leaves as equal as can be. Or package.module:name (docs/extending.md).
     allocation: str = "even"
+    # Instead of factor and first: [[depth, width], ...], where paths fork and how many there are then, those that ended
+    # before counted in. Depth 0 is the prompt, a share below 1 is of the running mean of the response length, 1 and
+    # more are segments; the last width is tree.width. [[0, 8], [0.45, 16]]: eight paths that fork once.
+    schedule: list[tuple[float, int]] | None = None
     temperature: float = Field(2.0, gt=0)  # of that softmax
     temperature_end: float | None = Field(None, gt=0)  # half-cosine from `temperature` to this over the run
 
@@ -25,6 +30,23 @@ class BranchingConfig(Section):
         for name, pair in (("factor", self.factor), ("first", self.first)):
             if pair is not None and not 1 <= pair[0] <= pair[1]:
                 raise ValueError(f"{name}: expected 1 <= low <= high, found {list(pair)}")
+        return self
+
+    @model_validator(mode="after")
+    def _planned(self) -> BranchingConfig:
+        if self.schedule is None:
+            return self
+        depths, widths = [depth for depth, _ in self.schedule], [width for _, width in self.schedule]
+        if not depths or depths[0] != 0:
+            raise ValueError(f"schedule: expected the prompt's width first, as [0, paths], found {self.schedule}")
+        if any(depth < 0 or (depth > 1 and depth % 1) for depth in depths):
+            raise ValueError(f"schedule: expected shares in (0, 1) or whole segments as depths, found {depths}")
+        if depths != sorted(set(depths)):
+            raise ValueError(f"schedule: expected depths that rise, found {depths}")
+        if widths[0] < 1 or widths != sorted(set(widths)):
+            raise ValueError(f"schedule: expected widths of 1 or more that rise, found {widths}")
+        if self.first is not None:
+            raise ValueError(f"first: {list(self.first)} is not used, the first width of schedule is {widths[0]}")
         return self
 
 
@@ -51,7 +73,8 @@ class FallbackConfig(Section):
     """Restarting from finished paths when live ones run out before W (docs/algorithm.md 2.7)."""
 
     # soft_boxed_and_eos: leaves that ended by a box or EOS. random_all: any leaf. Where there is none, the prompt.
-    candidates: Literal["soft_boxed_and_eos", "random_all"] = "soft_boxed_and_eos"
+    # none: nothing restarts, and such a tree has fewer than W leaves.
+    candidates: Literal["soft_boxed_and_eos", "random_all", "none"] = "soft_boxed_and_eos"
     # Where on its path the new one begins: at any of the boundaries, before the least likely token, at the prompt.
     cut: Literal["random", "min_logprob_token", "from_start"] = "random"
 
@@ -77,6 +100,18 @@ class TreeConfig(Section):
     # fork_behind: the parent's request keeps decoding across boundaries, siblings start from the recorded
     # prefix. stop_and_fork: every path stops at every boundary (the released design), for comparison.
     expansion: Literal["fork_behind", "stop_and_fork"] = "fork_behind"
+
+    @model_validator(mode="after")
+    def _planned(self) -> TreeConfig:
+        schedule = self.branching.schedule
+        if schedule is None:
+            return self
+        depth, width = schedule[-1]
+        if width != self.width:
+            raise ValueError(f"branching.schedule: expected a last width of width = {self.width}, found {width}")
+        if depth >= 1 and depth * self.segment_tokens >= self.response_tokens:
+            raise ValueError(f"branching.schedule: depth {depth:g} lies behind max_response_tokens or max_depth")
+        return self
 
     @property
     def response_tokens(self) -> int:

@@ -39,7 +39,19 @@ class Config(Section):
                 f"actor.micro_batch_tokens: {self.actor.micro_batch_tokens} is less than the longest path, "
                 f"data.max_prompt_tokens + the longest response = {longest}"
             )
+        estimator, sampled = self.advantage.estimator, self.rollout.sampler == "tree" and self.rollout.tree.width > 1
+        if self.advantage.by_mass and sampled and self._first_paths < 2:
+            raise ValueError(
+                f"advantage.estimator: {estimator} gives no value to tokens that all leaves share; expected two first "
+                f"paths or more, found {self._first_paths}"
+            )
         return self
+
+    @property
+    def _first_paths(self) -> int:
+        """Of a tree, at least."""
+        branching = self.rollout.tree.branching
+        return branching.schedule[0][1] if branching.schedule else (branching.first or branching.factor)[0]
 
 
 def check_grid(config: Config, world: int) -> None:

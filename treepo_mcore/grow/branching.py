@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from treepo_mcore.config import BranchingConfig
+from treepo_mcore.config import BranchingConfig, TreeConfig
 from treepo_mcore.registry import resolve
 from treepo_mcore.tree.tree import Tree
 
@@ -23,10 +23,10 @@ from treepo_mcore.tree.tree import Tree
 Allocation = Callable[[Tree, Sequence[int], int, random.Random], list[int]]
 
 
-def first_children(config: BranchingConfig, width: int, rng: random.Random) -> int:
+def first_children(config: TreeConfig, rng: random.Random) -> int:
     """Paths that start from the prompt, `k0`."""
-    low, high = config.first or config.factor
-    return rng.randint(min(low, width), min(high, width))
+    low, high = config.branching.first or config.branching.factor
+    return rng.randint(min(low, config.width), min(high, config.width))
 
 
 def total_children(width: int, leaves: int, new_leaves: int, survivors: int, factor: int) -> int:
@@ -50,6 +50,17 @@ def allocate_evenly(tree: Tree, survivors: Sequence[int], children: int, rng: ra
     counts = [share] * len(survivors)
     for index in rng.sample(range(len(survivors)), rest):
         counts[index] += 1
+    return counts
+
+
+def allocate_to_heaviest(tree: Tree, survivors: Sequence[int], children: int, rng: random.Random) -> list[int]:
+    """Each to the path with the largest mass a child, a random one of several: masses stay as equal as can be."""
+    masses = [tree.mass_of(node) for node in survivors]
+    counts = [1] * len(survivors)
+    ties = [rng.random() for _ in survivors]
+    for _ in range(children - len(survivors)):
+        heaviest = max(range(len(survivors)), key=lambda i: (masses[i] / counts[i], ties[i]))
+        counts[heaviest] += 1
     return counts
 
 
@@ -92,6 +103,7 @@ def _mean(values: Sequence[float]) -> float:
 # (configuration, progress) -> the policy
 ALLOCATIONS: dict[str, Callable[[BranchingConfig, float], Allocation]] = {
     "even": lambda config, progress: allocate_evenly,
+    "heaviest": lambda config, progress: allocate_to_heaviest,
     "low_logprob": _by_logprob(-1.0),
     "high_logprob": _by_logprob(1.0),
 }

@@ -1,10 +1,10 @@
 """The expansion state machine of one prompt: engine events in, requests out; no engine in it (docs/algorithm.md 2).
 
 Paths of equal depth form a wave. When all paths of a wave have reached their boundary or ended, the survivors get
-their children and these are the next wave. Under `fork_behind` a path's request does not stop at a boundary: it is
-its node's first child, and siblings start from the recorded prefix whenever the wave is complete. Leaves are counted
-by wave and every random draw is keyed by the wave, so the tree does not depend on when tokens arrive: it is the one
-that the synchronous algorithm (`stop_and_fork`) grows.
+their children and these are the next wave. Boundaries are those of segments, or lie where forks are planned. Under
+`fork_behind` a path's request does not stop at a boundary: it is its node's first child, and siblings start from the
+recorded prefix whenever the wave is complete. Leaves are counted by wave and every random draw is keyed by the wave, so
+the tree does not depend on when tokens arrive: it is the one that the synchronous algorithm (`stop_and_fork`) grows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from treepo_mcore.config import TreeConfig
 from treepo_mcore.grow.branching import first_children, make_allocation, total_children
 from treepo_mcore.grow.fallback import plan_restarts
 from treepo_mcore.grow.pruning import PathView, make_pruner
+from treepo_mcore.grow.schedule import Forks
 from treepo_mcore.grow.stopping import Stopper, Watch
 from treepo_mcore.tree.tree import BOXED, DEPTH, LENGTH, PROMPT, PRUNED, Tree
 
@@ -55,16 +56,27 @@ class _Path:
 
 
 class TreeSampler:
-    """Grows one tree to exactly W leaves."""
+    """Grows one tree to exactly W leaves; without fallback to at most W."""
 
     def __init__(
-        self, tree: Tree, config: TreeConfig, stopper: Stopper, seed_key: tuple[int, ...], progress: float = 0.0
+        self,
+        tree: Tree,
+        config: TreeConfig,
+        stopper: Stopper,
+        seed_key: tuple[int, ...],
+        progress: float = 0.0,
+        forks: Forks | None = None,
     ) -> None:
-        """`tree` holds the prompt only; `seed_key` is (run seed, step, prompt number); `progress` is in [0, 1]."""
+        """`tree` holds the prompt only; `seed_key` is (run seed, step, prompt number); `progress` is in [0, 1].
+
+        forks: where they are planned; then a path's depth has no limit but that of its tokens.
+        """
         self.tree = tree
         self.done = False  # the tree is complete
         self.failed = False  # a request was lost: the prompt has to be dropped
         self._config = config
+        self._forks = forks
+        self._deepest = config.response_tokens if forks else config.max_depth
         self._stopper = stopper
         self._seed_key = tuple(int(part) for part in seed_key)
         self._allocate = make_allocation(config.branching, progress)
@@ -77,6 +89,7 @@ class TreeSampler:
         self._waves = 0  # processed
         self._arrived: set[int] = set()  # nodes that ended or reached their boundary, not yet processed
         self._leaves = 0  # F: leaves of the processed waves
+        self._fell_back = False  # then widths are no longer those of the planned forks
 
     @property
     def live(self) -> int:
@@ -86,7 +99,8 @@ class TreeSampler:
     def start(self) -> Actions:
         """The first paths."""
         actions = Actions()
-        count = first_children(self._config.branching, self._config.width, self._random("first"))
+        config = self._config
+        count = self._forks[0].width if self._forks else first_children(config, self._random("first"))
         self._wave = self._fork(PROMPT, count, False, actions)
         return actions
 
@@ -175,7 +189,7 @@ class TreeSampler:
             return self._stopper.eos_reason(self._response(path.node))
         if node.end >= self._limit:
             return LENGTH
-        if path.room == 0 and node.depth >= self._config.max_depth:
+        if path.room == 0 and node.depth >= self._deepest:
             return DEPTH
         if stop is not None:
             return stop[1]
@@ -217,15 +231,13 @@ class TreeSampler:
         rng = self._random("wave", self._waves)
         if survivors:
             self._wave = self._branch(survivors, ended, rng, actions)
-        elif self._leaves < self._config.width:
-            self._wave = self._fall_back(rng, actions)
         else:
-            self._wave = []
+            self._wave = self._fall_back(rng, actions)
+        if not self._wave:
             self.done = True
 
     def _branch(self, survivors: list[int], ended: int, rng: random.Random, actions: Actions) -> list[int]:
-        factor = rng.randint(*self._config.branching.factor)
-        total = total_children(self._config.width, self._leaves, ended, len(survivors), factor)
+        total = self._children_of_wave(ended, len(survivors), rng)
         counts = self._allocate(self.tree, survivors, total, rng)
         wave: list[int] = []
         for node, count in zip(survivors, counts, strict=True):
@@ -236,13 +248,25 @@ class TreeSampler:
             wave += self._fork(node, siblings, self.tree.nodes[node].from_fallback, actions)
         return wave
 
+    def _children_of_wave(self, ended: int, survivors: int, rng: random.Random) -> int:
+        width = self._config.width
+        if self._forks is None:
+            factor = rng.randint(*self._config.branching.factor)
+            return total_children(width, self._leaves, ended, survivors, factor)
+        if self._waves < len(self._forks) and not self._fell_back:
+            width = self._forks[self._waves].width
+        return max(survivors, width - self._leaves)
+
     def _fall_back(self, rng: random.Random, actions: Actions) -> list[int]:
         config = self._config
         factor = config.branching.factor
         missing = config.width - self._leaves
+        if not missing or config.fallback.candidates == "none":
+            return []
+        self._fell_back = True
         wave: list[int] = []
         for restart in plan_restarts(
-            self.tree, config.fallback, missing, config.max_depth, lambda: rng.randint(*factor), rng
+            self.tree, config.fallback, missing, self._deepest, lambda: rng.randint(*factor), rng
         ):
             node = self.tree.cut(self.tree.leaves[restart.leaf].node, restart.position)
             wave += self._fork(node, restart.copies, True, actions)
@@ -268,12 +292,20 @@ class TreeSampler:
         return self.tree.add_node(parent, self.tree.nodes[parent].depth + 1, from_fallback)
 
     def _room(self, node: int) -> int:
-        return min(self._config.segment_tokens, self._limit - self.tree.nodes[node].start)
+        """Tokens from the start of a node to its boundary."""
+        start = self.tree.nodes[node].start
+        if self._forks is None:
+            return min(self._config.segment_tokens, self._limit - start)
+        done = start - self.tree.nodes[PROMPT].end
+        return next((fork.tokens - done for fork in self._forks if fork.tokens > done), self._limit - start)
 
     def _max_tokens(self, node: int) -> int:
         first = self.tree.nodes[node]
-        segments = self._config.max_depth - first.depth + 1 if self._runs_on else 1
-        return min(segments * self._config.segment_tokens, self._limit - first.start)
+        if not self._runs_on:
+            return self._room(node)
+        if self._forks:
+            return self._limit - first.start
+        return min((self._deepest - first.depth + 1) * self._config.segment_tokens, self._limit - first.start)
 
     def _response(self, node: int) -> list[int]:
         return self.tree.context(node)[self.tree.nodes[PROMPT].end :]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from treepo_mcore.config import AdvantageConfig, Aggregation
+from treepo_mcore.learn.subtree import brownian, subtree
 from treepo_mcore.records import Advantage
 from treepo_mcore.registry import resolve
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree, get
@@ -38,7 +39,7 @@ class LeafAdvantage:
     def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
         """See `Advantage`."""
         weighted = self.values * self.weights
-        return sums_below(tree, np.maximum(weighted, 0)), sums_below(tree, np.minimum(weighted, 0))
+        return tree.sums_below(np.maximum(weighted, 0)), tree.sums_below(np.minimum(weighted, 0))
 
     def along(self, tree: Tree, leaf: int) -> np.ndarray:
         """See `Advantage`."""
@@ -60,7 +61,7 @@ class NodeAdvantage:
 
     def node_sums(self, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
         """See `Advantage`."""
-        weighted = self.values * sums_below(tree, self.weights * self.factors)
+        weighted = self.values * tree.sums_below(self.weights * self.factors)
         return np.maximum(weighted, 0), np.minimum(weighted, 0)
 
     def along(self, tree: Tree, leaf: int) -> np.ndarray:
@@ -96,8 +97,8 @@ def advantages(
     estimator = find_estimator(config.estimator)
     raw = [raw_values(tree, config) for tree in trees]
     if config.whiten == "batch" and estimator.whitened and raw:
-        tokens = [_node_tokens(tree) if estimator.per_node else _response_lengths(tree) for tree in trees]
-        raw = whiten(raw, tokens, config.whiten_shift)
+        tokens = [_node_tokens(tree, config) if estimator.per_node else _response_lengths(tree) for tree in trees]
+        raw = whiten(raw, tokens, config.shifted)
     kind = NodeAdvantage if estimator.per_node else LeafAdvantage
     return [kind(values, _loss_weights(tree, config, aggregation)) for tree, values in zip(trees, raw, strict=True)]
 
@@ -129,8 +130,8 @@ def _treepo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndar
     counts = tree.leaf_counts()[levels]
     used = _used_levels(tree, rewards, levels, counts, config)
     masses = tree.masses() if config.mass_baseline else np.ones(len(rewards))
-    group_mass = sums_below(tree, masses)[levels]
-    means = sums_below(tree, masses * rewards)[levels] / group_mass
+    group_mass = tree.sums_below(masses)[levels]
+    means = tree.sums_below(masses * rewards)[levels] / group_mass
     means[counts == 1] = 0.0  # only ever used for a prompt with a single leaf
     differences = rewards[:, None] - means
     if config.leave_one_out:
@@ -170,9 +171,23 @@ def _spo(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray
 
 
 def _above_parents(tree: Tree, values: np.ndarray) -> np.ndarray:
-    """A node's value minus its parent's, 0 for the prompt."""
+    """A node's value minus its parent's, 0 for the prompt. A chain without forks is one unit, with the value of its
+    first node."""
     values[PROMPT] = 0.0
-    return values - values[[max(node.parent, PROMPT) for node in tree.nodes]]
+    worth = np.zeros(len(values))
+    for node in tree.depth_first()[1:]:
+        parent = tree.nodes[node].parent
+        if _begins_a_unit(tree, node):
+            worth[node] = values[node] - values[parent]
+        else:
+            values[node], worth[node] = values[parent], worth[parent]
+    return worth
+
+
+def _begins_a_unit(tree: Tree, node: int) -> bool:
+    """Whether other leaves are below its parent, or it is the prompt or comes right behind it."""
+    parent = tree.nodes[node].parent
+    return parent <= PROMPT or len(tree.children(parent)) > 1
 
 
 def _used_levels(
@@ -198,14 +213,6 @@ def _ancestors(tree: Tree) -> np.ndarray:
     return table
 
 
-def sums_below(tree: Tree, values: np.ndarray) -> np.ndarray:
-    """Sum of a leaf value over the leaves at or below each node, float64[nodes]."""
-    sums = np.zeros(len(tree.nodes))
-    for leaf, value in zip(tree.leaves, values, strict=True):
-        sums[tree.path(leaf.node)] += value
-    return sums
-
-
 def _spread_below(tree: Tree, rewards: np.ndarray) -> np.ndarray:
     """Largest minus smallest reward at or below each node, float64[nodes]."""
     high, low = np.full(len(tree.nodes), -np.inf), np.full(len(tree.nodes), np.inf)
@@ -217,10 +224,10 @@ def _spread_below(tree: Tree, rewards: np.ndarray) -> np.ndarray:
 
 
 def _prefix_average(tree: Tree, rewards: np.ndarray) -> np.ndarray:
-    counts, sums = tree.leaf_counts(), sums_below(tree, rewards)
+    counts, sums = tree.leaf_counts(), tree.sums_below(rewards)
     result = np.empty(len(rewards))
     for index, leaf in enumerate(tree.leaves):
-        path = tree.path(leaf.node)
+        path = [node for node in tree.path(leaf.node) if _begins_a_unit(tree, node)]
         result[index] = (counts[path] * rewards[index] - sums[path]).sum() / counts[path].sum()
     return result
 
@@ -248,7 +255,9 @@ def _among_siblings(tree: Tree, values: np.ndarray) -> np.ndarray:
 
 
 def _loss_weights(tree: Tree, config: AdvantageConfig, aggregation: Aggregation) -> np.ndarray:
-    weights = tree.masses() * len(tree.leaves) if config.mass_loss_weight else np.ones(len(tree.leaves))
+    weights = np.ones(len(tree.leaves))
+    if config.weighted_by_mass:
+        weights = _masses(tree) if config.by_mass else tree.masses() * len(tree.leaves)
     # A leaf's mean over its tokens is a sum with this weight; the sum of it over the leaf's tokens is the leaf's.
     return weights / _response_lengths(tree) if aggregation == "sequence_mean" else weights
 
@@ -269,10 +278,16 @@ def _response_lengths(tree: Tree) -> np.ndarray:
     return np.maximum(lengths, 1)  # a leaf that nothing is trained of has no say, whatever it is divided by
 
 
-def _node_tokens(tree: Tree) -> np.ndarray:
-    """Logical tokens of each node: its length times the leaves below; 0 where it is not trained."""
+def _node_tokens(tree: Tree, config: AdvantageConfig) -> np.ndarray:
+    """Logical tokens of each node: its length times the leaves below, by their mass where the estimator counts so; 0
+    where it is not trained."""
     lengths = np.array([len(node.tokens) if node.trained else 0 for node in tree.nodes])
-    return lengths * tree.leaf_counts()
+    return lengths * (tree.sums_below(_masses(tree)) if config.by_mass else tree.leaf_counts())
+
+
+def _masses(tree: Tree) -> np.ndarray:
+    """W times the mass of each leaf without fallback, float64[leaves]."""
+    return tree.masses(fallback=False) * len(tree.leaves)
 
 
 ESTIMATORS = {
@@ -282,6 +297,8 @@ ESTIMATORS = {
     "reinforce_pp_baseline": Estimator(_reinforce_pp_baseline),
     "segment": Estimator(_segment, per_node=True),
     "spo": Estimator(_spo, per_node=True, whitened=False),
+    "subtree": Estimator(subtree, per_node=True),
+    "brownian": Estimator(brownian, per_node=True),
 }
 
 

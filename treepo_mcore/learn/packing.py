@@ -15,7 +15,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from treepo_mcore.learn.advantage import sums_below
 from treepo_mcore.records import Advantage, PackedSequence
 from treepo_mcore.registry import resolve
 from treepo_mcore.tree.tree import Tree
@@ -53,7 +52,7 @@ def pack_trees(
     pieces: list[_Piece] = []
     for index, (tree, advantage) in enumerate(zip(trees, advantages, strict=True)):
         positive, negative = advantage.node_sums(tree)
-        counts, weights = tree.leaf_counts(), sums_below(tree, advantage.weights)
+        counts, weights = tree.leaf_counts(), tree.sums_below(advantage.weights)
         leaves = _leaves_in_order(tree)
         seen: set[int] = set()
         for first, last in split_leaves(tree, leaves, budget_tokens):

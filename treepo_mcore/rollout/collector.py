@@ -15,6 +15,7 @@ from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Chunk, Engine
 from treepo_mcore.grow.sampler import Actions, TreeSampler
+from treepo_mcore.grow.schedule import Forks
 from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.records import Counts
@@ -73,15 +74,22 @@ class Collector:
         self.warned = False
 
     def collect(
-        self, prompts: Sequence[Prompt], queue: PromptQueue | None, step: int, progress: float, returned: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        queue: PromptQueue | None,
+        step: int,
+        progress: float,
+        returned: int = 0,
+        forks: Forks | None = None,
     ) -> Collection:
         """Trees of the prompts that this engine draws, until the step has enough.
 
         prompts: all that may be drawn, by number. queue: only on the engine's first rank. progress in [0, 1] drives
         the schedules. returned: so many numbers, the first ones, an earlier step put back; no tail is cut off them.
+        forks: where they are planned.
         Raises RuntimeError when the ranks of the engine disagree.
         """
-        return _Collect(self, prompts, queue, step, progress, returned).run()
+        return _Collect(self, prompts, queue, step, progress, returned, forks).run()
 
     def text_of(self, response: list[int]) -> str:
         """What the reward function sees. A model may have more words than its tokenizer: they have no text."""
@@ -106,8 +114,9 @@ class _Collect:
         step: int,
         progress: float,
         returned: int,
+        forks: Forks | None,
     ) -> None:
-        self.config, self.tree_config = collector.config, collector.tree_config
+        self.config, self.tree_config, self.forks = collector.config, collector.tree_config, forks
         self.engine, self.rewards, self.text_of = collector.engine, collector.rewards, collector.text_of
         self.stopper, self.prompts, self.queue = collector.stopper, prompts, queue
         self.step, self.progress, self.returned = step, progress, returned
@@ -183,7 +192,9 @@ class _Collect:
     def _start(self, number: int, prompt: Prompt) -> None:
         tree = Tree(prompt.id, prompt.tokens, {"prompt": prompt.text, "answer": prompt.answer, "number": number})
         key = (self.config.run.seed, self.step, number)
-        entry = _Prompt(number, prompt, TreeSampler(tree, self.tree_config, self.stopper, key, self.progress))
+        entry = _Prompt(
+            number, prompt, TreeSampler(tree, self.tree_config, self.stopper, key, self.progress, self.forks)
+        )
         self.active[number] = entry
         self.result.drawn.append(number)
         self.counts.drawn_prompts += 1

@@ -15,6 +15,7 @@ from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Engine
+from treepo_mcore.grow.schedule import Schedule
 from treepo_mcore.records import Batch
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import evaluation
@@ -37,6 +38,7 @@ class Rollout:
         self.engine_group = self._engine_group(short=not config.run.deterministic)
         self.tree_group = self._engine_group(short=False)
         self.collector = Collector(config, engine, tokenizer, rewards, self.engine_group)
+        self.schedule = Schedule(self.collector.tree_config)
         self.leaders = dist.new_group(list(placement.leaders), backend="gloo")
         self.begun = 0  # collect calls; their counters in the store must not meet
 
@@ -52,10 +54,12 @@ class Rollout:
         self.begun += 1
         queue = self._queue(wanted, limit) if self.placement.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
-        result = self._exchange(self.collector.collect(prompts, queue, step, progress, stream.returned))
+        forks = self.schedule.forks()
+        result = self._exchange(self.collector.collect(prompts, queue, step, progress, stream.returned, forks))
         if not result.trees:
             raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
         self._move(stream, result)
+        self.schedule.look(result.trees)
         return Batch(result.trees, step, result.counts)
 
     def _move(self, stream: PromptStream, result: Collection) -> None:

@@ -208,6 +208,13 @@ class Tree:
             counts[self.path(leaf.node)] += 1
         return counts
 
+    def sums_below(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a leaf value over the leaves at or below each node, float64[nodes]."""
+        sums = np.zeros(len(self.nodes))
+        for leaf, value in zip(self.leaves, values, strict=True):
+            sums[self.path(leaf.node)] += value
+        return sums
+
     def masses(self, fallback: bool = True) -> np.ndarray:
         """Path mass of each leaf, the product of 1/children over its ancestors: float64[leaves], docs/algorithm.md 1.4.
 
@@ -224,6 +231,13 @@ class Tree:
                 children = self._children[node]
                 masses[index] /= len(children) if fallback else self._grown(children)
         return masses
+
+    def mass_of(self, node: int) -> float:
+        """Product of 1/children over the ancestors of a node, restarts counted: of a leaf's, its `masses`."""
+        mass = 1.0
+        for above in self.path(node)[:-1]:
+            mass /= len(self._children[above])
+        return mass
 
     def _grown(self, nodes: Sequence[int]) -> int:
         """How many of them were not restarted."""

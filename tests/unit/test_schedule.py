@@ -1,0 +1,111 @@
+"""Planned forks: where they come to lie, and the trees that grow by them (docs/algorithm.md 2.9)."""
+
+import random
+
+import pytest
+
+from treepo_mcore.config import TreeConfig
+from treepo_mcore.grow.sampler import TreeSampler
+from treepo_mcore.grow.schedule import Fork, Schedule, resolve_forks
+from treepo_mcore.grow.stopping import RuleStopper
+from treepo_mcore.tree.tree import Tree
+
+TREE = {"width": 8, "segment_tokens": 4, "max_depth": 8, "stopping": {"boxed": "none", "repetition_count": 0}}
+
+
+def config(**changes):
+    return TreeConfig.model_validate(TREE | changes)
+
+
+def grow(tree_config, forks, lengths, chunk):
+    """Paths end after as many tokens as the next of `lengths`, which reads the number of the request."""
+    sampler = TreeSampler(Tree("p", [9]), tree_config, RuleStopper(tree_config.stopping, None), (0, 0, 0), forks=forks)
+    running, ends = {}, {}
+
+    def obey(actions):
+        for request in actions.submit:
+            done = len(request.context) - 1
+            wanted = lengths(len(sampler.tree.leaves), done)
+            running[request.id] = min(wanted, request.max_tokens)
+            ends[request.id] = "stop" if wanted <= request.max_tokens else "length"
+        for gone in actions.abort:
+            running.pop(gone, None)
+
+    obey(sampler.start())
+    while running:
+        name = random.Random(len(running)).choice(sorted(running))
+        count = min(chunk, running[name])
+        running[name] -= count
+        finish = None if running[name] else ends[name]
+        if finish:
+            del running[name]
+        obey(sampler.on_tokens(name, [1] * count, [-1.0] * count, finish))
+    assert sampler.done
+    return sampler.tree
+
+
+@pytest.mark.parametrize(
+    ("planned", "mean", "expected"),
+    [
+        ([(0, 4), (0.45, 8)], 20, [(0, 4), (9, 8)]),
+        ([(0, 4), (2, 8)], 20, [(0, 4), (8, 8)]),  # two segments
+        ([(0, 2), (0.5, 4), (3, 8)], 20, [(0, 2), (10, 4), (12, 8)]),
+        ([(0, 2), (0.01, 8)], 20, [(0, 2), (1, 8)]),  # behind the first token at least
+        ([(0, 2), (0.9, 8)], 100, [(0, 2), (31, 8)]),  # before the last one of the longest response, of 32
+        ([(0, 2), (0.5, 4), (0.51, 8)], 20, [(0, 2), (10, 8)]),  # two on one token
+    ],
+)
+def test_depths_in_tokens(planned, mean, expected):
+    assert resolve_forks(planned, config(), mean) == tuple(Fork(*fork) for fork in expected)
+
+
+@pytest.mark.parametrize("expansion", ["fork_behind", "stop_and_fork"])
+@pytest.mark.parametrize("chunk", [1, 5, 40])
+def test_boundaries_lie_where_forks_are_planned(chunk, expansion):
+    forks = (Fork(0, 2), Fork(6, 4), Fork(11, 8))  # neither on a segment's boundary
+    tree = grow(config(expansion=expansion), forks, lambda leaf, done: 20 - done, chunk)
+    assert sorted((node.start - 1, node.end - 1) for node in tree.nodes[1:]) == (
+        [(0, 6)] * 2 + [(6, 11)] * 4 + [(11, 20)] * 8
+    )
+    assert [len(tree.path(leaf.node)) for leaf in tree.leaves] == [4] * 8
+
+
+def test_paths_that_end_early_hand_their_budget_on():
+    """Two of four first paths end before the fork: the others share eight minus two."""
+    ends = iter([3, 3, 20, 20])
+    tree = grow(config(), (Fork(0, 4), Fork(6, 8)), lambda leaf, done: next(ends) if done == 0 else 10, 40)
+    assert len(tree.leaves) == 8
+    assert sorted(len(tree.children(node)) for node in tree.children(0)) == [0, 0, 3, 3]
+
+
+def test_without_fallback_a_tree_may_have_fewer_leaves():
+    forks = (Fork(0, 4), Fork(6, 8))
+    none = config(fallback={"candidates": "none"})
+    assert len(grow(none, forks, lambda leaf, done: 3, 40).leaves) == 4
+    again = grow(config(), forks, lambda leaf, done: 3, 40)
+    assert len(again.leaves) == 8
+    assert sum(leaf.from_fallback for leaf in again.leaves) == 4
+
+
+def answered(length):
+    tree = Tree("p", [9])
+    node = tree.add_node(0, 1)
+    tree.nodes[node].tokens.extend([1] * length)
+    tree.nodes[node].logprobs.extend([-1.0] * length)
+    tree.add_leaf(node, "eos")
+    return tree
+
+
+def test_shares_follow_the_mean_length_and_a_checkpoint_keeps_it():
+    planned = config(branching={"schedule": [[0, 4], [0.5, 8]]})
+    schedule = Schedule(planned)
+    assert schedule.forks() == (Fork(0, 4), Fork(8, 8))  # half of half of the longest response of 32
+    schedule.look([answered(10), answered(14)])
+    assert schedule.forks() == (Fork(0, 4), Fork(6, 8))  # the first steps count alike
+    for _ in range(100):
+        schedule.look([answered(20)])
+    assert schedule.forks() == (Fork(0, 4), Fork(10, 8))
+    other = Schedule(planned)
+    other.load_state_dict(schedule.state_dict())
+    assert other.forks() == schedule.forks()
+    assert Schedule(config()).forks() is None
