@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from treepo_mcore.actor.costs import host_memory
 from treepo_mcore.config import Config, ConfigError, check_grid
-from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
+from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts, rendering_of
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from treepo_mcore.grow.branching import make_allocation
 from treepo_mcore.grow.pruning import make_pruner
@@ -163,7 +163,8 @@ def _prompts(context: Context) -> None:
     if config.data.eval:
         context.held_out = _load(context, config.data.eval)
     if context.learns and (rows := _load(context, config.data.train)):
-        context.prompts = PromptStream(rows, config.run.seed, config.data.shuffle)
+        rendering = rendering_of(config.data, context.tokenizer)
+        context.prompts = PromptStream(rows, config.run.seed, config.data.shuffle, rendering)
         if context.state:
             context.prompts.load_state_dict(context.state["prompts"])
 
@@ -171,7 +172,7 @@ def _prompts(context: Context) -> None:
 def _load(context: Context, file: Path) -> list[Prompt]:
     if not context.has(str(file), file.is_file()):
         return []
-    prompts = load_prompts(file, context.config.data, context.tokenizer)
+    prompts = load_prompts(file, context.config.data, context.tokenizer, any_answer=context.config.reward.custom)
     check_token_ids(prompts, context.arch.vocab)
     if not context.config.reward.custom and os.environ.get("RANK", "0") == "0":
         tell_unreadable(file, {prompt.id: prompt.answer for prompt in prompts})

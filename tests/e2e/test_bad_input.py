@@ -238,8 +238,9 @@ def test_a_run_continued_with_other_prompts(config):
     checkpoint = config.parent / "run" / "checkpoints" / "iter_0000003"
     stream = PromptStream([Prompt("a", [4], "w4", "1")], seed=7, shuffle=True)
     write_state(checkpoint, prompts=stream.state_dict())
-    assert refused(config) == "cannot resume the prompts: seed is 0, the checkpoint has 7"
-    assert "prompts_sha256 is" in refused(config, "run.seed=7")
+    what = "cannot resume the prompts: run.seed: found 0, the checkpoint has 7; put it back, or start a new run.dir"
+    assert refused(config) == what
+    assert "rows of data.train, by hash: found" in refused(config, "run.seed=7")
 
 
 @pytest.mark.parametrize(("name", "before", "now"), [("lr", 1e-6, 2e-6), ("betas", [0.9, 0.999], [0.9, 0.95])])

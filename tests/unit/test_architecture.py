@@ -9,6 +9,7 @@ from models import LLAMA3, YARN, make_model
 from transformers import AutoModelForCausalLM
 
 from treepo_mcore.config import ConfigError, ModelConfig
+from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.model.decoder import Q_NORM, QKV_BIAS
 from treepo_mcore.model.families import parts_of
@@ -203,6 +204,40 @@ def test_header_that_is_no_json(directory):
     file = directory / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 16) + b"x" * 64)
     assert refused(weight_files, directory).startswith(f"{file}: not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ([1], "expected an object as its header, found [1]"),
+        ({"a": 3}, "tensor a: expected dtype, shape and data_offsets, found 3"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "tensor a: expected dtype, shape and data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}}, "tensor a: expected dtype, shape"),
+    ],
+)
+def test_header_of_another_form(directory, header, words):
+    raw = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + b"0000")
+    assert words in refused(weight_files, directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_what_git_lfs_leaves_in_the_place_of_a_file(directory, name):
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    reader = {"model.safetensors": weight_files, "config.json": read_architecture, "tokenizer.json": load_tokenizer}[
+        name
+    ]
+    assert (
+        refused(reader, directory)
+        == f"{directory / name}: a pointer of git-lfs, not the file; fetch it with: git lfs pull"
+    )
+
+
+def test_a_single_file_beside_an_index_that_does_not_name_it(sharded):
+    (sharded / "model.safetensors").write_bytes(next(sharded.glob("model-*.safetensors")).read_bytes())
+    assert "both model.safetensors and model.safetensors.index.json, which does not name it" in refused(
+        weight_files, sharded
+    )
 
 
 def test_missing(directory):

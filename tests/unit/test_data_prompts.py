@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from treepo_mcore.config import ConfigError, DataConfig
-from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts
+from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts, rendering_of
 
 
 class Words:
@@ -23,8 +23,11 @@ class Words:
     def decode(self, ids):
         return " ".join("x" * (i - 2) for i in ids if i > 2)
 
-    def render_chat(self, messages):
-        return " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>"
+    template = "words"
+
+    def render_chat(self, messages, options):
+        said = " ".join(f"<{m['role']}> {m['content']}" for m in messages)
+        return " ".join([said, *map(str, options.values()), "<assistant>"])
 
 
 def load(file, rows, **options):
@@ -162,7 +165,7 @@ def test_overlong_prompts_are_dropped_and_counted_once(tmp_path, caplog):
 
 
 def make(count, answer="1"):
-    return [Prompt(str(i), [i], str(i), answer) for i in range(count)]
+    return [Prompt(str(i), [i], str(i), answer, digest=f"{i} {answer}") for i in range(count)]
 
 
 def ids(prompts):
@@ -201,10 +204,11 @@ def test_resume_continues_with_the_same_prompts(taken):
 @pytest.mark.parametrize(
     ("stream", "key"),
     [
-        (PromptStream(make(7), seed=2, shuffle=True), "seed"),
-        (PromptStream(make(7), seed=1, shuffle=False), "shuffle"),
-        (PromptStream(make(8), seed=1, shuffle=True), "prompts_sha256"),
-        (PromptStream(make(7, "2"), seed=1, shuffle=True), "prompts_sha256"),
+        (PromptStream(make(7), seed=2, shuffle=True), "run.seed: found 2, the checkpoint has 1"),
+        (PromptStream(make(7), seed=1, shuffle=False), "data.shuffle"),
+        (PromptStream(make(8), seed=1, shuffle=True), "rows of data.train, by hash"),
+        (PromptStream(make(7, "2"), seed=1, shuffle=True), "rows of data.train, by hash"),
+        (PromptStream(make(7), 1, True, {"template": "x"}), "chat template of the tokenizer, by hash: found x"),
     ],
 )
 def test_resume_refuses_another_stream(stream, key):
@@ -241,8 +245,40 @@ def test_returned_prompts_come_first_and_survive_a_resume():
         ('{"prompt": " ", "answer": "1"}', "line 1: the prompt is empty"),
         ('{"prompt": "a \\ud83d", "answer": "1"}', r"line 1: prompt is not valid Unicode: '.ud83d' at character 2"),
         ('{"prompt": "a", "answer": "\\ud83d"}', "line 1: answer is not valid Unicode"),
+        (
+            json.dumps({"prompt": json.dumps(CHAT), "answer": "1"}),
+            "line 1: prompt is a JSON text of messages; expected",
+        ),
+        (
+            json.dumps({"prompt": [*CHAT, {"role": "assistant", "content": "7"}], "answer": "1"}),
+            "line 1: prompt ends with an answer of the assistant; expected the messages before it",
+        ),
+        ('{"prompt": "a", "answer": ["1"]}', "line 1: expected answer to be a string or a number, found list"),
     ],
 )
 def test_what_is_no_answer_or_no_text_is_refused_by_line(tmp_path, line, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path / "data.jsonl", [line])
+
+
+def test_lists_and_objects_are_answers_of_a_function_that_takes_any(tmp_path):
+    file = tmp_path / "data.jsonl"
+    answers = [["7", "seven"], {"target": [7]}, 7, "7"]
+    file.write_text("".join(json.dumps({"prompt": "a", "answer": answer}) + "\n" for answer in answers))
+    prompts = load_prompts(file, DataConfig(train=file), Words(), any_answer=True)
+    assert [prompt.answer for prompt in prompts] == [["7", "seven"], {"target": [7]}, "7", "7"]
+
+
+def test_options_reach_the_chat_template(tmp_path):
+    (prompt,) = load(tmp_path / "data.jsonl", [{"prompt": CHAT, "answer": 1}], chat_template_kwargs={"think": "no"})
+    assert prompt.text == "<user> what is it no <assistant>"
+
+
+def test_a_template_with_todays_date_does_not_end_a_run(tmp_path):
+    """What rows become may change overnight; rows and the template's text do not."""
+    rows, streams = [{"prompt": CHAT, "answer": 1}], []
+    for day in ("25", "26"):
+        prompts = load(tmp_path / "data.jsonl", rows, chat_template_kwargs={"date": day})
+        streams.append(PromptStream(prompts, 0, True, rendering_of(DataConfig(train="x"), Words())))
+    assert streams[0].peek(1)[0].text != streams[1].peek(1)[0].text
+    streams[1].load_state_dict(streams[0].state_dict())

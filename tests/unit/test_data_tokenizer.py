@@ -61,6 +61,12 @@ def test_a_tokenizer_json_beside_a_qwen2_model_is_taken_as_it_stands(hugging_fac
     assert load_tokenizer(hugging_face).encode("a b") == [4, 5]
 
 
+def test_a_text_that_begins_with_bos_gets_no_second_one(hugging_face):
+    tokenizer = load_tokenizer(hugging_face)
+    bos = tokenizer.inner.bos_token
+    assert tokenizer.encode(f"{bos}ab", start=True) == tokenizer.encode("ab", start=True)
+
+
 def test_bos_that_is_defined_but_not_used_is_not_added(hugging_face):
     content = json.loads((hugging_face / "tokenizer.json").read_text())
     content["post_processor"] = None
@@ -83,7 +89,7 @@ def test_no_eos_is_an_error(hugging_face):
 
 def test_chat_template(hugging_face):
     tokenizer = load_tokenizer(hugging_face)
-    text = tokenizer.render_chat([{"role": "user", "content": "a"}])
+    text = tokenizer.render_chat([{"role": "user", "content": "a"}], {})
     assert text == "[user] a [assistant]"
     assert tokenizer.encode(text) == [6, 4, 7]
 
@@ -91,7 +97,7 @@ def test_chat_template(hugging_face):
 def test_missing_chat_template(hugging_face, sentencepiece_only):
     write(hugging_face / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
     with pytest.raises(ConfigError, match="no chat template"):
-        load_tokenizer(hugging_face).render_chat([{"role": "user", "content": "a"}])
+        load_tokenizer(hugging_face).render_chat([{"role": "user", "content": "a"}], {})
 
 
 def test_sentencepiece_gives_its_own_ids(sentencepiece_only):
@@ -104,7 +110,7 @@ def test_sentencepiece_gives_its_own_ids(sentencepiece_only):
     assert tokenizer.vocab_size == 290
     assert tokenizer.eos_ids == (own.eos_id(),)
     with pytest.raises(ConfigError, match="no chat template"):
-        tokenizer.render_chat([{"role": "user", "content": "a"}])
+        tokenizer.render_chat([{"role": "user", "content": "a"}], {})
 
 
 @pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece_only"])

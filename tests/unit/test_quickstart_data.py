@@ -164,4 +164,4 @@ def test_chat_template_gives_the_prompt(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     prompt = rows(folder / "eval.jsonl")[0]["prompt"]
     question = prompt.removesuffix("\nAnswer:")
-    assert tokenizer.render_chat([{"role": "user", "content": question}]) == prompt
+    assert tokenizer.render_chat([{"role": "user", "content": question}], {}) == prompt

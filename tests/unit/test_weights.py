@@ -91,6 +91,23 @@ def test_export_of_what_was_loaded(directory, group, tmp_path, monkeypatch, shar
     check_loads(directory, target)
 
 
+def test_an_export_has_every_file_of_the_tokenizer_and_can_be_written_again(directory, group, tmp_path):
+    named = directory / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    for file in (named, directory / "merges.txt", directory / "chat_template.jinja"):
+        file.write_text(file.name)
+    for file in directory.rglob("*"):
+        file.chmod(0o444 if file.is_file() else 0o755)
+    arch = read_architecture(directory)
+    tensors = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
+    target = tmp_path / "out"
+    for _ in range(2):
+        export_directory(directory, target, gather_tensors(arch, pieces_of(arch, 1, 0), tensors, torch.float32))
+    for file in (named, directory / "merges.txt", directory / "chat_template.jinja"):
+        assert (target / file.relative_to(directory)).read_text() == file.name
+    assert all(file.stat().st_mode & 0o200 for file in target.rglob("*"))
+
+
 def check_loads(source, target):
     """With transformers, tokenizer and EOS ids included."""
     tokens = list(range(4, 40))

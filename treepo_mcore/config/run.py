@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,8 @@ class DataConfig(Section):
     # "auto": a message list goes through the tokenizer's chat template, a string is used as it stands;
     # "always": a string becomes one user message; "never": message lists are refused.
     chat_template: Literal["auto", "always", "never"] = "auto"
+    # Further names for the template, such as {enable_thinking: false} of Qwen3.
+    chat_template_kwargs: dict[str, Any] = {}
     system_prompt: str | None = None  # prepended as a system message where a chat template is applied
     max_prompt_tokens: int = Field(1024, ge=1)
     overlong_prompts: Literal["error", "drop"] = "error"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ class Prompt:
     id: str  # the row's "id", else "<file stem>-<row>", rows from 0
     tokens: list[int]
     text: str  # what was encoded: after the chat template
-    answer: str
+    answer: Any  # text; for a function of the user's also a list or an object
     meta: Row = field(default_factory=dict)  # the row without prompt and answer
+    digest: str = ""  # of prompt and answer as they stand in the row
 
 
-def load_prompts(path: str | Path, config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
+def load_prompts(path: str | Path, config: DataConfig, tokenizer: Tokenizer, any_answer: bool = False) -> list[Prompt]:
     """Read and encode a `.jsonl` or `.parquet` file; `prompt_key` and `answer_key` may be dotted paths into a row.
+
+    any_answer: lists and objects are answers too, for a reward function that knows what to do with them.
 
     A prompt longer than `max_prompt_tokens` is an error or, under `overlong_prompts: drop`, left out. Raises
     `ConfigError` naming file and line (parquet: row, from 1).
@@ -45,7 +48,7 @@ def load_prompts(path: str | Path, config: DataConfig, tokenizer: Tokenizer) -> 
     places: dict[str, str] = {}
     dropped = 0
     for index, (place, row) in enumerate(_rows(file)):
-        prompt = _prompt(row, place, f"{file.stem}-{index}", config, tokenizer)
+        prompt = _prompt(row, place, f"{file.stem}-{index}", config, tokenizer, any_answer)
         if prompt.id in places:
             raise ConfigError(f"{place}: id {prompt.id!r} is already used at {places[prompt.id]}")
         places[prompt.id] = place
@@ -76,12 +79,15 @@ def check_token_ids(prompts: Sequence[Prompt], vocab: int) -> None:
 class PromptStream:
     """Prompts without end: every epoch is a permutation of all, drawn from (seed, epoch), or the file's order."""
 
-    def __init__(self, prompts: list[Prompt], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, prompts: list[Prompt], seed: int, shuffle: bool, rendering: Mapping[str, str] | None = None
+    ) -> None:
+        """rendering: how rows became text, see `rendering_of`; a resumed run has to have the same."""
         if not prompts:
             raise ValueError("prompts: expected at least one")
         self._prompts = prompts
         self._seed, self._shuffle = seed, shuffle
-        self._identity = {"seed": seed, "shuffle": shuffle, "prompts_sha256": _digest(prompts)}
+        self._identity = {"run.seed": seed, "data.shuffle": shuffle, "rows": _digest(prompts), **(rendering or {})}
         self._epoch, self._position = 0, 0
         self._order = self._draw()
         self._returned: list[int] = []
@@ -122,14 +128,21 @@ class PromptStream:
             "epoch": self._epoch,
             "position": self._position,
             "returned": self._returned[:],
-            **self._identity,
+            "identity": self._identity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises `ConfigError` when data, seed or shuffling are not the same."""
+        """Continue where `state` was taken. Raises `ConfigError` when rows, seed, order or rendering are not the same.
+
+        Rows count as they stand in their file: a chat template that writes today's date changes nothing.
+        """
+        saved = state["identity"]
         for key, ours in self._identity.items():
-            if state[key] != ours:
-                raise ConfigError(f"cannot resume the prompts: {key} is {ours!r}, the checkpoint has {state[key]!r}")
+            if saved.get(key) != ours:
+                raise ConfigError(
+                    f"cannot resume the prompts: {WORDS.get(key, key)}: found {ours}, the checkpoint has "
+                    f"{saved.get(key)}; put it back, or start a new run.dir"
+                )
         self._epoch, self._position = state["epoch"], state["position"]
         self._returned = list(state["returned"])
         self._order = self._draw()
@@ -145,8 +158,20 @@ class PromptStream:
 def _digest(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.tokens, prompt.answer]).encode())
-    return digest.hexdigest()
+        digest.update(f"{prompt.id} {prompt.digest}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+WORDS = {"rows": "rows of data.train, by hash", "template": "chat template of the tokenizer, by hash"}
+
+
+def rendering_of(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """What turns a row into text, besides the row."""
+    settings = {
+        f"data.{name}": json.dumps(getattr(config, name))
+        for name in ("chat_template", "chat_template_kwargs", "system_prompt", "max_prompt_tokens")
+    }
+    return settings | {"template": hashlib.sha256(json.dumps(tokenizer.template).encode()).hexdigest()[:16]}
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -182,30 +207,34 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
         yield f"{file}: row {number}", row
 
 
-def _prompt(row: Row, place: str, default_id: str, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+def _prompt(
+    row: Row, place: str, default_id: str, config: DataConfig, tokenizer: Tokenizer, any_answer: bool
+) -> Prompt:
     content = _lookup(row, config.prompt_key, place)
     answer = _lookup(row, config.answer_key, place)
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ConfigError(f"{place}: expected {config.answer_key} to be a string or a number, found {answer}")
     if isinstance(answer, str) and not answer.strip():
         raise ConfigError(f"{place}: {config.answer_key} is empty")
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+    if not any_answer and (not isinstance(answer, str | int | float) or isinstance(answer, bool)):
         expected = f"expected {config.answer_key} to be a string or a number"
         raise ConfigError(f"{place}: {expected}, found {type(answer).__name__}")
+    answer = answer if isinstance(answer, list | dict) else str(answer)
     messages = _messages(content, place, config)
     try:
-        text = content if messages is None else tokenizer.render_chat(messages)
+        text = content if messages is None else tokenizer.render_chat(messages, config.chat_template_kwargs)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     _check_unicode(text, config.prompt_key, place)
-    _check_unicode(str(answer), config.answer_key, place)
+    _check_unicode(answer if isinstance(answer, str) else "", config.answer_key, place)
     tokens = tokenizer.encode(text, start=messages is None)
     if not tokens or not text.strip():
         raise ConfigError(f"{place}: the prompt is empty")
     used = (config.prompt_key, config.answer_key)
     meta = {key: value for key, value in row.items() if key not in used}
     own = row.get("id")  # null where parquet fills gaps
-    return Prompt(default_id if own is None else str(own), tokens, text, str(answer), meta)
+    digest = hashlib.sha256(json.dumps([content, answer], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return Prompt(default_id if own is None else str(own), tokens, text, answer, meta, digest)
 
 
 def _lookup(row: Row, key: str, place: str) -> Any:
@@ -234,6 +263,10 @@ def _check_unicode(text: str, key: str, place: str) -> None:
 def _messages(content: Any, place: str, config: DataConfig) -> list[Message] | None:
     """The messages for the chat template, or None where the string is used as it stands."""
     if isinstance(content, str):
+        if _is_json_of_messages(content):
+            raise ConfigError(
+                f"{place}: {config.prompt_key} is a JSON text of messages; expected the list itself, not its text"
+            )
         if config.chat_template != "always":
             return None
         messages = [{"role": "user", "content": content}]
@@ -244,6 +277,10 @@ def _messages(content: Any, place: str, config: DataConfig) -> list[Message] | N
         raise ConfigError(f"{place}: {expected}, found {str(content)[:80]}")
     elif config.chat_template == "never":
         raise ConfigError(f"{place}: {config.prompt_key} is a list of messages, but data.chat_template is never")
+    elif content[-1]["role"] == "assistant":
+        raise ConfigError(
+            f"{place}: {config.prompt_key} ends with an answer of the assistant; expected the messages before it"
+        )
     else:
         messages = content
     if config.system_prompt is None:
@@ -251,6 +288,15 @@ def _messages(content: Any, place: str, config: DataConfig) -> list[Message] | N
     if messages[0]["role"] == "system":
         raise ConfigError(f"{place}: has a system message, and data.system_prompt would be a second one")
     return [{"role": "system", "content": config.system_prompt}, *messages]
+
+
+def _is_json_of_messages(text: str) -> bool:
+    if not text.lstrip().startswith("[{"):
+        return False
+    try:
+        return _is_message_list(json.loads(text))
+    except ValueError:
+        return False
 
 
 def _is_message_list(content: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from treepo_mcore.config import ConfigError
+from treepo_mcore.model.files import refuse_pointer
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -33,8 +34,12 @@ class Tokenizer(Protocol):
         """Text of `ids`; special tokens, and ids from `vocab_size` on, are left out."""
         ...
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """Messages in the chat template, up to where the assistant speaks.
+    @property
+    def template(self) -> Any:
+        """The chat template's text, or several by name; None without one."""
+
+    def render_chat(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        """Messages in the chat template, up to where the assistant speaks. options: further names for the template.
 
         Raises `ConfigError` without a template, and with what the template says where it refuses the messages.
 
@@ -51,6 +56,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     folder = Path(directory)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such tokenizer directory")
+    for name in (*_HUGGING_FACE_FILES, _SENTENCEPIECE_FILE):
+        refuse_pointer(folder / name)
     if any((folder / name).is_file() for name in _HUGGING_FACE_FILES):
         return HuggingFaceTokenizer(folder)
     # transformers would convert this file too, but drops the leading space that most such models add (5.12.1).
@@ -77,16 +84,23 @@ class HuggingFaceTokenizer:
         bos = self.inner.bos_token_id
         # Asked of the tokenizer, because having a BOS token does not mean using it (Qwen); its EOS is never wanted.
         uses_bos = start and bos is not None and self.inner.encode("", add_special_tokens=True)[:1] == [bos]
-        return [bos, *ids] if uses_bos else ids
+        # A text that was rendered elsewhere may begin with it already.
+        return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+    @property
+    def template(self) -> Any:
+        return self.inner.chat_template
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         if self.inner.chat_template is None:
             raise _no_template(self.folder)
         try:
-            return str(self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            return str(
+                self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
+            )
         except (jinja2.TemplateError, TypeError) as error:
             raise ConfigError(f"the chat template of {self.folder} refuses the messages: {error}") from error
 
@@ -111,7 +125,11 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode([token for token in ids if token < self.vocab_size]))
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    @property
+    def template(self) -> Any:
+        return None
+
+    def render_chat(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         raise _no_template(self.folder)
 
 

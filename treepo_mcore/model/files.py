@@ -9,6 +9,8 @@ from typing import Any
 
 from treepo_mcore.config import ConfigError, ModelConfig
 
+POINTER = b"version https://git-lfs"
+
 
 def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
     """The local directory of a model: the path itself, or a hub name's snapshot through huggingface_hub.
@@ -58,8 +60,13 @@ def weight_files(directory: Path) -> dict[str, Path]:
     single = directory / "model.safetensors"
     if index.is_file():
         placed = read_json(index).get("weight_map")
-        if not isinstance(placed, dict):
-            raise ConfigError(f"{index}: expected a weight_map from tensors to files, found {placed!r}")
+        if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+            raise ConfigError(f"{index}: expected a weight_map from tensors to files, found {str(placed)[:80]}")
+        if single.is_file() and single.name not in placed.values():
+            raise ConfigError(
+                f"{directory}: both {single.name} and {index.name}, which does not name it: not all readers would take "
+                "the same weights; expected one of the two"
+            )
         where = {name: directory / file for name, file in placed.items()}
     elif single.is_file():
         where = dict.fromkeys(safetensors_header(single), single)
@@ -76,6 +83,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     """Tensor name -> {dtype, shape, data_offsets}; checks that the file is as long as its header says."""
     if not file.is_file():
         raise ConfigError(f"{file}: missing weight file")
+    refuse_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -83,22 +91,46 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             raise ConfigError(f"{file}: truncated safetensors file ({size} bytes, header alone needs {length + 8})")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not a safetensors file: its header is not valid JSON") from error
+    if not isinstance(header, dict):
+        raise ConfigError(f"{file}: not a safetensors file: expected an object as its header, found {str(header)[:80]}")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ConfigError(f"{file}: tensor {name}: expected dtype, shape and data_offsets, found {str(entry)[:80]}")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:
         raise ConfigError(f"{file}: truncated safetensors file (found {size} bytes, expected {end})")
     return header
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raise `ConfigError` for what git-lfs leaves in the place of a file that it has not fetched."""
+    if file.is_file():
+        with file.open("rb") as handle:
+            if handle.read(len(POINTER)) == POINTER:
+                raise ConfigError(f"{file}: a pointer of git-lfs, not the file; fetch it with: git lfs pull")
+
+
+def _is_entry(entry: Any) -> bool:
+    """Of a safetensors header: {"dtype": text, "shape": [sizes], "data_offsets": [begin, end]}."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = entry.get("shape"), entry.get("data_offsets")
+    return all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in numbers) and (
+        len(entry["data_offsets"]) == 2
+    )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """An object. Raises `ConfigError` where the file is missing or holds something else."""
     if not file.is_file():
         raise ConfigError(f"{file}: missing")
+    refuse_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")

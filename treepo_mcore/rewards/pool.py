@@ -55,7 +55,7 @@ class Result:
 class _Item(NamedTuple):
     key: Hashable
     response: str
-    answer: str
+    answer: Any
     prompt: str
     row: dict[str, Any]
 
@@ -187,7 +187,7 @@ class RewardPool:
         self._counts = {"calls": 0, "quick": 0, "raised": 0, "timed_out": 0, "died": 0}
         self._worked, self._work_seconds = 1, 0.01  # calls answered and their time, from a first guess of 10 ms
 
-    def submit(self, key: Hashable, response_text: str, answer: str, prompt_text: str, row: dict[str, Any]) -> None:
+    def submit(self, key: Hashable, response_text: str, answer: Any, prompt_text: str, row: dict[str, Any]) -> None:
         """Ask for one reward; `key` comes back in its `Result`. row: the prompt's, for a custom function."""
         self._outstanding += 1
         self._counts["calls"] += 1

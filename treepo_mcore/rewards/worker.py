@@ -25,7 +25,7 @@ from typing import Any
 
 RewardFunction = Callable[..., Any]
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")  # parameters of a reward function of verl's
-Call = tuple[str, str, str, dict[str, Any]]  # response, answer, prompt, row
+Call = tuple[str, Any, str, dict[str, Any]]  # response, answer, prompt, row
 Outcome = tuple[float, str | None, float]  # score, error, seconds
 
 # Written into memory shared with the pool, which must know whose fault it was when a worker dies: the position in the

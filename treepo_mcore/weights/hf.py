@@ -23,7 +23,8 @@ from treepo_mcore.weights.layout import Piece, box, hf_shapes
 UNUSED = ("rotary_emb.inv_freq", "lm_head.weight")  # endings of tensors that a checkpoint may have in excess
 SHARD_BYTES = 5 << 30  # of one exported safetensors file, the hub's habit
 READABLE = ("F64", "F32", "F16", "BF16")  # safetensors' names; others (F8_E4M3, I8) need scales that are not read here
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, chat template
+# Config, tokenizer, chat templates; of folders only those of named templates, as transformers writes them.
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
 
 
 def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
@@ -158,7 +159,9 @@ def export_directory(source: Path, target: Path, named: Iterable[tuple[str, Tens
         for pattern in COPIED:
             for file in source.glob(pattern):
                 if not file.name.endswith(".index.json"):
-                    shutil.copy(file, target / file.name)
+                    copy = target / file.relative_to(source)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)  # without the source's mode: it may be read-only
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     dtype = None
