@@ -32,12 +32,15 @@ def main() -> None:
     from treepo_mcore.actor.layout import megatron_layout, megatron_tensors
     from treepo_mcore.actor.model import build_model, megatron_configs
     from treepo_mcore.actor.parallel import build_grid
+    from treepo_mcore.actor.saved import check_saved
     from treepo_mcore.config import ActorConfig
     from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.system.placement import init_process_group
     from treepo_mcore.weights.hf import export_directory, gather_tensors, load_pieces
 
     arch = read_architecture(options.model)
+    if options.direction == "to-hf":
+        check_saved(options.checkpoint, arch)
     actor = ActorConfig(tp=options.tp, pp=options.pp, dtype=options.dtype or _dtype_of(options.model))
     init_process_group()
     grid = build_grid(actor, 0)

@@ -144,14 +144,12 @@ def _checkpoint(context: Context) -> None:
 def _optimizer(context: Context) -> None:
     if context.state is None:
         return
-    saved = context.state.get("optimizer")
-    if saved is None:
-        raise ConfigError(f"{context.checkpoint}: of an earlier version of this package; run.resume: false begins anew")
+    saved = context.state["optimizer"]
     for name, value in optimizer_settings(context.config).items():
-        if value != saved[name]:
+        if value != saved.get(name):
             raise ConfigError(
-                f"actor.optimizer.{name}: found {value}, {context.checkpoint} was made with {saved[name]}; a run goes "
-                "on as it began. For another value start a new run.dir from its exported weights"
+                f"actor.optimizer.{name}: found {value}, {context.checkpoint} was made with {saved.get(name)}; a run "
+                "goes on as it began. For another value start a new run.dir from its exported weights"
             )
 
 
@@ -177,6 +175,13 @@ def _load(context: Context, file: Path) -> list[Prompt]:
     if not context.config.reward.custom and os.environ.get("RANK", "0") == "0":
         tell_unreadable(file, {prompt.id: prompt.answer for prompt in prompts})
     return prompts
+
+
+def _saved(context: Context) -> None:
+    from treepo_mcore.actor.saved import check_saved
+
+    if context.checkpoint is not None:
+        check_saved(context.checkpoint, context.arch)
 
 
 def _engine_arguments(context: Context) -> None:
@@ -231,6 +236,7 @@ CHECKS = (
     Check(Moment.FILES, _checkpoint),
     Check(Moment.FILES, _optimizer),
     Check(Moment.FILES, _prompts),
+    Check(Moment.FILES, _saved),
     Check(Moment.LIBRARIES, _engine_arguments),
     Check(Moment.LIBRARIES, _megatron_settings),
     Check(Moment.LIBRARIES, _allocator),

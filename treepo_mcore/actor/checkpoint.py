@@ -25,6 +25,7 @@ from treepo_mcore.actor.model import unwrap
 from treepo_mcore.config import NEWEST_CHECKPOINT, ConfigError
 
 STATE = "trainer_state.json"
+STATE_PARTS = {"step": int, "prompts": dict, "schedule": dict, "optimizer": dict}  # that the trainer goes on from
 SHARED = "it has to be one directory, on a file system that all nodes share"
 
 
@@ -84,12 +85,20 @@ def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: 
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state as it was given to `save`. Raises `ConfigError` when it cannot be read."""
+    """The trainer's state as it was given to `save`. Raises `ConfigError` when it cannot be read or lacks a part."""
     file = checkpoint / STATE
+    again = "run.resume: false begins anew"
     try:
         state: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not the state of a run ({error}); run.resume: false begins anew") from error
+        raise ConfigError(f"{file}: not the state of a run ({error}); {again}") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"{file}: not the state of a run: expected an object, found {type(state).__name__}; {again}")
+    for name, kind in STATE_PARTS.items():
+        if name not in state:
+            raise ConfigError(f"{file}: has no {name}, as one of an earlier version of this package; {again}")
+        if not isinstance(state[name], kind):
+            raise ConfigError(f"{file}: {name}: expected {kind.__name__}, found {str(state[name])[:80]}; {again}")
     return state
 
 

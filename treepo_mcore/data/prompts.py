@@ -136,6 +136,9 @@ class PromptStream:
 
         Rows count as they stand in their file: a chat template that writes today's date changes nothing.
         """
+        if not state.keys() >= self.state_dict().keys():
+            expected = ", ".join(self.state_dict())
+            raise ConfigError(f"cannot resume the prompts: expected {expected}, the checkpoint has {', '.join(state)}")
         saved = state["identity"]
         for key, ours in self._identity.items():
             if saved.get(key) != ours:
@@ -169,7 +172,7 @@ def rendering_of(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
     """What turns a row into text, besides the row."""
     settings = {
         f"data.{name}": json.dumps(getattr(config, name))
-        for name in ("chat_template", "chat_template_kwargs", "system_prompt", "max_prompt_tokens")
+        for name in ("chat_template", "chat_template_kwargs", "system_prompt")
     }
     return settings | {"template": hashlib.sha256(json.dumps(tokenizer.template).encode()).hexdigest()[:16]}
 
