@@ -109,7 +109,7 @@ def mismatch(directory: str, trees: str) -> str:
     try:
         done = step_of(list(read_trees(trees)), 7)
         learn(actor, done, config)
-        MismatchGuard(config.actor).trained(done)
+        MismatchGuard(config).trained(done)
     except RuntimeError as error:
         return str(error)
     return ""

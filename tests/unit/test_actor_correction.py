@@ -51,18 +51,39 @@ def test_leaf_factors_are_of_whole_responses_in_any_packing(pack, kind):
             assert factor == pytest.approx(expected, abs=1e-6)
 
 
+def guard(**actor):
+    return MismatchGuard(parse_config({"model": {"path": "m"}, "data": {"train": "t"}, "actor": LARGE | actor}))
+
+
+def updated(*means):
+    step = step_of([], 3)
+    step.updates = [{"mismatch/logprob_abs_mean": mean} for mean in means]
+    return step
+
+
+LARGE = {"micro_batch_tokens": 16384}
+
+
 @pytest.mark.parametrize("mean", [0.2, math.nan, math.inf])
 def test_a_mismatch_beyond_the_bound_is_named(mean):
-    def look(found, **settings):
-        step = step_of([], 3)
-        step.updates = [{"mismatch/logprob_abs_mean": 0.05}, {"mismatch/logprob_abs_mean": found}]
-        MismatchGuard(ActorConfig(**settings)).trained(step)
-
-    look(mean)
-    look(0.05, max_mismatch=0.1)
-    look(mean, max_mismatch=0.1, old_logprobs="engine")  # the second update's is of moved weights
+    guard(max_mismatch=0.1).trained(updated(0.05, 0.05))
+    guard(max_mismatch=0.1, old_logprobs="engine").trained(updated(0.05, mean))  # the second's is of moved weights
     with pytest.raises(MismatchError, match=r"step 3: .* actor.max_mismatch = 0.1"):
-        look(mean, max_mismatch=0.1)
+        guard(max_mismatch=0.1).trained(updated(0.05, mean))
+
+
+@pytest.mark.parametrize("mean", [0.2, math.nan])
+def test_by_default_the_first_step_has_to_be_explained_by_rounding(mean):
+    with pytest.raises(
+        MismatchError, match=r"step 3: .* more than 0.1; rounding does not explain that"
+    ):
+        guard().trained(updated(mean))
+    looked = guard()
+    looked.trained(updated())  # nothing was informative
+    looked.trained(updated(0.05))
+    looked.trained(updated(mean))  # later it is a matter of training
+    fp8 = guard(fp8="current")
+    fp8.trained(updated(0.2))
 
 
 @pytest.mark.parametrize(

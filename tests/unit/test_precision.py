@@ -7,6 +7,7 @@ from models import SIZES
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.actor.precision import NEEDS, check_recipe, token_multiple
 from treepo_mcore.config import ActorConfig, ConfigError
+from treepo_mcore.model.rotary import Rotary
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine, numbers
 
@@ -34,6 +35,7 @@ def architecture(**changes):
         "initializer_range": 0.02,
         "rope_inv_freq": (1.0,) * 16,
         "rope_scale": 1.0,
+        "rotary": Rotary("default", 1e4),
     }
     return Architecture(**sizes | changes)
 

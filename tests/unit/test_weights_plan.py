@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from treepo_mcore.actor.layout import parameter_pieces
 from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
+from treepo_mcore.model.rotary import Rotary
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.weights.layout import Piece, box, hf_shapes, rows
 from treepo_mcore.weights.plan import PlanError, make_plan, make_rounds
@@ -34,6 +35,7 @@ def architecture(**sizes):
         "initializer_range": 0.02,
         "rope_inv_freq": (1.0,),
         "rope_scale": 1.0,
+        "rotary": Rotary("default", 1e4),
     }
     return Architecture(**defaults | sizes)
 

@@ -39,6 +39,11 @@ class Config(Section):
                 f"actor.micro_batch_tokens: {self.actor.micro_batch_tokens} is less than the longest path, "
                 f"data.max_prompt_tokens + the longest response = {longest}"
             )
+        if self.filter.enabled and self.rollout.tree.width == 1:
+            raise ValueError(
+                "rollout.tree.width: found 1, and a prompt with one leaf is never informative; expected 2 or more, or "
+                "filter.enabled: false"
+            )
         estimator, sampled = self.advantage.estimator, self.rollout.sampler == "tree" and self.rollout.tree.width > 1
         if self.advantage.by_mass and sampled and self._first_paths < 2:
             raise ValueError(

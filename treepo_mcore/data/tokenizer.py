@@ -155,7 +155,10 @@ def _eos_ids(folder: Path, own: int | None) -> tuple[int, ...]:
     found = [] if own is None else [own]
     for name in ("generation_config.json", "config.json"):
         value = _read(folder / name).get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise ConfigError(f"{folder / name}: expected eos_token_id to be a token id or several, found {value!r}")
+        found += ids
     if not found:
         raise ConfigError(f"{folder}: no EOS token in the tokenizer, generation_config.json or config.json")
     return tuple(dict.fromkeys(found))

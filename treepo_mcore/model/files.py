@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,29 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     if size < end:
         raise ConfigError(f"{file}: truncated safetensors file (found {size} bytes, expected {end})")
     return header
+
+
+def number(where: str, table: dict[str, Any], key: str, absent: float | None = None) -> float:
+    """A positive number of a table. absent: what its absence means; None: it has to be there.
+
+    Raises `ConfigError` where there is something else. where: the file, for messages.
+    """
+    value = table.get(key)
+    if value is None and absent is not None:
+        return absent
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: expected {key} to be a positive number, found {value!r}")
+    return value
+
+
+def truth(where: str, table: dict[str, Any], key: str, absent: bool = False) -> bool:
+    """True or false of a table. Raises `ConfigError` where there is something else."""
+    value = table.get(key, absent)
+    if value is None:
+        return absent
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: expected {key} to be true or false, found {value!r}")
+    return value
 
 
 def refuse_pointer(file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from treepo_mcore.config import ConfigError
+from treepo_mcore.model.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,4 @@ class Architecture(Sizes):
 
     rope_inv_freq: tuple[float, ...]  # [head_dim / 2]
     rope_scale: float  # factor on cosine and sine (YaRN's attention factor)
+    rotary: Rotary  # what both follow from

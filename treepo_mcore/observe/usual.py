@@ -17,7 +17,7 @@ def usual_observers(config: Config, reports: bool) -> list[Observer]:
     """
     guards: list[Observer] = [
         RewardGuard(config.reward),
-        MismatchGuard(config.actor),
+        MismatchGuard(config),
         PatienceGuard(config.filter),
     ]
     if not reports:

@@ -216,6 +216,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
         "enable_prefix_caching": True,
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
+        "hf_overrides": {"rope_parameters": arch.rotary.for_vllm()},  # as the actor reads config.json
     }
     if torch.cuda.is_available():
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": UTILISATION}
