@@ -74,9 +74,7 @@ def test_a_mismatch_beyond_the_bound_is_named(mean):
 
 @pytest.mark.parametrize("mean", [0.2, math.nan])
 def test_by_default_the_first_step_has_to_be_explained_by_rounding(mean):
-    with pytest.raises(
-        MismatchError, match=r"step 3: .* more than 0.1; rounding does not explain that"
-    ):
+    with pytest.raises(MismatchError, match=r"step 3: .* more than 0.1; rounding does not explain that"):
         guard().trained(updated(mean))
     looked = guard()
     looked.trained(updated())  # nothing was informative

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from treepo_mcore.cli.picture import draw_curve
 from treepo_mcore.config import AdvantageConfig, ConfigError, parse_section
 from treepo_mcore.learn import advantage
 from treepo_mcore.rewards.math import boxed_answer
+from treepo_mcore.tree.curve import Point, curve
 from treepo_mcore.tree.jsonl import read_trees
 from treepo_mcore.tree.stats import informative, tree_stats
 from treepo_mcore.tree.tree import Tree
@@ -92,6 +94,41 @@ def stats(file: File, as_json: Json = False) -> None:
         return
     for name, value in row.items():
         print(f"{name:18} {_cell(value)}")
+
+
+@app.command("curve")
+def decided(
+    file: File,
+    picture: Annotated[Path | None, typer.Option(help="an SVG to draw it into")] = None,
+    as_json: Json = False,
+) -> None:
+    """Where outcomes are decided: C(d), the share of a prompt's reward variance that is settled by depth d.
+
+    Of the depths at which leaves of saved trees part, as shares of the mean response length, with 90 % intervals by
+    resampling prompts. docs/algorithm.md 1.8.
+    """
+    trees = _read(file)
+    points = curve_points(file, trees)
+    if picture is not None:
+        picture.write_text(draw_curve(points))
+    if as_json:
+        print(json.dumps({"trees": len(trees), "curve": [asdict(point) for point in points]}))
+        return
+    print(f"{'share of length':>16}{'decided':>9}{'90 % interval':>17}{'pairs':>8}")
+    for point in points:
+        print(f"{point.share:16.2f}{point.decided:9.2f}{point.low:10.2f}..{point.high:<5.2f}{point.pairs:8d}")
+
+
+def curve_points(file: Path, trees: Sequence[Tree]) -> list[Point]:
+    """The curve of a file's trees. Raises `ConfigError` where they do not show one."""
+    if any(not node.tokens for tree in trees for node in tree.nodes):
+        raise ConfigError(f"{file}: inner nodes have no lengths (the plain form), a curve needs saved trees")
+    if any(leaf.reward is None for tree in trees for leaf in tree.leaves):
+        raise ConfigError(f"{file}: leaves without a reward, a curve needs scored trees")
+    points = curve(trees)
+    if not points:
+        raise ConfigError(f"{file}: no leaves part behind the prompt with rewards that differ; flat answers have none")
+    return points
 
 
 def stats_row(trees: Sequence[Tree]) -> dict[str, Any]:

@@ -20,8 +20,10 @@ class BranchingConfig(Section):
     allocation: str = "even"
     # Instead of factor and first: [[depth, width], ...], where paths fork and how many there are then, those that ended
     # before counted in. Depth 0 is the prompt, a share below 1 is of the running mean of the response length, 1 and
-    # more are segments; the last width is tree.width. [[0, 8], [0.45, 16]]: eight paths that fork once.
-    schedule: list[tuple[float, int]] | None = None
+    # more are segments; the last width is tree.width. [[0, 8], [0.45, 16]]: eight paths that fork once. auto: planned
+    # from where outcomes are decided, as the trees show it (docs/algorithm.md 2.10).
+    schedule: list[tuple[float, int]] | Literal["auto"] | None = None
+    replan_every: int = Field(25, ge=1)  # steps, of auto
     temperature: float = Field(2.0, gt=0)  # of that softmax
     temperature_end: float | None = Field(None, gt=0)  # half-cosine from `temperature` to this over the run
 
@@ -34,7 +36,11 @@ class BranchingConfig(Section):
 
     @model_validator(mode="after")
     def _planned(self) -> BranchingConfig:
-        if self.schedule is None:
+        if self.schedule is not None and self.first is not None:
+            raise ValueError(
+                f"first: {list(self.first)} is not used beside a schedule, which has the first width itself"
+            )
+        if self.schedule is None or self.schedule == "auto":
             return self
         depths, widths = [depth for depth, _ in self.schedule], [width for _, width in self.schedule]
         if not depths or depths[0] != 0:
@@ -45,8 +51,6 @@ class BranchingConfig(Section):
             raise ValueError(f"schedule: expected depths that rise, found {depths}")
         if widths[0] < 1 or widths != sorted(set(widths)):
             raise ValueError(f"schedule: expected widths of 1 or more that rise, found {widths}")
-        if self.first is not None:
-            raise ValueError(f"first: {list(self.first)} is not used, the first width of schedule is {widths[0]}")
         return self
 
 
@@ -104,7 +108,7 @@ class TreeConfig(Section):
     @model_validator(mode="after")
     def _planned(self) -> TreeConfig:
         schedule = self.branching.schedule
-        if schedule is None:
+        if schedule is None or schedule == "auto":
             return self
         depth, width = schedule[-1]
         if width != self.width:

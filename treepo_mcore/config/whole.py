@@ -44,6 +44,8 @@ class Config(Section):
                 "rollout.tree.width: found 1, and a prompt with one leaf is never informative; expected 2 or more, or "
                 "filter.enabled: false"
             )
+        if self.rollout.tree.branching.schedule == "auto" and self.reward.shuffle:
+            raise ValueError("rollout.tree.branching.schedule: auto needs rewards to learn from, found reward.shuffle")
         estimator, sampled = self.advantage.estimator, self.rollout.sampler == "tree" and self.rollout.tree.width > 1
         if self.advantage.by_mass and sampled and self._first_paths < 2:
             raise ValueError(
@@ -56,6 +58,8 @@ class Config(Section):
     def _first_paths(self) -> int:
         """Of a tree, at least."""
         branching = self.rollout.tree.branching
+        if branching.schedule == "auto":
+            return (self.rollout.tree.width + 1) // 2
         return branching.schedule[0][1] if branching.schedule else (branching.first or branching.factor)[0]
 
 

@@ -13,7 +13,8 @@ from treepo_mcore.config import Config
 from treepo_mcore.observe.observer import Observer, Wish, run_values
 from treepo_mcore.observe.trackers import Tracker, open_trackers
 from treepo_mcore.records import Batch, Step
-from treepo_mcore.tree.stats import tree_stats
+from treepo_mcore.tree.curve import CurveSums
+from treepo_mcore.tree.stats import informative, tree_stats
 
 
 class Clock:
@@ -117,6 +118,11 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
     trees, counts = batch.trees, batch.counts
     leaves = [leaf for tree in trees for leaf in tree.leaves]
     stats = tree_stats(trees)
+    teaching = sum(informative(tree) for tree in trees)
+    # Of all trees, not of those that the filter keeps: it looks at rewards, and the rest of them differs, too.
+    sums = CurveSums()
+    sums.add(trees)
+    decided = sums.at(0.5)
     return {
         "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
         "reward/score": sum(leaf.score or 0.0 for leaf in leaves) / len(leaves),
@@ -129,7 +135,9 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         "rollout/effective_leaves": stats.effective_leaves,
         "rollout/fallback_share": stats.fallback_leaves / stats.leaves,
         **{f"rollout/ended_{reason}": count / stats.leaves for reason, count in sorted(stats.reasons.items())},
+        **({} if decided is None else {"tree/decided": decided}),
         "rollout/decoded_tokens": counts.decoded_tokens,
+        "rollout/tokens_per_informative": counts.decoded_tokens / max(teaching, 1),
         "rollout/tokens_per_second": counts.decoded_tokens / seconds,
         "rollout/engine_steps": counts.steps,
         "rollout/occupancy": counts.live_sum / max(counts.steps, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
 from treepo_mcore.system.placement import Placement
 
 ENGINE_TIMEOUT = 60  # seconds that the ranks of an engine wait for each other
+
+logger = logging.getLogger(__name__)
 
 
 class Rollout:
@@ -59,7 +62,9 @@ class Rollout:
         if not result.trees:
             raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
         self._move(stream, result)
-        self.schedule.look(result.trees)
+        told = self.schedule.look(result.trees)
+        if told and self.placement.reports:
+            logger.info("step %d: %s", step, told)
         return Batch(result.trees, step, result.counts)
 
     def _move(self, stream: PromptStream, result: Collection) -> None:
