@@ -59,6 +59,7 @@ class Lab:
         from treepo_mcore.system.placement import init_process_group
 
         self.model, self.data = model, data
+        self.mean = LONGEST / 2  # response tokens, by which planned forks go; set it to what was measured
         config = parse_config(configuration(model, data, {}))
         self.tokenizer = load_tokenizer(model)
         self.prompts = load_prompts(data, config.data, self.tokenizer)
@@ -73,13 +74,17 @@ class Lab:
         import torch.distributed as dist
 
         from treepo_mcore.config import parse_config
+        from treepo_mcore.grow.schedule import resolve_forks
         from treepo_mcore.rollout.collector import Collector
         from treepo_mcore.rollout.queue import SharedQueue
 
         config = parse_config(configuration(self.model, self.data, setting) | {"run": {"seed": seed}})
         many = [prompt for prompt in prompts for _ in range(repeats)]
         queue = SharedQueue(dist.HashStore(), 0, 1, len(many), len(many))
-        found = Collector(config, self.engine, self.tokenizer, self.rewards, None).collect(many, queue, 0, 0.0)
+        planned = config.rollout.tree.branching.schedule
+        forks = resolve_forks(planned, config.rollout.tree, self.mean) if planned else None
+        collector = Collector(config, self.engine, self.tokenizer, self.rewards, None)
+        found = collector.collect(many, queue, 0, 0.0, forks=forks)
         assert len(found.trees) == len(many)
         return [found.trees[i : i + repeats] for i in range(0, len(many), repeats)]
 
