@@ -94,6 +94,17 @@ def check_and_meet(context: Context) -> None:
     walk(context, Moment.WORLD, Moment.JOB)
 
 
+def _run_dir(context: Context) -> None:
+    """Nothing is made yet: a dry run leaves no trace."""
+    place = context.config.run.dir.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"run.dir: {place} is a file, expected a directory")
+    if not context.partial and context.learns and not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.dir: {context.config.run.dir} cannot be made or written: no permission in {place}")
+
+
 def _trackers(context: Context) -> None:
     check_trackers(context.config.run.trackers)
 
@@ -229,6 +240,7 @@ def _engine(context: Context) -> None:
 
 
 CHECKS = (
+    Check(Moment.FILES, _run_dir),
     Check(Moment.FILES, _trackers),
     Check(Moment.FILES, _model),
     Check(Moment.FILES, _weights),

@@ -58,6 +58,7 @@ class Trainer:
         trainer = self.config.trainer
         if trainer.eval_before and self.checked.held_out and self.step == 0:
             self.accuracy_before = self._evaluate()
+        self.stop.begin_steps()
         begin = time.perf_counter()
         self.clock = Clock(lambda part: self.observers.part(self.step, part))
         while self.step < trainer.steps and not out_of_time(begin, trainer.max_seconds):

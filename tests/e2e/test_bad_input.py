@@ -281,6 +281,12 @@ def test_damaged_checkpoints(config):
     assert refused(config) == f"{tracker}: expected the step of a checkpoint, found 'release'"
 
 
+def test_run_dirs_that_cannot_be(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused(config, f"run.dir={tmp_path}/file") == f"run.dir: {tmp_path}/file is a file, expected a directory"
+    assert "is a file" in refused(config, f"run.dir={tmp_path}/file/below")
+
+
 # Pass-through.
 
 
@@ -291,6 +297,7 @@ def test_damaged_checkpoints(config):
             "rollout.engine.max_num_seq=8",
             "unknown key rollout.engine.max_num_seq; did you mean rollout.engine.max_num_seqs?",
         ),
+        ("rollout.engine.block_size=7", "rollout.engine.block_size: expected a multiple of 16, found 7"),
         (
             "rollout.engine.tensor_parallel_size=2",
             "rollout.engine.tensor_parallel_size: set by the trainer; use rollout.tp",

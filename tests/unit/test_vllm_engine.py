@@ -55,3 +55,15 @@ def test_fp8_on_a_processor_without_its_instructions_is_told(no_setting, monkeyp
     monkeypatch.setattr(vllm_engine, "_runs_fp8", lambda: False)
     with pytest.raises(ConfigError, match=r"rollout.engine.quantization: .* needs AMX"):
         vllm_engine.check_engine(config(quantization="fp8_per_block"), architecture(), DIRECTORY)
+
+
+def test_what_block_sizes_kernels_take():
+    """Of both backends that pushes and trees run on; vLLM itself refuses others only when the model is built."""
+    from vllm.v1.attention.backend import MultipleOf
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from treepo_mcore.engine.vllm.engine import KERNEL_BLOCK
+
+    (taken,) = CPUAttentionBackend.get_supported_kernel_block_sizes()
+    assert isinstance(taken, MultipleOf)
+    assert taken.base == KERNEL_BLOCK

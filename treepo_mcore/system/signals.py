@@ -1,7 +1,11 @@
-"""SIGUSR1 and SIGTERM ask a run to stop: it finishes its step, saves, and ends with a status of its own."""
+"""SIGUSR1 and SIGTERM ask a run to stop: it finishes its step, saves, and ends with a status of its own.
+
+Before the first step there is nothing to finish or save: then it ends at once, with the same status.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
@@ -17,13 +21,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0  # of the signal, 0 before there is one
+        self.steps = False  # whether there is a step to finish
 
     def listen(self) -> None:
         """From now on SIGUSR1 (a batch script, before the time limit) and SIGTERM (preemption) no longer kill."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
+    def begin_steps(self) -> None:
+        """From now on a signal waits for the end of the step."""
+        self.steps = True
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if not self.steps:
+            # Without unwinding: threads of libraries that are half started would be waited for.
+            os.write(2, f"{signal.Signals(number).name} before the first step: exit status {STOPPED}\n".encode())
+            os._exit(STOPPED)
         self.number = number
 
     def on_any_rank(self) -> str | None:

@@ -49,6 +49,7 @@ OF_THE_TRAINER = {
     "speculative_config": "nothing: the sampler feeds on single tokens",
 }
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
+KERNEL_BLOCK = 16  # tokens; what vLLM's attention kernels take multiples of, on a CPU and on GPUs
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
 
@@ -255,6 +256,9 @@ def _check_pass_through(config: RolloutConfig) -> None:
             raise ConfigError(f"rollout.engine.{key}: set by the trainer; use {OF_THE_TRAINER[key]}")
         if key not in known:
             raise ConfigError(f"unknown key rollout.engine.{key}{did_you_mean(key, known, 'rollout.engine.')}")
+    block = config.engine.get("block_size", KERNEL_BLOCK)
+    if not isinstance(block, int) or block < 1 or block % KERNEL_BLOCK:  # vLLM says so once it has built the model
+        raise ConfigError(f"rollout.engine.block_size: expected a multiple of {KERNEL_BLOCK}, found {block!r}")
 
 
 def _prepare_quantization(config: RolloutConfig, arch: Architecture) -> None:
