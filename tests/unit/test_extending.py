@@ -19,9 +19,9 @@ from treepo_mcore.learn.advantage import advantages
 from treepo_mcore.learn.correction import find_correction
 from treepo_mcore.learn.loss import find_loss
 from treepo_mcore.learn.packing import find_packing, pack_trees
+from treepo_mcore.named import function_named
 from treepo_mcore.observe.observer import Wish
 from treepo_mcore.observe.trackers import open_trackers
-from treepo_mcore.rewards.worker import resolve as reward_function
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 NAMES = {
@@ -58,7 +58,7 @@ def test_every_name_of_the_page_is_accepted(page, tmp_path):
     tracker.write(3, {"a": 1})
     tracker.close()
     assert (tmp_path / "lines.txt").read_text() == "[3, 1]\n"
-    assert reward_function("page:even")("ab", "", "", {}) == 1.0
+    assert function_named("page:even")("ab", "", "", {}) == 1.0
 
 
 def test_estimator_and_packing_of_the_page(page):

@@ -176,10 +176,10 @@ def test_math_sends_the_rest_to_a_worker():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", 'reward.function: expected "math" or "package.module:name", found \'maths\''),
-        ("no_such_module_here:f", "reward.function: cannot import no_such_module_here"),
-        ("pool_functions:missing", "reward.function: pool_functions has no function 'missing'"),
-        ("pool_functions:constant", "reward.function: pool_functions has no function 'constant'"),
+        ("maths", "reward.function: expected \"math\" or package.module:name, found 'maths'"),
+        ("no_such_module_here:f", "reward.function: cannot import 'no_such_module_here:f': ModuleNotFoundError"),
+        ("pool_functions:missing", "reward.function: cannot import 'pool_functions:missing': AttributeError"),
+        ("pool_functions:constant", "reward.function: 'pool_functions:constant' is not callable"),
         (
             "pool_functions:without_row",
             "reward.function: expected f(response, answer, prompt, row) or verl's (data_source, solution_str, "

@@ -29,8 +29,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from treepo_mcore.config import ConfigError, RewardConfig
+from treepo_mcore.registry import import_named
 from treepo_mcore.rewards.math import quick_verdict
-from treepo_mcore.rewards.worker import PROGRESS, VERL, Outcome, arguments_of, resolve
+from treepo_mcore.rewards.worker import PROGRESS, VERL, Outcome, arguments_of
 from treepo_mcore.system.environment import deaf_children
 
 log = logging.getLogger(__name__)
@@ -142,10 +143,14 @@ class _Worker:
 
 def check_function(config: RewardConfig) -> None:
     """Raise `ConfigError` for a function that cannot be found or called."""
+    if not config.custom:
+        return
+    if ":" not in config.function:
+        raise ConfigError(f'reward.function: expected "math" or package.module:name, found {config.function!r}')
+    function = import_named("reward.function", config.function)
     try:
-        function = resolve(config.function)
         signature = inspect.signature(function)
-    except ValueError as error:
+    except ValueError as error:  # a built-in that does not say
         raise ConfigError(f"reward.function: {error}") from error
     try:
         signature.bind(**arguments_of(function, ("", "", "", {})))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import importlib
 import inspect
 import json
 import math
@@ -23,6 +22,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from treepo_mcore.named import function_named
+
 RewardFunction = Callable[..., Any]
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")  # parameters of a reward function of verl's
 Call = tuple[str, Any, str, dict[str, Any]]  # response, answer, prompt, row
@@ -32,24 +33,9 @@ Outcome = tuple[float, str | None, float]  # score, error, seconds
 # batch of the call that runs, and when it started (`time.monotonic`); 0.0 while none runs.
 PROGRESS = struct.Struct("=qd")
 
-_MATH = "treepo_mcore.rewards.math:math_reward"
+MATH = "treepo_mcore.rewards.math:math_reward"
 _REPORT_SECONDS = 0.02  # results are sent together, but not held back longer than this behind a slow call
 _ERROR_CHARACTERS = 200
-
-
-def resolve(name: str) -> RewardFunction:
-    """The function called `name`: "math" or "package.module:name". Raises `ValueError` in one line."""
-    module_name, _, attribute = (_MATH if name == "math" else name).partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f'expected "math" or "package.module:name", found {name!r}')
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # of the user's module: whatever it raises while it is imported
-        raise ValueError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
-    function: RewardFunction | None = getattr(module, attribute, None)
-    if function is None or not callable(function):
-        raise ValueError(f"{module_name} has no function {attribute!r}")
-    return function
 
 
 def arguments_of(function: RewardFunction, call: Call) -> dict[str, Any]:
@@ -110,7 +96,7 @@ def main() -> None:
     progress = mmap.mmap(int(progress_fd), PROGRESS.size)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pool hung up, or is gone
         try:
-            function = resolve(name)
+            function = function_named(MATH if name == "math" else name)
             if name == "math":
                 function(
                     response=r"\boxed{\frac{1}{2}}", answer="0.5", prompt="", row={}
