@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from treepo_mcore.cli.app import app
 from treepo_mcore.config import ConfigError
-from treepo_mcore.learn.advantage import tree_from_plain
+from treepo_mcore.learn.advantage import ESTIMATORS, tree_from_plain
 from treepo_mcore.tree.jsonl import write_trees
 from treepo_mcore.tree.tree import EOS, Tree
 
@@ -175,14 +175,58 @@ def test_what_the_filter_leaves(tmp_path):
     assert [row["prompt_id"] for row in rows] == ["p"]
     assert len(command("advantages", file, "--json").splitlines()) == 2
     error = command("advantages", plain(tmp_path / "a.jsonl", "A"), "--informative", status=2)
-    assert "prompt A: leaves have no scores" in error
+    assert f"{tmp_path / 'a.jsonl'}:1: prompt A: leaf 0 has no score" in error
 
 
 def test_a_leaf_without_a_reward_is_named(tmp_path):
     tree = tree_from_plain({"prompt_id": "A", "leaves": CASES["A"]["leaves"]})
     tree.leaves[3].reward = None
     write_trees(tmp_path / "t.jsonl", [tree])
-    assert "prompt A: leaf 3 has no reward" in command("advantages", tmp_path / "t.jsonl", status=2)
+    error = command("advantages", tmp_path / "t.jsonl", status=2)
+    assert f"{tmp_path / 't.jsonl'}:1: prompt A: leaf 3 has no reward" in error
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_a_leaf_inside_another_leafs_path(tmp_path, order):
+    """Groups as the released code forms them: leaves whose first j nodes are this leaf's."""
+    leaves = [(["a"], 1.0), (["a", "b"], -1.0), (["a", "b", "c"], 1.0), (["d"], -1.0)]
+    everyone, of_a, of_b = 0.0, 1 / 3, 0.0  # means
+    expected = [
+        np.mean([1 - everyone, 1 - of_a]),
+        np.mean([-1 - everyone, -1 - of_a, -1 - of_b]),
+        np.mean([1 - everyone, 1 - of_a, 1 - of_b]),
+        -1 - everyone,
+    ]
+    rows = [{"path": leaves[i][0], "reward": leaves[i][1], "n_tokens": 3} for i in order]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt_id": "x", "leaves": rows}) + "\n")
+    row = json.loads(command("advantages", tmp_path / "t.jsonl", "--json"))
+    np.testing.assert_allclose(row["raw"], [expected[i] for i in order])
+    for name in ESTIMATORS:
+        row = json.loads(command("advantages", tmp_path / "t.jsonl", "--json", "--estimator", name))
+        assert np.isfinite(np.concatenate([np.ravel(value) for value in row["raw"]])).all()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"node": 1}, "leaf 1: node 1 is an inner node: paths of other leaves go on there"),
+        ({"node": 2}, "leaf 1: node 2 is the end of leaf 0 already"),
+    ],
+)
+def test_a_leaf_of_a_saved_tree_that_is_none_is_named(tmp_path, edit, message):
+    file = saved(tmp_path / "t.jsonl")
+    tree = json.loads(file.read_text())
+    tree["leaves"][1] |= edit
+    file.write_text(json.dumps(tree) + "\n")
+    assert command("advantages", file, status=2) == f"error: {file}:1: {message}\n"
+
+
+def test_two_leaves_with_the_same_path(tmp_path):
+    leaves = [{"path": path, "reward": 1.0, "n_tokens": 3} for path in (["a"], ["b"], ["a"])]
+    file = plain(tmp_path / "a.jsonl", "A")
+    file.write_text(file.read_text() + json.dumps({"prompt_id": "x", "leaves": leaves}) + "\n")
+    message = "prompt x: leaf 2: path: the same as that of leaf 0: ['a']"
+    assert command("advantages", file, status=2) == f"error: {file}:2: {message}\n"
 
 
 def test_starts_without_heavy_libraries():

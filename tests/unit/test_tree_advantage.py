@@ -215,9 +215,9 @@ def test_missing_reward_and_bad_plain_forms_are_errors():
         advantages([tree], AdvantageConfig())
     with pytest.raises(ValueError, match="missing field 'n_tokens'"):
         tree_from_plain({"leaves": [{"path": ["a"], "reward": 1}]})
-    inner = [{"path": p, "reward": 1, "n_tokens": 1} for p in (["a", "b"], ["a"])]
-    with pytest.raises(ValueError, match="inner node"):
-        tree_from_plain({"leaves": inner})
+    twice = [{"path": p, "reward": 1, "n_tokens": 1} for p in (["a", "b"], ["a", "b"])]
+    with pytest.raises(ValueError, match="prompt 0: leaf 1: path: the same as that of leaf 0"):
+        tree_from_plain({"leaves": twice})
 
 
 @pytest.mark.parametrize("options", [{}, {"mass_loss_weight": True}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,14 +71,10 @@ def advantages(
         "whiten_shift": whiten_shift,
     }
     config = parse_section(AdvantageConfig, options)
-    trees = _read(file)
-    try:
-        if only_informative:
-            trees = _informative(trees)
-        rows = advantage_rows(trees, config)
-    except ValueError as error:  # a leaf without a reward or score
-        raise ConfigError(f"{file}: {error}") from error
-    for row in rows:
+    trees = _read(file, "reward", *(["score"] if only_informative else []))
+    if only_informative:
+        trees = [tree for tree in trees if informative(tree)]
+    for row in advantage_rows(trees, config):
         print(json.dumps(row) if as_json else _advantage_line(row))
 
 
@@ -160,19 +157,12 @@ def advantage_rows(trees: Sequence[Tree], config: AdvantageConfig) -> list[dict[
     ]
 
 
-def _informative(trees: Sequence[Tree]) -> list[Tree]:
-    for tree in trees:
-        if any(leaf.score is None for leaf in tree.leaves):
-            raise ValueError(f"prompt {tree.prompt_id}: leaves have no scores, --informative needs saved trees")
-    return [tree for tree in trees if informative(tree)]
-
-
-def _read(file: Path) -> list[Tree]:
-    """Trees of either form. Raises `ConfigError` with the line's number."""
+def _read(file: Path, *needed: str) -> list[Tree]:
+    """Trees of either form. needed: what no leaf may lack. Raises `ConfigError` with the line's number."""
     if not file.is_file():
         raise ConfigError(f"{file}: no such file")
     try:
-        trees = list(read_trees(file, _tree))
+        trees = list(read_trees(file, partial(_tree, needed=needed)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not trees:
@@ -180,10 +170,15 @@ def _read(file: Path) -> list[Tree]:
     return trees
 
 
-def _tree(data: dict[str, Any]) -> Tree:
+def _tree(data: dict[str, Any], needed: Sequence[str]) -> Tree:
     tree = Tree.from_json(data) if "nodes" in data else advantage.tree_from_plain(data)
     if not tree.leaves:
         raise ValueError(f"prompt {tree.prompt_id}: no leaves")
+    for name in needed:
+        for index, leaf in enumerate(tree.leaves):
+            if getattr(leaf, name) is None:
+                plain = "" if "nodes" in data else ", which only saved trees have"
+                raise ValueError(f"prompt {tree.prompt_id}: leaf {index} has no {name}{plain}")
     return tree
 
 

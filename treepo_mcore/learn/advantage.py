@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -305,25 +305,47 @@ ESTIMATORS = {
 def tree_from_plain(data: dict[str, Any]) -> Tree:
     """A tree from ``{"prompt_id", "leaves": [{"path": [node ids], "reward", "n_tokens"}]}``.
 
-    Two leaves share their first k nodes iff the first k ids of their paths are equal. The form does not say how long
-    inner nodes are: they become empty and a leaf's last node holds all its tokens (of id 0). So the values of a segment
-    estimator are right, but its whitening takes inner nodes to have no tokens.
-    Raises ValueError on a field that is missing or wrong and on a path that ends inside another one.
+    Two leaves share their first k nodes iff the first k ids of their paths are equal. A path may end inside another
+    one, as the released code's fallback leaves them: such a leaf ends in a node of its own behind its path, so that its
+    sub-groups are those of all nodes of its path, and a segment estimator gives it one value more. The form does not
+    say how long inner nodes are: they become empty and a leaf's last node holds all its tokens (of id 0). So the values
+    of a segment estimator are right, but its whitening takes inner nodes to have no tokens.
+    Raises ValueError, naming the leaf, on a field that is missing or wrong and on two leaves with the same path.
     """
     tree = Tree(str(data.get("prompt_id", "0")), [0])
+    leaves = [_plain_leaf(leaf, _where(tree, index)) for index, leaf in enumerate(get(data, "leaves", list))]
+    inner = {leaf.path[:depth] for leaf in leaves for depth in range(1, len(leaf.path))}
     numbers: dict[tuple[str, ...], int] = {(): PROMPT}
-    for index, leaf in enumerate(get(data, "leaves", list)):
-        where = f"prompt {tree.prompt_id}: leaf {index}: "
-        path = tuple(str(part) for part in get(leaf, "path", list, where))
-        reward, tokens = get(leaf, "reward", float, where), get(leaf, "n_tokens", int, where)
-        if not path:
-            raise ValueError(f"{where}path: expected at least one node id, found none")
-        if not 1 <= tokens <= LONGEST:
-            raise ValueError(f"{where}n_tokens: expected 1..{LONGEST}, found {tokens}")
+    seen: dict[tuple[str, ...], int] = {}
+    for index, leaf in enumerate(leaves):
+        path = leaf.path
+        if seen.setdefault(path, index) != index:
+            raise ValueError(f"{_where(tree, index)}path: the same as that of leaf {seen[path]}: {list(path)!r:.80}")
         for depth in range(1, len(path) + 1):
             if path[:depth] not in numbers:
                 numbers[path[:depth]] = tree.add_node(numbers[path[: depth - 1]], depth)
-        node = tree.nodes[numbers[path]]
-        node.tokens, node.logprobs = array("i", [0]) * tokens, array("f", [0.0]) * tokens
-        tree.leaves[tree.add_leaf(numbers[path], EOS)].reward = float(reward)
+        end = tree.add_node(numbers[path], len(path) + 1) if path in inner else numbers[path]
+        node = tree.nodes[end]
+        node.tokens, node.logprobs = array("i", [0]) * leaf.tokens, array("f", [0.0]) * leaf.tokens
+        tree.leaves[tree.add_leaf(end, EOS)].reward = leaf.reward
     return tree
+
+
+class _PlainLeaf(NamedTuple):
+    path: tuple[str, ...]
+    reward: float
+    tokens: int
+
+
+def _plain_leaf(leaf: Any, where: str) -> _PlainLeaf:
+    path = tuple(str(part) for part in get(leaf, "path", list, where))
+    reward, tokens = get(leaf, "reward", float, where), get(leaf, "n_tokens", int, where)
+    if not path:
+        raise ValueError(f"{where}path: expected at least one node id, found none")
+    if not 1 <= tokens <= LONGEST:
+        raise ValueError(f"{where}n_tokens: expected 1..{LONGEST}, found {tokens}")
+    return _PlainLeaf(path, float(reward), tokens)
+
+
+def _where(tree: Tree, leaf: int) -> str:
+    return f"prompt {tree.prompt_id}: leaf {leaf}: "

@@ -359,6 +359,10 @@ class Tree:
             raise ValueError(f"{where}expected a node in 1..{len(self.nodes) - 1}, found {node}")
         if reason not in REASONS:
             raise ValueError(f"{where}expected a reason of {REASONS}, found {reason!r}")
+        if self._children[node]:
+            raise ValueError(f"{where}node {node} is an inner node: paths of other leaves go on there")
+        if node in self._leaf_at:
+            raise ValueError(f"{where}node {node} is the end of leaf {self._leaf_at[node]} already")
         number = self.add_leaf(node, reason)
         if not self.leaf_tokens(number):
             raise ValueError(f"{where}its path has no tokens")
