@@ -21,7 +21,7 @@ from treepo_mcore.grow.branching import make_allocation
 from treepo_mcore.grow.pruning import make_pruner
 from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.learn.advantage import find_estimator
-from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.model.architecture import ask_transformers, read_architecture
 from treepo_mcore.model.files import resolve_model
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.observe.trackers import check_trackers
@@ -116,6 +116,7 @@ def _model(context: Context) -> None:
     if context.learns and config.trainer.export and context.directory.resolve() == target:
         raise ConfigError(f"model.path: {context.directory} is where run.dir puts the trained policy")
     context.arch = read_architecture(context.directory)
+    ask_transformers(context.directory)
 
 
 def _weights(context: Context) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from treepo_mcore.config import ConfigError, ModelConfig
 from treepo_mcore.data.tokenizer import load_tokenizer
-from treepo_mcore.model.architecture import read_architecture
+from treepo_mcore.model.architecture import ask_transformers, read_architecture
 from treepo_mcore.model.decoder import Q_NORM, QKV_BIAS
 from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.files import resolve_model, weight_files
@@ -78,6 +78,31 @@ def test_what_megatron_would_ignore_is_refused(directory, values, words):
 def test_sizes_that_are_missing_or_no_numbers(directory, key, value):
     text = refused(read_architecture, edit(directory, **{key: value}))
     assert text == f"{directory}/config.json: expected {key} to be a positive number, found {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_key_value_heads": 3}, "expected num_key_value_heads to divide 4, found 3"),
+        ({"head_dim": 33}, "expected heads of an even size, found head_dim 33"),
+        (
+            {"hidden_size": 2, "head_dim": None},
+            "of an even size, found head_dim 0",
+        ),
+        ({"num_hidden_layers": 10**9}, "expected num_hidden_layers to be at most 10000, found 1000000000"),
+        ({"vocab_size": 10**400}, "expected vocab_size to be a positive number, found 1000"),
+        ({"rms_norm_eps": 10**400}, "expected rms_norm_eps to be a positive number, found 1000"),
+        ({"model_type": "llama"}, "expected model_type to be 'qwen2', found 'llama'"),
+        ({"layer_types": "full_attention"}, "expected layer_types to be a list of names, found 'full_attention'"),
+    ],
+)
+def test_values_that_do_not_fit(directory, values, words):
+    assert words in refused(read_architecture, edit(directory, **values))
+
+
+@pytest.mark.parametrize("values", [{"use_cache": "yes"}, {"bos_token_id": "1"}, {"eos_token_id": {}}])
+def test_keys_that_only_transformers_reads(directory, values):
+    assert "config.json: transformers refuses this: " in refused(ask_transformers, edit(directory, **values))
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "max_position_embeddings"])

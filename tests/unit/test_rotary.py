@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import make_model
+from models import LLAMA3, make_model
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from treepo_mcore.config import ConfigError
+from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.model.rotary import read_rotary
 
 HEAD = 64
@@ -39,7 +40,7 @@ def ropes(draw):
     kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
     rope = {draw(st.sampled_from(["rope_type", "type"])): kind, "rope_theta": draw(st.sampled_from([1e4, 5e5, 1e6]))}
     if kind != "default":
-        rope["factor"] = draw(st.floats(1.0, 40.0))
+        rope["factor"] = draw(st.one_of(st.floats(1.0, 40.0), st.sampled_from([1, 2, 8])))
     if kind == "llama3":
         low = draw(st.floats(0.5, 4.0))
         rope |= {"low_freq_factor": low, "high_freq_factor": low + draw(st.floats(0.5, 8.0))}
@@ -103,6 +104,11 @@ def test_the_factor_of_yarn(more, scale):
         ({"rope_type": "llama3", "factor": 8.0}, "expected low_freq_factor to be a positive number, found None"),
         ({"rope_type": "default", "factor": 2.0}, "factor of the default rotary embedding is not supported"),
         ({"rope_type": "linear", "factor": "two"}, "expected factor to be a positive number, found 'two'"),
+        ({"rope_type": ["yarn"]}, "rope type ['yarn']; supported: default, linear, llama3, yarn"),
+        (YARN | {"type": "linear"}, "type: expected rope_type = 'yarn'"),
+        (YARN | {"rope_theta": 1}, "rope_theta: expected more than 1, found 1"),
+        (YARN | {"factor": 10**400}, "expected factor to be a positive number, found 1000"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor: expected more than low_freq_factor"),
         ({"rope_theta": "1e4"}, "expected rope_theta to be a positive number, found '1e4'"),
         ("yarn", "rope_scaling: expected an object, found 'yarn'"),
     ],
@@ -123,3 +129,24 @@ def test_the_override_is_what_vllm_goes_by(family, tmp_path):
     wanted = read_rotary("config.json", config).for_vllm()
     found = ModelConfig(str(directory), skip_tokenizer_init=True, hf_overrides={"rope_parameters": wanted})
     assert found.hf_config.rope_parameters == wanted
+
+
+def test_two_spellings_that_differ():
+    other = {"type": "linear", "factor": 2.0}
+    with pytest.raises(ConfigError, match="rope_parameters and rope_scaling differ; expected one of the two"):
+        read_rotary("config.json", {"rope_parameters": YARN, "rope_scaling": other})
+    same = {"type": "yarn"} | {key: value for key, value in YARN.items() if key != "rope_type"}
+    assert read_rotary("config.json", {"rope_parameters": YARN, "rope_scaling": same}).kind == "yarn"
+
+
+def test_a_checkpoint_that_names_what_its_kind_does_not_read():
+    rope = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 1}
+    assert read_rotary("config.json", {"rope_parameters": rope}).kind == "linear"
+
+
+def test_phi3_takes_no_yarn(tmp_path):
+    directory = make_model(tmp_path, "phi3", tokenizer=False)
+    config = json.loads((directory / "config.json").read_text()) | {"rope_parameters": YARN}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"config.json: rope type 'yarn'; supported: default$"):
+        read_architecture(directory)

@@ -14,17 +14,18 @@ from treepo_mcore.model.decoder import QKV_BIAS
 from treepo_mcore.model.families import FAMILIES, parts_of
 from treepo_mcore.model.family import Family
 from treepo_mcore.model.files import number, read_json, truth
-from treepo_mcore.model.rotary import read_rotary
+from treepo_mcore.model.rotary import Rotary, read_rotary
 from treepo_mcore.model.sizes import Architecture, Sizes
 
 SIZE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+MOST = {"num_hidden_layers": 10_000}  # beyond it, naming all tensors would take for ever
 
 
 def read_architecture(directory: Path) -> Architecture:
     """Read ``config.json``. Raises `ConfigError` for what the Megatron model could not honour."""
     raw = read_json(directory / "config.json")
     sizes = _sizes(directory, raw)
-    rotary = read_rotary(f"{directory}/config.json", raw)
+    rotary = read_rotary(f"{directory}/config.json", raw, FAMILIES[raw["architectures"][0]].rotary)
     inv_freq = tuple(rotary.inverse_frequencies(sizes.head_dim).tolist())
     return Architecture(**vars(sizes), rope_inv_freq=inv_freq, rope_scale=rotary.scale, rotary=rotary)
 
@@ -42,9 +43,12 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
     if names[0] not in FAMILIES:
         raise ConfigError(f"{where}: architecture {names[0]}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[names[0]]
+    if raw.get("model_type", family.name) != family.name:
+        raise ConfigError(f"{where}: expected model_type to be {family.name!r}, found {raw['model_type']!r:.80}")
     _refuse_unsupported(directory, raw, family)
     given = {key: _size(directory, raw, key) for key in SIZE_KEYS}
     heads, hidden = given["num_attention_heads"], given["hidden_size"]
+    positions = _size(directory, raw, "max_position_embeddings", 32768)
     sizes = Sizes(
         family=family.name,
         hidden=hidden,
@@ -57,24 +61,44 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
         vocab=given["vocab_size"],
         norm_eps=number(where, raw, "rms_norm_eps", 1e-6),
         tied=truth(where, raw, "tie_word_embeddings"),
-        max_positions=_longest(where, raw, _size(directory, raw, "max_position_embeddings", 32768)),
+        max_positions=_longest(read_rotary(where, raw, family.rotary), positions),
         initializer_range=number(where, raw, "initializer_range", 0.02),
     )
+    if heads % sizes.kv_heads:
+        raise ConfigError(f"{where}: expected num_key_value_heads to divide {heads}, found {sizes.kv_heads}")
+    if sizes.head_dim % 2 or not sizes.head_dim:
+        raise ConfigError(f"{where}: expected heads of an even size, found head_dim {sizes.head_dim}")
     if truth(where, raw, "attention_bias") and not parts_of(sizes).holds(QKV_BIAS):
         raise ConfigError(f"{where}: attention_bias is true: biases on {family.name} attention are not supported")
     return sizes
+
+
+def ask_transformers(directory: Path) -> None:
+    """Whether it takes ``config.json``, of which it reads more keys than we do: the tokenizer and vLLM ask it too.
+
+    Raises `ConfigError`.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{directory}/config.json: transformers refuses this: {said}") from error
 
 
 def _size(directory: Path, raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = number(f"{directory}/config.json", raw, key, default)
     if value != int(value):
         raise ConfigError(f"{directory}/config.json: expected {key} to be a whole number, found {value!r}")
+    if value > (most := MOST.get(key, 2**31 - 1)):
+        raise ConfigError(f"{directory}/config.json: expected {key} to be at most {most}, found {value:.0f}")
     return int(value)
 
 
-def _longest(where: str, raw: dict[str, Any], longest: int) -> int:
+def _longest(rotary: Rotary, longest: int) -> int:
     """Positions that the rotary embedding is made for, as vLLM derives them: scaled where the checkpoint scales it."""
-    rotary = read_rotary(where, raw)
     factor = rotary.numbers.get("factor", 1.0)
     if rotary.kind == "yarn":
         return int(rotary.numbers["original_max_position_embeddings"] * factor)
@@ -83,9 +107,9 @@ def _longest(where: str, raw: dict[str, Any], longest: int) -> int:
 
 def _layer_types(where: str, raw: dict[str, Any]) -> list[Any]:
     found = raw.get("layer_types", ["sliding_attention"])
-    if not isinstance(found, list):
-        raise ConfigError(f"{where}: expected layer_types to be a list, found {found!r}")
-    return found
+    if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise ConfigError(f"{where}: expected layer_types to be a list of names, found {found!r:.80}")
+    return found or ["sliding_attention"]
 
 
 def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: Family) -> None:
@@ -94,7 +118,8 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: Family) ->
         raise ConfigError(f"{where}: hidden_act {raw['hidden_act']!r}; supported: 'silu'")
     if truth(where, raw, "mlp_bias"):
         raise ConfigError(f"{where}: mlp_bias is true: biases in the MLP are not supported")
-    if truth(where, raw, "use_sliding_window") and "sliding_attention" in _layer_types(where, raw):
+    layer_types = _layer_types(where, raw)
+    if truth(where, raw, "use_sliding_window") and "sliding_attention" in layer_types:
         raise ConfigError(f"{where}: use_sliding_window is true: sliding-window attention is not supported")
     window = raw.get("sliding_window", family.window) if family.windowed else None
     positions = _size(directory, raw, "max_position_embeddings", 32768)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from treepo_mcore.config import ConfigError
 from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, ENGINE_VOCAB_UNIT, padded
+from treepo_mcore.model.rotary import KINDS
 from treepo_mcore.model.sizes import Sizes
 
 # whole: every rank holds all of it. columns: each rank some columns. stacked: each rank some rows of every source, one
@@ -103,6 +104,7 @@ class Family:
     head_dim: int | None = None  # where config.json does not say; None: hidden_size / num_attention_heads
     windowed: bool = False  # whether `sliding_window` counts; a window shorter than the context is refused
     window: int | None = None  # what transformers assumes where that key is absent
+    rotary: tuple[str, ...] = tuple(KINDS)  # kinds of rotary embeddings that transformers knows for it
 
 
 def hf_shapes(parts: Parts, layers: int) -> dict[str, tuple[int, ...]]:

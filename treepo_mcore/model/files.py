@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,9 @@ def number(where: str, table: dict[str, Any], key: str, absent: float | None = N
     value = table.get(key)
     if value is None and absent is not None:
         return absent
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{where}: expected {key} to be a positive number, found {value!r}")
-    return value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{where}: expected {key} to be a positive number, found {value!r:.80}")
+    return float(value)
 
 
 def truth(where: str, table: dict[str, Any], key: str, absent: bool = False) -> bool:

@@ -8,6 +8,7 @@ what `read_rotary` makes of the file, and no key that it does not know passes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # and what their absence means
 ATTENTION = ("attention_factor", "attn_factor", "mscale", "mscale_all_dim")  # of YaRN, each may be absent
+NEUTRAL = ("factor", *ATTENTION[:2])  # change nothing under a kind without them, where they are 1
+# Say nothing about the angles of a kind that does not read them.
+IDLE = ("original_max_position_embeddings", "finetuned")
 FIXED = {"partial_rotary_factor": 1.0, "extrapolation_factor": 1.0, "apply_yarn_scaling": True}  # no other value
 
 
@@ -65,22 +69,31 @@ class Rotary:
         return rope | {"truncate": self.truncate, "attn_factor": self.scale / magnitude(self.numbers["factor"])}
 
 
-def read_rotary(where: str, raw: dict[str, Any]) -> Rotary:
-    """From config.json's content. where: its name, for messages. Raises `ConfigError` for what is not supported."""
+def read_rotary(where: str, raw: dict[str, Any], kinds: Sequence[str] = tuple(KINDS)) -> Rotary:
+    """From config.json's content. where: its name, for messages; kinds: that the family has.
+
+    Raises `ConfigError` for what is not supported.
+    """
     rope = rope_settings(where, raw)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in KINDS:
-        raise ConfigError(f"{where}: rope type {kind!r}; supported: {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ConfigError(f"{where}: rope type {kind!r:.80}; supported: {', '.join(kinds)}")
+    if rope.get("type", kind) != kind:
+        raise ConfigError(f"{where}: type: expected rope_type = {kind!r}, found {rope['type']!r:.80}")
     for key, only in FIXED.items():
         if (raw | rope).get(key, only) != only:
             raise ConfigError(f"{where}: {key} {(raw | rope)[key]}; supported: {only}")
     of_yarn = (*YARN, *ATTENTION, "truncate", "original_max_position_embeddings") if kind == "yarn" else ()
-    known = {"rope_type", "type", "rope_theta", *FIXED, *KINDS[kind], *of_yarn}
+    known = {"rope_type", "type", "rope_theta", *IDLE, *FIXED, *KINDS[kind], *of_yarn}
     for key in rope.keys() - known:
-        if rope[key] is not None:
+        if rope[key] is not None and not (key in NEUTRAL and rope[key] == 1):
             raise ConfigError(f"{where}: {key} of the {kind} rotary embedding is not supported")
     theta = number(where, rope | {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}, "rope_theta", 10000.0)
+    if theta <= 1:
+        raise ConfigError(f"{where}: rope_theta: expected more than 1, found {theta:g}")
     numbers = {key: number(where, rope, key) for key in KINDS[kind]}
+    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+        raise ConfigError(f"{where}: high_freq_factor: expected more than low_freq_factor, found no more")
     if numbers.get("factor", 1.0) < 1.0:
         raise ConfigError(f"{where}: factor: expected 1 or more, found {numbers['factor']}")
     if kind != "yarn":
@@ -96,14 +109,24 @@ def read_rotary(where: str, raw: dict[str, Any]) -> Rotary:
 
 
 def rope_settings(where: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """Of both spellings; the newer one wins."""
-    joined: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
+    """Of the spelling that is there. Both may be, where they say the same: not all readers would take the same one."""
+    found = []
+    for key in ("rope_parameters", "rope_scaling"):
         value = raw.get(key)
         if not isinstance(value, dict | None):
-            raise ConfigError(f"{where}: {key}: expected an object, found {value!r}")
-        joined |= value or {}
-    return joined
+            raise ConfigError(f"{where}: {key}: expected an object, found {value!r:.80}")
+        found.append(value or {})
+    newer, older = found
+    if newer and older and _plainly(newer) != _plainly(older):
+        raise ConfigError(f"{where}: rope_parameters and rope_scaling differ; expected one of the two")
+    return newer or older
+
+
+def _plainly(rope: dict[str, Any]) -> dict[str, Any]:
+    """Without the older name of the kind, and without nulls."""
+    values = {key: value for key, value in rope.items() if value is not None}
+    kind = values.pop("type", "default")
+    return {"rope_type": kind} | values
 
 
 def magnitude(factor: float, mscale: float = 1.0) -> float:

@@ -1,4 +1,5 @@
-"""Phi-3 and Phi-4: q, k and v are one tensor of the checkpoint, gate and up another. `longrope` is refused."""
+"""Phi-3 and Phi-4: q, k and v are one tensor of the checkpoint, gate and up another. `longrope` is refused, and so
+is `yarn`, which transformers takes for it."""
 
 from treepo_mcore.model.decoder import decoder_parts
 from treepo_mcore.model.family import Family, Parts
@@ -9,4 +10,4 @@ def _parts(sizes: Sizes) -> Parts:
     return decoder_parts(sizes, qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
 
 
-FAMILY = Family("phi3", _parts, windowed=True)
+FAMILY = Family("phi3", _parts, windowed=True, rotary=("default",))
