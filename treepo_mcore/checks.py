@@ -21,6 +21,7 @@ from treepo_mcore.grow.branching import make_allocation
 from treepo_mcore.grow.pruning import make_pruner
 from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.learn.advantage import find_estimator
+from treepo_mcore.learn.signal import check_signal
 from treepo_mcore.model.architecture import ask_transformers, read_architecture
 from treepo_mcore.model.files import resolve_model
 from treepo_mcore.model.sizes import Architecture
@@ -132,8 +133,10 @@ def _functions(context: Context) -> None:
     check_function(config.reward)
     make_pruner(config.rollout.tree.pruning)
     make_allocation(config.rollout.tree.branching, 0.0)
-    sampled_shape(config.rollout)
+    shape = sampled_shape(config.rollout)
     find_estimator(config.advantage.estimator)
+    if context.learns:
+        check_signal(config, shape)
     from treepo_mcore.learn.correction import find_correction
     from treepo_mcore.learn.loss import find_loss
     from treepo_mcore.learn.packing import find_packing

@@ -246,6 +246,14 @@ def test_header_of_another_form(directory, header, words):
     assert words in refused(weight_files, directory)
 
 
+@pytest.mark.parametrize("offsets", [[0, 3], [4, 4], [8, 0]])
+def test_a_header_whose_offsets_do_not_fit(directory, offsets):
+    arch = read_architecture(directory)
+    raw = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + b"00000000")
+    assert f"{directory}/model.safetensors: not a safetensors file: " in refused(check_weights, directory, arch)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_what_git_lfs_leaves_in_the_place_of_a_file(directory, name):
     (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")

@@ -8,10 +8,11 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
     Raises `ConfigError` with the tensor's name.
     """
     files = weight_files(directory)
-    headers = {file: safetensors_header(file) for file in set(files.values())}
+    headers = {file: _header(file) for file in set(files.values())}
     shapes = hf_shapes(arch)
     for name in sorted(files.keys() - shapes.keys()):
         if not name.endswith(UNUSED):
@@ -52,6 +53,16 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
                 f"{files[name]}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}"
             )
     return files
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The library that will read the file judges it too: sizes that do not fit the offsets, overlaps, holes."""
+    header = safetensors_header(file)
+    try:
+        with safe_open(file, framework="pt"):
+            return header
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a safetensors file: {error}") from error
 
 
 @torch.no_grad()
