@@ -162,7 +162,7 @@ def run(model: Path, data: Path, prompts: int, repeats: int, reference_trees: in
     pairs = [(t, w) for g, v in zip(flat, worth, strict=True) for t, w in zip(g, v, strict=True) if w is not None]
     reference = gradients.of([t for t, _ in pairs], [w for _, w in pairs]).double()
     reference /= reference.norm()
-    from treepo_mcore.tree.curve import curve, mean_length
+    from treepo_mcore.tree.curve import CurveSums, mean_length
 
     lab.mean = float(np.mean([mean_length(tree) for group in flat for tree in group]))
     sampled, costs = {}, {}
@@ -199,7 +199,7 @@ def run(model: Path, data: Path, prompts: int, repeats: int, reference_trees: in
         },
     }
     for shape in ("default", *PLANNED):
-        points = curve([tree for group in sampled[shape] for tree in group])
+        points = CurveSums.of([tree for group in sampled[shape] for tree in group]).points()
         result.setdefault("curve", {})[shape] = [vars(point) for point in points]
     lab.rewards.close()
     return result
@@ -208,11 +208,9 @@ def run(model: Path, data: Path, prompts: int, repeats: int, reference_trees: in
 def plan_from(trees: list[Any]) -> dict[str, Any]:
     """What `schedule: auto` would do after these trees, and what it expects of the other planned shapes."""
     from treepo_mcore.grow.forks import STEPS, best_plan, expected_gain
-    from treepo_mcore.tree.curve import CurveSums
+    from treepo_mcore.tree.curve import CurveSums, rising
 
-    sums = CurveSums()
-    sums.add(trees)
-    decided = [sums.at(step / STEPS) or 0.0 for step in range(1, STEPS + 1)]
+    decided = rising(CurveSums.of(trees).points(), [step / STEPS for step in range(1, STEPS + 1)])
     plan = best_plan(decided, 8)
     expected = {"auto": plan.gain} | {
         name: expected_gain(decided, [(share, int(width)) for share, width in SHAPES[name]["branching"]["schedule"]])

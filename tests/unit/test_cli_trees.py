@@ -239,39 +239,3 @@ def test_an_option_of_another_estimator(tmp_path):
     file = plain(tmp_path / "a.jsonl", "C")
     text = command("advantages", file, "--estimator", "grpo", "--max-levels", "2", status=2)
     assert text.strip() == "error: max_levels: 2 is of estimator: treepo, found estimator: grpo"
-
-
-def forked(path: Path, **changes) -> Path:
-    """Trees of two first paths that fork once, decided at the fork."""
-    trees = []
-    for index in range(6):
-        tree = Tree(str(index), [1])
-        for reward in (1.0, 0.0):
-            root = tree.add_node(0, 1)
-            for node in (root, tree.add_node(root, 2), tree.add_node(root, 2)):
-                tree.nodes[node].tokens.extend([2] * 4)
-                tree.nodes[node].logprobs.extend([-1.0] * 4)
-            for node in tree.children(root):
-                leaf = tree.leaves[tree.add_leaf(node, EOS)]
-                leaf.reward = leaf.score = changes.get("reward", reward)
-        trees.append(tree)
-    write_trees(path, trees)
-    return path
-
-
-def test_the_curve_of_saved_trees(tmp_path):
-    file, picture = forked(tmp_path / "trees.jsonl"), tmp_path / "curve.svg"
-    shown = json.loads(command("curve", file, "--json", "--picture", picture))
-    assert shown["trees"] == 6
-    assert shown["curve"] == [{"share": 0.5, "decided": 1.0, "low": 1.0, "high": 1.0, "pairs": 12}]
-    assert picture.read_text().startswith("<svg")
-    assert "0.50     1.00" in command("curve", file)
-
-
-def test_files_without_a_curve(tmp_path):
-    assert "needs saved trees" in command("curve", plain(tmp_path / "plain.jsonl", "A"), status=2)
-    unscored = forked(tmp_path / "unscored.jsonl", reward=None)
-    assert f"{unscored}: leaves without a reward" in command("curve", unscored, status=2)
-    alike = forked(tmp_path / "alike.jsonl", reward=1.0)
-    assert "no leaves part behind the prompt with rewards that differ" in command("curve", alike, status=2)
-    assert "no such file" in command("curve", tmp_path / "none.jsonl", status=2)

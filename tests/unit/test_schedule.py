@@ -1,10 +1,13 @@
 """Planned forks: where they come to lie, and the trees that grow by them (docs/algorithm.md 2.9)."""
 
+import json
 import random
 
+import numpy as np
 import pytest
 
 from treepo_mcore.config import TreeConfig
+from treepo_mcore.grow.forks import best_plan, expected_gain
 from treepo_mcore.grow.sampler import TreeSampler
 from treepo_mcore.grow.schedule import Fork, Schedule, resolve_forks
 from treepo_mcore.grow.stopping import RuleStopper
@@ -109,3 +112,75 @@ def test_shares_follow_the_mean_length_and_a_checkpoint_keeps_it():
     other.load_state_dict(schedule.state_dict())
     assert other.forks() == schedule.forks()
     assert Schedule(config()).forks() is None
+
+
+def forked(rewards):
+    """Two first paths of 10 tokens that fork once, and leaves of 10 more."""
+    tree = Tree(str(rewards), [9])
+    for pair in rewards:
+        root = tree.add_node(0, 1)
+        for reward in pair:
+            node = tree.add_node(root, 2)
+            tree.leaves[tree.add_leaf(node, "eos")].reward = reward
+    for node in tree.nodes[1:]:
+        node.tokens.extend([1] * 10)
+        node.logprobs.extend([-1.0] * 10)
+    for node in tree.nodes[1:]:
+        node.start = 1 if node.parent == 0 else 11
+    return tree
+
+
+EARLY = [forked([(1.0, 1.0), (0.0, 0.0)])] * 4  # all is decided at the fork
+
+
+def automatic(**changes):
+    return config(branching={"schedule": "auto", "replan_every": 2}, **changes)
+
+
+def test_auto_plans_by_the_curve_and_says_what_it_expects():
+    schedule = Schedule(automatic())
+    assert schedule.forks() == (Fork(0, 4), Fork(7, 8))  # at first, at 0.45 of a guess
+    assert schedule.look(EARLY) is None
+    told = schedule.look(EARLY)
+    assert told.startswith(
+        "forks: 1.00 of the variance is decided at half of the mean length of 20: [[0.0, 4], [0.375, 8]]"
+    )
+    assert "expected gain over flat 1." in told
+    assert schedule.forks() == (Fork(0, 4), Fork(8, 8))
+    resumed = Schedule(automatic())
+    resumed.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    assert resumed.forks() == schedule.forks()
+    assert [resumed.look(EARLY), resumed.look(EARLY)][1] == told
+
+
+def test_auto_samples_flat_where_a_tree_gains_nothing_and_looks_again():
+    schedule = Schedule(automatic(width=3))  # three paths have no two halves
+    schedule.look(EARLY)
+    assert "flat sampling is as good and is used" in schedule.look(EARLY)
+    assert schedule.forks() == (Fork(0, 3),)
+    schedule.look(EARLY)
+    assert schedule.forks() == (Fork(0, 2), Fork(9, 3))  # the step before the next plan measures
+
+
+def test_auto_without_rewards_that_differ_keeps_its_plan():
+    schedule = Schedule(automatic())
+    alike = [forked([(1.0, 1.0), (1.0, 1.0)])] * 4
+    schedule.look(alike)
+    assert "no two leaves of one tree have differed" in schedule.look(alike)
+
+
+@pytest.mark.parametrize(
+    ("decided", "width", "gain", "roots"),
+    [
+        (np.arange(1, 17) / 16, 16, 1.16, 4),
+        (np.minimum(1, np.arange(1, 17) / 4), 16, 2.13, 8),
+        ((np.arange(1, 17) / 16) ** 3, 16, 1.29, 4),
+        (np.maximum(0, np.arange(1, 17) / 4 - 3), 16, 1.88, 4),
+    ],
+)
+def test_gains_on_paper(decided, width, gain, roots):
+    """Of an exhaustive search with the same formulas, done elsewhere."""
+    plan = best_plan(decided, width)
+    assert plan.gain == pytest.approx(gain, abs=0.006)
+    assert plan.forks[0] == (0.0, roots)
+    assert expected_gain(decided, plan.forks) == pytest.approx(plan.gain)

@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treepo_mcore.cli.picture import draw_curve
+from treepo_mcore.cli.curve import curve_picture
 from treepo_mcore.config import AdvantageConfig, ConfigError, parse_section
 from treepo_mcore.learn import advantage
 from treepo_mcore.rewards.math import boxed_answer
-from treepo_mcore.tree.curve import Point, curve
+from treepo_mcore.tree.curve import CurveSums, decided_at, monotone
 from treepo_mcore.tree.jsonl import read_trees
 from treepo_mcore.tree.stats import informative, tree_stats
 from treepo_mcore.tree.tree import Tree
 
-app = typer.Typer(no_args_is_help=True, help="Recompute advantages and statistics of saved trees.")
+app = typer.Typer(no_args_is_help=True, help="Advantages, statistics and the decidedness curve of saved trees.")
 
 File = Annotated[Path, typer.Argument(help="JSONL: saved trees, or one prompt a line in the plain form")]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
@@ -93,39 +93,72 @@ def stats(file: File, as_json: Json = False) -> None:
         print(f"{name:18} {_cell(value)}")
 
 
-@app.command("curve")
-def decided(
-    file: File,
-    picture: Annotated[Path | None, typer.Option(help="an SVG to draw it into")] = None,
+@app.command()
+def curve(
+    files: Annotated[list[Path], typer.Argument(help="JSONL: saved trees; those of several steps count together")],
+    picture: Annotated[Path | None, typer.Option(help="draw it: a name that ends in .svg")] = None,
     as_json: Json = False,
 ) -> None:
-    """Where outcomes are decided: C(d), the share of a prompt's reward variance that is settled by depth d.
+    """When outcomes are decided: the share of a prompt's reward variance that is settled by a depth, with a 90 %
+    interval.
 
-    Of the depths at which leaves of saved trees part, as shares of the mean response length, with 90 % intervals by
-    resampling prompts. docs/algorithm.md 1.8.
+    Depths are shares of the file's mean response length; a row is the forks around one eighth of it. `monotone` is the
+    rising curve nearest to the estimates, and what the picture draws as a line. Leaves behind a fallback and those
+    whose reward call failed are left out.
     """
-    trees = _read(file)
-    points = curve_points(file, trees)
     if picture is not None:
-        picture.write_text(draw_curve(points))
-    if as_json:
-        print(json.dumps({"trees": len(trees), "curve": [asdict(point) for point in points]}))
-        return
-    print(f"{'share of length':>16}{'decided':>9}{'90 % interval':>17}{'pairs':>8}")
-    for point in points:
-        print(f"{point.share:16.2f}{point.decided:9.2f}{point.low:10.2f}..{point.high:<5.2f}{point.pairs:8d}")
+        _check_picture(picture)
+    sums = CurveSums()
+    for file in files:
+        trees = _read(file, plain=False)
+        try:
+            sums += CurveSums.of(trees)
+        except ValueError as error:  # a leaf without a reward
+            raise ConfigError(f"{file}: {error}") from error
+    row = curve_row(sums)
+    if not row["points"]:
+        raise ConfigError(
+            f"{', '.join(map(str, files))}: no curve in {sums.trees} trees: expected two paths from the prompt, a fork "
+            "behind it and rewards that differ in one of them, restarts apart"
+        )
+    if picture is not None:
+        picture.write_text(curve_picture(row))
+    print(json.dumps(row) if as_json else _curve_table(row))
 
 
-def curve_points(file: Path, trees: Sequence[Tree]) -> list[Point]:
-    """The curve of a file's trees. Raises `ConfigError` where they do not show one."""
-    if any(not node.tokens for tree in trees for node in tree.nodes):
-        raise ConfigError(f"{file}: inner nodes have no lengths (the plain form), a curve needs saved trees")
-    if any(leaf.reward is None for tree in trees for leaf in tree.leaves):
-        raise ConfigError(f"{file}: leaves without a reward, a curve needs scored trees")
-    points = curve(trees)
-    if not points:
-        raise ConfigError(f"{file}: no leaves part behind the prompt with rewards that differ; flat answers have none")
-    return points
+def curve_row(sums: CurveSums) -> dict[str, Any]:
+    """The curve and what it was measured on; None where it is not known."""
+    points = sums.points()
+    rising = [point.decided for point in monotone(points)]
+    return {
+        "trees": sums.trees,
+        "mean_response_tokens": sums.mean_length,
+        "decided_at_half": decided_at(points, 0.5),
+        "points": [
+            asdict(point) | {"tokens": point.share * sums.mean_length, "monotone": value}
+            for point, value in zip(points, rising, strict=True)
+        ],
+    }
+
+
+def _check_picture(file: Path) -> None:
+    if file.suffix != ".svg":
+        raise ConfigError(f"--picture: expected a name that ends in .svg, found {file}")
+    if file.is_dir() or not file.parent.is_dir():
+        raise ConfigError(f"--picture: {file}: expected a file in a directory that exists")
+
+
+def _curve_table(row: dict[str, Any]) -> str:
+    titles = ("share", "tokens", "decided", "90 % interval", "monotone", "trees", "pairs")
+    lines = ["".join(f"{title:>15}" for title in titles)]
+    for point in row["points"]:
+        interval = "-" if point["low"] is None else f"{point['low']:.3f} to {point['high']:.3f}"
+        cells = [f"{point[name]:.3f}" for name in ("share", "tokens", "decided")] + [interval]
+        cells += [f"{point['monotone']:.3f}", str(point["trees"]), str(point["pairs"])]
+        lines.append("".join(f"{cell:>15}" for cell in cells))
+    half = "-" if row["decided_at_half"] is None else f"{row['decided_at_half']:.3f}"
+    lines.append(f"{row['trees']} trees, answers of {row['mean_response_tokens']:.1f} tokens, decided at half: {half}")
+    return "\n".join(lines)
 
 
 def stats_row(trees: Sequence[Tree]) -> dict[str, Any]:
@@ -157,12 +190,15 @@ def advantage_rows(trees: Sequence[Tree], config: AdvantageConfig) -> list[dict[
     ]
 
 
-def _read(file: Path, *needed: str) -> list[Tree]:
-    """Trees of either form. needed: what no leaf may lack. Raises `ConfigError` with the line's number."""
+def _read(file: Path, *needed: str, plain: bool = True) -> list[Tree]:
+    """Trees of either form, or of the saved one alone. needed: what no leaf may lack.
+
+    Raises `ConfigError` with the line's number.
+    """
     if not file.is_file():
         raise ConfigError(f"{file}: no such file")
     try:
-        trees = list(read_trees(file, partial(_tree, needed=needed)))
+        trees = list(read_trees(file, partial(_tree, needed=needed, plain=plain)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not trees:
@@ -170,15 +206,17 @@ def _read(file: Path, *needed: str) -> list[Tree]:
     return trees
 
 
-def _tree(data: dict[str, Any], needed: Sequence[str]) -> Tree:
+def _tree(data: dict[str, Any], needed: Sequence[str], plain: bool) -> Tree:
+    if not plain and "nodes" not in data and "leaves" in data:
+        raise ValueError("expected a saved tree, found the plain form, which does not tell how deep forks are")
     tree = Tree.from_json(data) if "nodes" in data else advantage.tree_from_plain(data)
     if not tree.leaves:
         raise ValueError(f"prompt {tree.prompt_id}: no leaves")
     for name in needed:
         for index, leaf in enumerate(tree.leaves):
             if getattr(leaf, name) is None:
-                plain = "" if "nodes" in data else ", which only saved trees have"
-                raise ValueError(f"prompt {tree.prompt_id}: leaf {index} has no {name}{plain}")
+                lacks = "" if "nodes" in data else ", which only saved trees have"
+                raise ValueError(f"prompt {tree.prompt_id}: leaf {index} has no {name}{lacks}")
     return tree
 
 

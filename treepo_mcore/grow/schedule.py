@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from treepo_mcore.config import TreeConfig
 from treepo_mcore.grow.forks import STEPS, best_plan
-from treepo_mcore.tree.curve import CurveSums, mean_length
+from treepo_mcore.tree.curve import CurveSums, mean_length, rising
 from treepo_mcore.tree.tree import Tree
 
 MEMORY = 10  # steps that the running mean of the response length looks back, and twice that of the curve
@@ -63,7 +63,8 @@ class Schedule:
         lengths = [mean_length(tree) for tree in trees]
         weight = max(1 / (self._steps + 1), 1 / MEMORY)  # a plain mean at first
         self._mean += weight * (sum(lengths) / len(lengths) - self._mean)
-        self._curve.add(trees, keep=1 - 0.5 / MEMORY)
+        if self._auto:
+            self._curve = self._curve.faded(1 - 0.5 / MEMORY) + CurveSums.of(trees)
         plans = self._auto and self._is_last_before_planning()
         self._steps += 1
         return self._plan_anew() if plans else None
@@ -92,10 +93,10 @@ class Schedule:
         return [(0.0, (width + 1) // 2), (MEASURING_SHARE, width)]
 
     def _plan_anew(self) -> str:
-        decided = [self._curve.at(step / STEPS) for step in range(1, STEPS + 1)]
-        known = [value for value in decided if value is not None]
-        if len(known) < STEPS:
+        points = self._curve.points()
+        if not points:
             return "forks: no two leaves of one tree have differed behind a fork yet; the plan stays as it is"
+        known = rising(points, [step / STEPS for step in range(1, STEPS + 1)])
         plan = best_plan(known, self._config.width)
         seen = f"{known[STEPS // 2 - 1]:.2f} of the variance is decided at half of the mean length of {self._mean:.0f}"
         if plan.gain < WORTH:

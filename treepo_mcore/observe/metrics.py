@@ -13,7 +13,7 @@ from treepo_mcore.config import Config
 from treepo_mcore.observe.observer import Observer, Wish, run_values
 from treepo_mcore.observe.trackers import Tracker, open_trackers
 from treepo_mcore.records import Batch, Step
-from treepo_mcore.tree.curve import CurveSums
+from treepo_mcore.tree.curve import CurveSums, decided_at
 from treepo_mcore.tree.stats import informative, tree_stats
 
 
@@ -119,10 +119,9 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
     leaves = [leaf for tree in trees for leaf in tree.leaves]
     stats = tree_stats(trees)
     teaching = sum(informative(tree) for tree in trees)
-    # Of all trees, not of those that the filter keeps: it looks at rewards, and the rest of them differs, too.
-    sums = CurveSums()
-    sums.add(trees)
-    decided = sums.at(0.5)
+    # All trees, before the filter. It looks at rewards, and what is left is no sample of independent answers; the curve
+    # happens to bear it, as a prompt whose rewards are all equal adds nothing, but only while rewards are scores.
+    decided = decided_at(CurveSums.of(trees).points(), 0.5)
     return {
         "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
         "reward/score": sum(leaf.score or 0.0 for leaf in leaves) / len(leaves),

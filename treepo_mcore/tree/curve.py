@@ -1,143 +1,283 @@
-"""Where in an answer its outcome is decided: the curve C(d), from the trees themselves (docs/algorithm.md 1.8).
+"""When outcomes are decided: C, the share of a prompt's reward variance that is settled by a depth (docs/algorithm.md
+1.8).
 
-Two leaves that part at depth d share everything up to there, so the mean product of their rewards is the mean square of
-the value that a path has at d. Leaves that part at the prompt give the square of the prompt's own value. The difference
-is the variance of the reward that is settled by depth d; C(d) is its share of the whole.
+Two leaves that part at a depth are two draws behind the same prefix, so the mean product of their rewards estimates the
+mean square of that prefix's value. Forks tell C for free; flat sampling tells nothing.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from treepo_mcore.tree.tree import PROMPT, Tree
 
-BINS = 16  # of the mean response length; the last one holds all that lies behind
-RESAMPLES = 400
+BINS_A_LENGTH = 8  # bins of depth in one mean response length, around its eighths
+BINS = 2 * BINS_A_LENGTH + 1  # the last takes everything deeper
+REPLICATES = 400  # of the bootstrap
+TAILS = 5, 95  # per cent: a 90 % interval
+ROUNDING = 1e-9  # relative: smaller differences are none
+NEAR = 0.25  # of the mean length: how far from a share the next fork may be for C to be known there
 
 
 @dataclass(frozen=True)
 class Point:
-    """Of a bin with pairs in it."""
+    """C where paths forked: all forks of one bin of depth."""
 
-    share: float  # mean depth at which its pairs part, of the mean response length
-    decided: float  # C
-    low: float  # 90 % interval, by resampling prompts
-    high: float
-    pairs: int
+    share: float  # depth over the mean response length, mean over the bin's forks
+    decided: float  # C: 0 at the prompt, 1 at the end; an estimate may lie outside
+    low: float | None  # of the 90 % interval; None where it comes from one prompt, or from prompts that do not differ
+    high: float | None
+    trees: int  # that say something about this depth
+    pairs: int  # of leaves that part here
 
 
-@dataclass
 class CurveSums:
-    """Sums over trees, by bin; they may be added up over steps, older steps counting less."""
+    """Sums over trees, of which the curve is the quotient. Those of several batches add up in the same memory (110 kB):
+    a mean over ten steps is the sum of the last ten.
 
-    settled: np.ndarray = field(default_factory=lambda: np.zeros(BINS))  # variance that is settled, times the weight
-    whole: np.ndarray = field(default_factory=lambda: np.zeros(BINS))  # all of it, in the same trees
-    weight: np.ndarray = field(default_factory=lambda: np.zeros(BINS))  # mass of the pairs
-    share: np.ndarray = field(default_factory=lambda: np.zeros(BINS))  # of the mean length, times the weight
+    The bootstrap is over prompts: a replicate gives each an exponential weight, the same wherever the prompt comes
+    again. So nothing depends on the order of leaves, trees or batches.
+    """
 
-    def add(self, trees: Sequence[Tree], keep: float = 1.0) -> None:
-        """Take trees in. keep: what earlier sums are multiplied by."""
-        for name, rows in vars(_rows(trees)).items():
-            if name != "pairs":
-                setattr(self, name, getattr(self, name) * keep + rows.sum(0))
+    def __init__(self) -> None:
+        self.trees = 0
+        self._tokens = np.zeros(2)  # response tokens of leaves times their mass, this mass
+        # Variance settled by a bin's depth, and all of it; the first row is unweighted.
+        self._variances = np.zeros((1 + REPLICATES, BINS, 2))
+        self._counts = np.zeros((BINS, 4))  # share times mass of the forks, this mass, trees, pairs
 
-    def at(self, share: float) -> float | None:
-        """C at a share of the mean length, between the depths that were seen; None where nothing was."""
-        seen = (self.weight > 0) & (self.whole > 0)
-        if not seen.any():
-            return None
-        shares = [
-            0.0,
-            *(self.share[seen] / self.weight[seen]),
-            max(1.0, (self.share[seen] / self.weight[seen])[-1] + 0.1),
-        ]
-        decided = np.clip([0.0, *(self.settled[seen] / self.whole[seen]), 1.0], 0.0, 1.0)
-        return float(np.interp(share, shares, np.maximum.accumulate(decided)))
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> CurveSums:
+        """Of one batch, whose mean response length is the unit of depth.
+
+        Raises ValueError on a leaf without a reward.
+        """
+        sums = cls()
+        for tree in trees:
+            sums.trees += 1
+            sums._tokens += _tokens(tree)
+        told = [found for tree in trees if (found := _Told.by(tree, sums.mean_length))]
+        for found in told:
+            for fork in found.forks:
+                sums._counts[fork.bin] += fork.mass * fork.share, fork.mass, 0, fork.pairs
+        for bin_ in np.flatnonzero(sums._counts[:, 1]):
+            sums._add(int(bin_), told)
+        return sums
+
+    def __add__(self, other: CurveSums) -> CurveSums:
+        both = CurveSums()
+        both.trees, both._tokens = self.trees + other.trees, self._tokens + other._tokens
+        both._variances, both._counts = self._variances + other._variances, self._counts + other._counts
+        return both
+
+    def faded(self, share: float) -> CurveSums:
+        """The same, counting less."""
+        less = CurveSums()
+        less.trees, less._tokens = self.trees, self._tokens * share
+        less._variances, less._counts = self._variances * share, self._counts * share
+        return less
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values, for a checkpoint."""
-        return {name: values.tolist() for name, values in vars(self).items()}
+        """As JSON values, for a checkpoint; the bootstrap is not kept."""
+        return {
+            "trees": self.trees,
+            "tokens": self._tokens.tolist(),
+            "variances": self._variances[0].tolist(),
+            "counts": self._counts.tolist(),
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> CurveSums:
-        """The inverse of `state_dict`."""
-        return cls(**{name: np.array(values, dtype=np.float64) for name, values in state.items()})
+        """The estimates of `state_dict`, without their intervals."""
+        sums = cls()
+        sums.trees, sums._tokens = state["trees"], np.array(state["tokens"])
+        sums._variances[:] = np.array(state["variances"])
+        sums._counts = np.array(state["counts"])
+        return sums
+
+    @property
+    def mean_length(self) -> float:
+        """Response tokens of an independent answer; 0 where there was none."""
+        tokens, mass = self._tokens.tolist()
+        return tokens / mass if mass else 0.0
+
+    def points(self) -> list[Point]:
+        """The curve where it was measured, the shallowest depth first; empty where nothing was."""
+        found = []
+        for bin_ in range(BINS):
+            settled, whole = self._variances[:, bin_].T
+            if whole[0] > 0:
+                share_sum, mass, trees, pairs = self._counts[bin_]
+                low, high = _interval(settled[whole > 0] / whole[whole > 0])
+                decided = float(settled[0] / whole[0])
+                found.append(Point(float(share_sum / mass), decided, low, high, int(trees), int(pairs)))
+        return found
+
+    def _add(self, bin_: int, told: Sequence[_Told]) -> None:
+        """One bin of a batch."""
+        depth = self._counts[bin_, 0] / self._counts[bin_, 1]
+        forked = [tree for tree in told if any(fork.bin == bin_ for fork in tree.forks)]
+        ended = [tree for tree in told if tree.ended_by(depth) and tree not in forked]
+        # A tree that is full lives here and does not fork: it is missing. As large a share of those that ended is left
+        # out, or there would be too many settled ones.
+        present = len(forked) / (len(told) - len(ended))
+        for tree in forked:
+            self._variances[:, bin_] += np.outer(_weights(tree), (tree.settled(bin_), tree.variance))
+        for tree in ended:
+            self._variances[:, bin_] += np.outer(_weights(tree), 2 * [tree.variance * present])
+        self._counts[bin_, 2] += len(forked) + len(ended)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """As `CurveSums`, one row a tree: float64[trees, bins]."""
+class _Fork(NamedTuple):
+    """A node below the prompt whose children lead to different leaves."""
 
-    settled: np.ndarray
-    whole: np.ndarray
-    weight: np.ndarray
-    share: np.ndarray
-    pairs: np.ndarray
+    share: float  # depth over the mean response length
+    mass: float  # of the leaves below
+    product: (
+        float  # of the rewards of two leaves that part here: mean by mass, estimates the square of the node's value
+    )
+    pairs: int
+
+    @property
+    def bin(self) -> int:
+        return min(int(self.share * BINS_A_LENGTH + 0.5), BINS - 1)
 
 
-def curve(trees: Sequence[Tree], seed: int = 0) -> list[Point]:
-    """C at every depth where leaves of these trees part, the prompt left out. Needs a reward on every leaf.
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What one tree tells."""
 
-    Only differences between leaves of one tree count. Leaves behind a fallback and those whose reward call failed are
-    left out, trees with one first path say nothing.
+    prompt_id: str
+    forks: list[_Fork]
+    apart: float  # as a fork's product, of leaves that part at the prompt: the square of the prompt's value
+    variance: float  # of the reward
+    ends: np.ndarray  # shares at which the leaves end, float64[leaves]
+    masses: np.ndarray  # of the leaves, adding up to 1
+    squares: np.ndarray  # of their rewards
+
+    @classmethod
+    def by(cls, tree: Tree, length: float) -> _Told | None:
+        """None where no two leaves part at the prompt: their variance is not known then.
+
+        Leaves behind a fallback have no mass (docs/algorithm.md 1.4), those whose reward call failed say nothing.
+        """
+        masses, rewards = tree.masses(fallback=False), _rewards(tree)
+        masses[[leaf.failed for leaf in tree.leaves]] = 0
+        masses /= max(masses.sum(), 1e-300)
+        below = np.stack([tree.sums_below(values) for values in (masses, masses * rewards, masses > 0)])
+        begin = tree.nodes[PROMPT].end
+        forks, apart = [], None
+        for node in range(len(tree.nodes)):
+            children = [child for child in tree.children(node) if below[0, child] > 0]
+            if len(children) > 1:
+                mass, reward, leaves = (values.sum() ** 2 - (values**2).sum() for values in below[:, children])
+                share = (tree.nodes[node].end - begin) / length
+                fork = _Fork(share, float(below[0, node]), float(reward / mass), round(leaves / 2))
+                if node == PROMPT:
+                    apart = fork.product
+                else:
+                    forks.append(fork)
+        if apart is None:
+            return None
+        square = float(masses @ rewards**2)
+        variance = square - apart if square - apart > ROUNDING * square else 0.0
+        return cls(tree.prompt_id, forks, apart, variance, _lengths(tree) / length, masses, rewards**2)
+
+    def ended_by(self, depth: float) -> bool:
+        """Whether all answers have ended, which settles them."""
+        return bool(self.ends[self.masses > 0].max() <= depth * (1 + ROUNDING))
+
+    def settled(self, bin_: int) -> float:
+        """Variance settled by the forks in a bin, of which there must be one.
+
+        An answer that has ended is settled wholly. Living paths count as those that fork, whom the past alone chose.
+        """
+        forks = [fork for fork in self.forks if fork.bin == bin_]
+        total = 0.0
+        for share in sorted({fork.share for fork in forks}):
+            here = [fork for fork in forks if fork.share == share]
+            mass = sum(fork.mass for fork in here)
+            alive = self.ends > share
+            product = sum(fork.mass * fork.product for fork in here) / mass
+            square = self.masses[alive].sum() * product + self.masses[~alive] @ self.squares[~alive]
+            total += mass * (square - self.apart)
+        return float(total / sum(fork.mass for fork in forks))
+
+
+def monotone(points: Sequence[Point]) -> list[Point]:
+    """The same with C rising and between 0 and 1, by least squares with each point's trees as its weight.
+
+    Intervals stay those of the points alone.
     """
-    rows = _rows(trees)
-    draws = np.random.default_rng(seed).integers(0, len(trees), (RESAMPLES, len(trees)))
-    points = []
-    for index in np.flatnonzero((rows.weight.sum(0) > 0) & (rows.whole.sum(0) > 0)):
-        settled, whole = rows.settled[:, index], rows.whole[:, index]
-        again = settled[draws].sum(1), whole[draws].sum(1)
-        known = again[1] > 0
-        low, high = np.quantile(again[0][known] / again[1][known], [0.05, 0.95])
-        weight = rows.weight[:, index].sum()
-        share = rows.share[:, index].sum() / weight
-        decided = settled.sum() / whole.sum()
-        points.append(Point(float(share), float(decided), float(low), float(high), int(rows.pairs[:, index].sum())))
-    return points
+    blocks: list[list[float]] = []  # value, weight, points
+    for point in points:
+        blocks.append([point.decided, point.trees, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            value, weight, count = blocks.pop()
+            before = blocks[-1]
+            before[0] = (before[0] * before[1] + value * weight) / (before[1] + weight)
+            before[1:] = before[1] + weight, before[2] + count
+    values = [min(max(value, 0.0), 1.0) for value, _, count in blocks for _ in range(int(count))]
+    return [replace(point, decided=value) for point, value in zip(points, values, strict=True)]
+
+
+def decided_at(points: Sequence[Point], share: float) -> float | None:
+    """C at a share of the mean response length, linear between 0 at the prompt, the points, and 1 at the mean length.
+
+    None where no path forked within a quarter of the mean length: a line between the ends is no measurement.
+    """
+    if not any(abs(point.share - share) <= NEAR for point in points):
+        return None
+    known = [(point.share, point.decided) for point in points]
+    ending = [(1.0, 1.0)] if known[-1][0] < 1 else []
+    shares, values = zip((0.0, 0.0), *known, *ending, strict=True)
+    return float(np.interp(share, shares, values))
+
+
+def rising(points: Sequence[Point], shares: Sequence[float]) -> list[float]:
+    """A rising C at shares of the mean length, linear between 0 at the prompt, `monotone`, and 1 behind the last point.
+
+    Needs a point.
+    """
+    known = [(point.share, point.decided) for point in monotone(points)]
+    end = max(1.0, known[-1][0] + 1 / BINS_A_LENGTH)
+    depths, values = zip((0.0, 0.0), *known, (end, 1.0), strict=True)
+    return [float(value) for value in np.interp(shares, depths, values)]
 
 
 def mean_length(tree: Tree) -> float:
     """Response tokens of an independent answer to the prompt, as the tree's masses have it."""
-    lengths = [tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))]
-    return float(tree.masses(fallback=False) @ lengths)
+    return float(tree.masses(fallback=False) @ _lengths(tree))
 
 
-def _rows(trees: Sequence[Tree]) -> _Rows:
-    found = _Rows(*(np.zeros((len(trees), BINS)) for _ in range(5)))
-    mean = float(np.mean([mean_length(tree) for tree in trees])) if trees else 1.0
-    for index, tree in enumerate(trees):
-        _add_tree(found, index, tree, mean)
-    return found
+def _weights(tree: _Told) -> np.ndarray:
+    """In the sums, and in each replicate of the bootstrap: float64[1 + replicates]."""
+    rng = np.random.default_rng(zlib.crc32(tree.prompt_id.encode()))
+    return np.concatenate([[1.0], rng.standard_exponential(REPLICATES)])
 
 
-def _add_tree(found: _Rows, index: int, tree: Tree, mean: float) -> None:
-    """A node's pairs are those of leaves below two of its children: (sum of all)^2 - sum of squares, by child."""
-    counted = np.array([not leaf.failed for leaf in tree.leaves])
-    masses = tree.masses(fallback=False) * counted
-    rewards = np.array([0.0 if leaf.reward is None else leaf.reward for leaf in tree.leaves])
-    below = [tree.sums_below(values) for values in (masses, masses * rewards, (masses > 0).astype(float))]
-    products, pair_mass = _pairs(tree, PROMPT, below[1]), _pairs(tree, PROMPT, below[0])
-    if pair_mass <= 0:
-        return
-    apart = products / pair_mass
-    variance = float(masses @ rewards**2) / float(masses.sum()) - apart
-    for node in range(1, len(tree.nodes)):
-        mass = _pairs(tree, node, below[0])
-        if mass <= 1e-12:
-            continue
-        share = (tree.nodes[node].end - tree.nodes[PROMPT].end) / mean
-        place = min(int(share * BINS), BINS - 1)
-        found.settled[index, place] += _pairs(tree, node, below[1]) - mass * apart
-        found.whole[index, place] += mass * variance
-        found.weight[index, place] += mass
-        found.share[index, place] += mass * share
-        found.pairs[index, place] += _pairs(tree, node, below[2]) / 2
+def _interval(ratios: np.ndarray) -> tuple[float | None, float | None]:
+    """Of the replicates; the first is the estimate itself."""
+    low, high = (float(value) for value in np.percentile(ratios[1:], TAILS))
+    return (low, high) if high - low > 1e-9 else (None, None)
 
 
-def _pairs(tree: Tree, node: int, below: np.ndarray) -> float:
-    parts = below[tree.children(node)]
-    return float(parts.sum() ** 2 - (parts**2).sum())
+def _tokens(tree: Tree) -> np.ndarray:
+    masses = tree.masses(fallback=False)
+    return np.array([masses @ _lengths(tree), masses.sum()])
+
+
+def _lengths(tree: Tree) -> np.ndarray:
+    return np.array([tree.leaf_tokens(leaf) for leaf in range(len(tree.leaves))], dtype=np.float64)
+
+
+def _rewards(tree: Tree) -> np.ndarray:
+    for index, leaf in enumerate(tree.leaves):
+        if leaf.reward is None and not leaf.failed:
+            raise ValueError(f"prompt {tree.prompt_id}: leaf {index} has no reward")
+    return np.array([leaf.reward or 0.0 for leaf in tree.leaves])
