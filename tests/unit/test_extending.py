@@ -53,7 +53,7 @@ def config(tmp_path, **sections):
 
 def test_every_name_of_the_page_is_accepted(page, tmp_path):
     settings = config(tmp_path, **NAMES)
-    _functions(SimpleNamespace(config=settings))
+    _functions(SimpleNamespace(config=settings, learns=True))
     tracker = open_trackers(settings, 0)[0]
     tracker.write(3, {"a": 1})
     tracker.close()
@@ -125,7 +125,7 @@ def test_observer_of_the_page(page):
 )
 def test_a_name_that_is_wrong_is_one_line(section, message, page, tmp_path):
     with pytest.raises(ConfigError, match=message) as caught:
-        _functions(SimpleNamespace(config=config(tmp_path, **section)))
+        _functions(SimpleNamespace(config=config(tmp_path, **section), learns=True))
     assert "\n" not in str(caught.value)
 
 

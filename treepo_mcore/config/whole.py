@@ -39,11 +39,6 @@ class Config(Section):
                 f"actor.micro_batch_tokens: {self.actor.micro_batch_tokens} is less than the longest path, "
                 f"data.max_prompt_tokens + the longest response = {longest}"
             )
-        if self.filter.enabled and self.rollout.tree.width == 1:
-            raise ValueError(
-                "rollout.tree.width: found 1, and a prompt with one leaf is never informative; expected 2 or more, or "
-                "filter.enabled: false"
-            )
         if self.rollout.tree.branching.schedule == "auto" and self.reward.shuffle:
             raise ValueError("rollout.tree.branching.schedule: auto needs rewards to learn from, found reward.shuffle")
         estimator, sampled = self.advantage.estimator, self.rollout.sampler == "tree" and self.rollout.tree.width > 1
