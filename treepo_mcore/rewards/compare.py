@@ -26,7 +26,7 @@ _CHOICE_AND = re.compile(r"(?:\\text\{\s*)?(?:\(([A-J])\)|([A-J])[.):])\s*\}?\s*
 _NAME = r"(?:[a-zA-Z]|\\(?!pi|infty|frac|sqrt|text|emptyset)[a-z]+|[A-Z]{2,3})(?:_\{?\w+\}?)?'?"
 _ASSIGNED = re.compile(rf"\s*({_NAME}(?:\([a-zA-Z]\))?)\s*(?:=|\\in(?![a-z]))\s*(.+)")
 _BASED = re.compile(r"\(?([0-9A-Z]+|[0-9]*\\text\{[A-Z]+\})\)?_\{?(?:\\text\{)?\(?(\d+)\)?\}*")
-_RELATION = re.compile(r"(<|>|\\le|\\ge|\\ne)(?![a-z])\s*")
+_RELATION = re.compile(r"(<|>|\\(?:le|ge|ne)(?![a-z]))\s*")
 _BUILDER = re.compile(rf"\\\{{\s*{_NAME}\s*(?::|\\mid|\|)\s*(.*)\\\}}")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 _FUNCTIONS = re.compile(r"sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min|mod|det|arcsin|arccos|arctan")
