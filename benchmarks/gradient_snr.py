@@ -216,7 +216,7 @@ def plan_from(trees: list[Any]) -> dict[str, Any]:
         name: expected_gain(decided, [(share, int(width)) for share, width in SHAPES[name]["branching"]["schedule"]])
         for name in PLANNED[:-1]
     }
-    rounded = {name: round(gain, 3) for name, gain in expected.items()}
+    rounded = {name: round(float(gain), 3) for name, gain in expected.items()}
     return {"forks": [list(fork) for fork in plan.forks], "decided": decided, "expected_gain": rounded}
 
 

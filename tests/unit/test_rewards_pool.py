@@ -43,6 +43,12 @@ def graded(response, answer, prompt, row):
 def without_row(response, answer, prompt):
     return 1.0
 
+def parts(response, answer, prompt, row):
+    return {"score": 0.5, "format": True, "length": 3, "told": "text", "far": float("inf")}
+
+def greedy(response, answer, prompt, row):
+    return float(len(bytearray(4 * 2**30)) if response == "big" else 1.0)
+
 
 constant = 3
 """
@@ -69,6 +75,18 @@ def test_scores_of_a_custom_function(functions):
     assert [(results[key].score, results[key].correct) for key in range(2)] == [(3.0, True), (0.0, False)]
     assert sorted(results) == list(range(1000))
     assert counts == {"calls": 1000, "quick": 0, "raised": 0, "timed_out": 0, "died": 0}
+
+
+def test_other_numbers_of_a_mapping_come_along(functions):
+    results, _ = run(RewardConfig(function="pool_functions:parts"), ["abc"])
+    assert (results[0].score, results[0].components) == (0.5, {"format": 1.0, "length": 3.0})
+
+
+def test_a_call_that_wants_too_much_memory_fails_alone(functions):
+    results, counts = run(RewardConfig(function="pool_functions:greedy", memory_gib=2), ["a", "big", "b"])
+    assert [results[key].score for key in range(3)] == [1.0, 0.0, 1.0]
+    assert results[1].error.startswith("MemoryError")
+    assert (counts["raised"], counts["died"]) == (1, 0)
 
 
 def test_the_row_reaches_a_custom_function_and_is_its_own(functions):

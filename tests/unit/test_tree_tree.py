@@ -11,6 +11,8 @@ from trees import random_tree, with_turns
 from treepo_mcore.config import AdvantageConfig, TreeConfig
 from treepo_mcore.learn.advantage import ESTIMATORS, advantages
 from treepo_mcore.learn.packing import pack_trees
+from treepo_mcore.observe.metrics import rollout_metrics
+from treepo_mcore.records import Batch, Counts
 from treepo_mcore.tree.jsonl import read_trees, write_trees
 from treepo_mcore.tree.tree import EOS, Tree
 
@@ -246,3 +248,14 @@ def test_a_dropped_leaf_was_never_there(seed):
             (one,), (other,) = pack_trees([found], mine, 10**6), pack_trees([left], theirs, 10**6)
             for name in ("tokens", "adv_pos", "adv_neg", "weight", "multiplicity", "subtree_end"):
                 assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_components_of_a_reward_are_saved():
+    tree = Tree("p", [1])
+    node = tree.add_node(0, 1)
+    tree.nodes[node].tokens.append(2)
+    tree.nodes[node].logprobs.append(-1.0)
+    leaf = tree.leaves[tree.add_leaf(node, "eos")]
+    leaf.reward, leaf.components = 1.0, {"format": 1.0}
+    assert Tree.from_json(tree.to_json()).leaves[0].components == {"format": 1.0}
+    assert rollout_metrics(Batch([tree], 0, Counts()), 1.0)["reward/format/mean"] == 1.0

@@ -15,12 +15,14 @@ class RewardConfig(Section):
     # "math", or "package.module:name" called as f(response=, answer=, prompt=, row=) -> float, with row: dict[str, Any]
     # of the row's other columns; or verl's compute_score(data_source, solution_str, ground_truth, extra_info). A
     # coroutine is awaited. What it returns, a number or a mapping with a `score`, is the reward; a leaf counts as
-    # correct where that is more than 0. Its process has no environment variables named ...TOKEN, ...KEY, ...SECRET.
+    # correct where that is more than 0. Other numbers of the mapping are in the metrics, as reward/NAME/mean. Its
+    # process has no environment variables named ...TOKEN, ...KEY, ...SECRET.
     function: str = "math"
     correct: float = 1.0  # math: the reward of a correct answer
     wrong: float = -1.0  # math: of any other; and see `failed`
     workers: int = Field(1, ge=1)  # processes per engine
     timeout: float = Field(5.0, gt=0)  # of one call
+    memory_gib: float | None = Field(None, gt=0)  # address space of a worker; a call that wants more fails alone
     # What a leaf is worth whose call raised, hung or died; such a leaf is not correct, and makes no prompt informative.
     # wrong: `wrong`, which for a function of yours has to be the least that it returns; a number: that; drop: the leaf
     # leaves its tree, as if it had never been sampled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from treepo_mcore.observe.trackers import Tracker, open_trackers
 from treepo_mcore.records import Batch, Step
 from treepo_mcore.tree.curve import CurveSums, decided_at
 from treepo_mcore.tree.stats import informative, tree_stats
+from treepo_mcore.tree.tree import Leaf
 
 
 class Clock:
@@ -113,6 +114,15 @@ def _is_before(values: dict[str, Any], step: int) -> bool:
     return bool(values["step"] < step or (values["step"] == step > 0 and "eval/accuracy" in values))
 
 
+def _components(leaves: Sequence[Leaf]) -> dict[str, float]:
+    """Means of what a reward function returned beside the score, over the leaves that have it."""
+    found: dict[str, list[float]] = {}
+    for leaf in leaves:
+        for name, value in leaf.components.items():
+            found.setdefault(name, []).append(value)
+    return {f"reward/{name}/mean": sum(values) / len(values) for name, values in sorted(found.items())}
+
+
 def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
     """What a rollout of `seconds` brought; tokens are physical unless the name says logical."""
     trees, counts = batch.trees, batch.counts
@@ -126,6 +136,7 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
         "reward/score": sum(leaf.score or 0.0 for leaf in leaves) / len(leaves),
         "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
+        **_components(leaves),
         "rollout/leaves": stats.leaves,
         "rollout/response_tokens_mean": stats.mean_length,
         "rollout/response_tokens_mass_mean": stats.mass_mean_length,

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ class Result:
     score: float  # what the function returned; 1.0 or 0.0 for "math"
     error: str | None
     seconds: float  # inside the function; of a worker that died, until that was noticed
+    components: dict[str, float] = field(default_factory=dict)  # the other numbers of a mapping that it returned
 
 
 class _Item(NamedTuple):
@@ -72,7 +73,7 @@ class _Death(NamedTuple):
 class _Worker:
     """One process and what it was given."""
 
-    def __init__(self, function: str, limit: float) -> None:
+    def __init__(self, function: str, limit: float, memory_gib: float | None) -> None:
         self.limit = limit
         self.ready = False
         self.batch: deque[_Item] = deque()  # given and not answered
@@ -81,10 +82,11 @@ class _Worker:
         with tempfile.TemporaryFile() as file:
             file.truncate(PROGRESS.size)
             self.progress = mmap.mmap(file.fileno(), PROGRESS.size)
+            memory = "" if memory_gib is None else str(int(memory_gib * 2**30))
             command = [sys.executable, "-P", "-m", "treepo_mcore.rewards.worker"]
             with deaf_children():
                 self.process = subprocess.Popen(
-                    [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit)],
+                    [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit), memory],
                     pass_fds=[theirs.fileno(), file.fileno()],
                     stdin=subprocess.DEVNULL,
                     env=_environment(),
@@ -185,6 +187,7 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         check_function(config)
         self._function, self._limit, self._custom = config.function, config.timeout, config.custom
+        self._memory_gib = config.memory_gib
         self._workers = [self._start() for _ in range(config.workers)]
         self._pending: deque[_Item] = deque()
         self._decided: list[Result] = []
@@ -243,15 +246,15 @@ class RewardPool:
         self.close()
 
     def _start(self) -> _Worker:
-        return _Worker(self._function, self._limit)
+        return _Worker(self._function, self._limit, self._memory_gib)
 
     def _result(self, item: _Item, outcome: Outcome) -> Result:
-        score, error, seconds = outcome
+        score, error, seconds, components = outcome
         self._worked += 1
         self._work_seconds += seconds
         if error is not None:
             self._failed("raised", error)
-        return Result(item.key, score > 0, score, error, seconds)
+        return Result(item.key, score > 0, score, error, seconds, components)
 
     def _bury(self, worker: _Worker, late: bool) -> list[Result]:
         code = worker.kill()

@@ -14,6 +14,8 @@ import inspect
 import json
 import math
 import mmap
+import numbers
+import resource
 import signal
 import struct
 import sys
@@ -27,7 +29,7 @@ from treepo_mcore.named import function_named
 RewardFunction = Callable[..., Any]
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")  # parameters of a reward function of verl's
 Call = tuple[str, Any, str, dict[str, Any]]  # response, answer, prompt, row
-Outcome = tuple[float, str | None, float]  # score, error, seconds
+Outcome = tuple[float, str | None, float, dict[str, float]]  # score, error, seconds, what else it returned by name
 
 # Written into memory shared with the pool, which must know whose fault it was when a worker dies: the position in the
 # batch of the call that runs, and when it started (`time.monotonic`); 0.0 while none runs.
@@ -66,6 +68,7 @@ def serve(connection: Connection, progress: mmap.mmap, function: RewardFunction,
 
 def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
     start = time.monotonic()
+    components: dict[str, float] = {}
     # Nobody handles this signal, so it ends the process even inside C code and even when the pool is busy or gone.
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
@@ -73,13 +76,20 @@ def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
         result = function(**arguments_of(function, copy.deepcopy(call)))
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
-        score = float(result["score"] if isinstance(result, dict) else result)
+        parts = result if isinstance(result, dict) else {"score": result}
+        score = float(parts["score"])
+        components = {str(name): float(value) for name, value in parts.items() if name != "score" and _is_number(value)}
         error = None if math.isfinite(score) else f"returned {score}"
     except (Exception, SystemExit) as raised:  # whatever a function raises belongs to its call, not to the worker
         score, error = 0.0, f"{type(raised).__name__}: {raised}"[:_ERROR_CHARACTERS]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return (0.0 if error else score), error, time.monotonic() - start
+    return (0.0 if error else score), error, time.monotonic() - start, {} if error else components
+
+
+def _is_number(value: Any) -> bool:
+    """Also of numpy; texts and lists are no components."""
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _send(connection: Connection, message: Any) -> None:
@@ -89,7 +99,9 @@ def _send(connection: Connection, message: Any) -> None:
 
 def main() -> None:
     """What the pool starts: file descriptors, function and time limit are in the arguments."""
-    connection_fd, progress_fd, name, limit = sys.argv[1:]
+    connection_fd, progress_fd, name, limit, memory = sys.argv[1:]
+    if memory:
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     connection = Connection(int(connection_fd))

@@ -305,7 +305,7 @@ class _Collect:
             leaf.failed = result.error is not None
             self.counts.rewards += 1
             self.counts.failed_rewards += leaf.failed
-            leaf.correct = result.correct
+            leaf.correct, leaf.components = result.correct, result.components
             leaf.score = failed_score(reward) if leaf.failed else result.score
             leaf.reward = shape(leaf.score, *lengths, reward, leaf.failed)
             entry.unscored -= 1

@@ -67,6 +67,7 @@ class Leaf:
     correct: bool | None = None  # score > 0
     text: str | None = None
     failed: bool = False  # the reward function gave no answer: the score is what `reward.failed` says
+    components: dict[str, float] = field(default_factory=dict)  # what a reward function returned beside the score
 
 
 class Tree:
@@ -272,7 +273,7 @@ class Tree:
         for leaf in sorted(left, key=lambda leaf: number[leaf.node]):
             added = tree.leaves[tree.add_leaf(number[leaf.node], leaf.reason)]
             added.reward, added.score, added.correct, added.text = leaf.reward, leaf.score, leaf.correct, leaf.text
-            added.failed = leaf.failed
+            added.failed, added.components = leaf.failed, leaf.components
         return tree
 
     def _joined(self, path: Iterable[int]) -> array[int]:
@@ -313,6 +314,7 @@ class Tree:
                     "correct": leaf.correct,
                     "text": leaf.text,
                     **({"failed": True} if leaf.failed else {}),
+                    **({"components": leaf.components} if leaf.components else {}),
                 }
                 for leaf in tree.leaves
             ],
@@ -370,6 +372,8 @@ class Tree:
         leaf.reward, leaf.score = (get(data, name, float, where, True) for name in ("reward", "score"))
         leaf.correct, leaf.text = get(data, "correct", bool, where, True), get(data, "text", str, where, True)
         leaf.failed = "failed" in data and get(data, "failed", bool, where)
+        for name in get(data, "components", dict, where) if "components" in data else ():
+            leaf.components[name] = get(data["components"], name, float, f"{where}components: ")
 
 
 WORDS = {
