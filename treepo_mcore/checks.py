@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from treepo_mcore.actor.costs import host_memory
 from treepo_mcore.config import Config, ConfigError, check_grid
-from treepo_mcore.data.prompts import Prompt, PromptStream, check_token_ids, load_prompts, rendering_of
+from treepo_mcore.data.prompts import Prompt, PromptStream, check_format, check_token_ids, load_prompts, rendering_of
 from treepo_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from treepo_mcore.grow.branching import make_allocation
 from treepo_mcore.grow.pruning import make_pruner
@@ -183,6 +183,7 @@ def _prompts(context: Context) -> None:
 
 
 def _load(context: Context, file: Path) -> list[Prompt]:
+    check_format(file)
     if not context.has(str(file), file.is_file()):
         return []
     prompts = load_prompts(file, context.config.data, context.tokenizer, any_answer=context.config.reward.custom)

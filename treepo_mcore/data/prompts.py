@@ -21,6 +21,7 @@ from treepo_mcore.data.tokenizer import Message, Tokenizer
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+FORMATS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,16 @@ def rendering_of(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 def _rows(file: Path) -> Iterator[tuple[str, Row]]:
     """Pairs of "<file>: line N" and the row."""
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if file.suffix not in readers:
-        raise ConfigError(f"{file}: expected {' or '.join(readers)}, found {file.suffix or 'no extension'}")
+    check_format(file)
     if not file.is_file():
         raise ConfigError(f"{file}: no such file")
-    return readers[file.suffix](file)
+    return _jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
+
+
+def check_format(file: Path) -> None:
+    """Raise `ConfigError` where the name is of neither format; the file may be elsewhere."""
+    if file.suffix not in FORMATS:
+        raise ConfigError(f"{file}: expected {' or '.join(FORMATS)}, found {file.suffix or 'no extension'}")
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
