@@ -84,13 +84,16 @@ wait "$step" && rc=0 || rc=$?
 after=$(saved_step)
 say "the ranks ended with status $rc, newest checkpoint: $after"
 # They were asked to stop (then they end with 75, but srun reports whichever rank it hears last), or a rank or a node
-# was lost: go on from the new checkpoint. Without one the next attempt would only end the same way.
+# was lost: go on from the new checkpoint. Without one the next attempt would end the same way again, but for the first,
+# which a bad node may have cost: that one is tried once more.
 if [ "$rc" -ne 0 ] && [ -z "$cancelled" ]; then
-    if [ "$after" = "$before" ]; then
-        say "no new checkpoint in this attempt: not requeued"
-    else
+    if [ "$rc" -eq 2 ] && [ "$after" = "$before" ]; then
+        say "the configuration or a file was refused: not requeued"
+    elif [ "$after" != "$before" ] || [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
         say "requeued"
         scontrol requeue "$SLURM_JOB_ID"
+    else
+        say "no new checkpoint in this attempt: not requeued"
     fi
 fi
 exit "$rc"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from treepo_mcore.checks import HOST_SHARE
 from treepo_mcore.cli.app import app
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.launch.preflight import GIB
-from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of
+from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of, seconds_seen
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.files import resolve_model
 from treepo_mcore.plan.hardware import make_cluster
@@ -214,3 +216,15 @@ def test_a_name_that_would_break_the_script_is_refused(option):
     result = CliRunner().invoke(app, ["launch", "slurm", recipe, "--nodes", "1", f"--{option}", "tree po"])
     assert result.exit_code
     assert f"--{option}: expected letters, digits" in str(result.exception)
+
+
+def test_a_warning_into_which_a_step_of_the_run_does_not_fit(tmp_path):
+    rows = [{"time/step": 50.0}, {"time/step": 95.0, "time/save": 30.0, "time/evaluate": 5.0}, {"eval/accuracy": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+    assert seconds_seen(tmp_path) == (60.0, 30.0)
+    job = SlurmJob(CONFIG, (f"run.dir={tmp_path}",), signal_seconds=80)
+    with pytest.raises(
+        ConfigError, match=r"--signal-seconds: 80, .* up to 60 s and saving up to 30 s"
+    ):
+        render(job)
+    render(replace(job, signal_seconds=90))

@@ -118,11 +118,12 @@ def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, 
     ("environment", "signalled", "state", "restarts", "words"),
     [
         ({}, ["scancel", "--batch", "--signal=USR1"], "COMPLETED", "1", "the ranks ended with status 0"),
-        ({"DIE": "3"}, None, "FAILED", "0", "no new checkpoint in this attempt: not requeued"),
+        ({"DIE": "3"}, None, "FAILED", "1", "no new checkpoint in this attempt: not requeued"),
+        ({"DIE": "2"}, None, "FAILED", "0", "the configuration or a file was refused: not requeued"),
         ({"DIE": "7", "SAVE": "5"}, None, "FAILED", "1", "no new checkpoint in this attempt: not requeued"),
         ({}, ["scancel"], "CANCELLED", "0", "SIGTERM: waiting for the ranks to save"),
     ],
-    ids=["asked to stop", "dies", "dies after a checkpoint", "cancelled"],
+    ids=["asked to stop", "dies", "is refused", "dies after a checkpoint", "cancelled"],
 )
 def test_what_the_script_makes_of_an_end(
     environment, signalled, state, restarts, words, cluster, tmp_path, monkeypatch

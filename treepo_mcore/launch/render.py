@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -14,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from treepo_mcore.config import NEWEST_CHECKPOINT, Config, ConfigError, check_grid, load_config
 from treepo_mcore.system.signals import STOPPED
 
+REFUSED = 2  # status of the command where a configuration or a file cannot be used
 EARLY_SECONDS = 60  # by which Slurm's --signal may come before the time it is asked for
 
 
@@ -82,6 +84,7 @@ def render(job: SlurmJob | TorchrunJob) -> str:
         raise ConfigError("--head: needed with several nodes, the address of the first one")
     if isinstance(job, SlurmJob):
         _check_slurm(job)
+        _check_signal(job, config.run.dir)
         if not config.run.resume:
             raise ConfigError("run.resume: found false; a requeued job would begin anew at every attempt")
     launcher = "slurm" if isinstance(job, SlurmJob) else "torchrun"
@@ -99,6 +102,7 @@ def render(job: SlurmJob | TorchrunJob) -> str:
         run_dir=config.run.dir,
         tracker=config.run.checkpoints.relative_to(config.run.dir) / NEWEST_CHECKPOINT,
         stopped=STOPPED,
+        refused=REFUSED,
         log_name=Path(job.config).stem,
     )
 
@@ -118,6 +122,31 @@ def _check_slurm(job: SlurmJob) -> None:
             f"--signal-seconds: {job.signal_seconds} leaves nothing of --time {job.time} ({limit} s), of which Slurm "
             f"may take another {EARLY_SECONDS} s"
         )
+
+
+def _check_signal(job: SlurmJob, run_dir: Path) -> None:
+    """Where the run has been before, its longest step and checkpoint have to fit into the warning."""
+    step, save = seconds_seen(run_dir)
+    if step + save > job.signal_seconds:
+        raise ConfigError(
+            f"--signal-seconds: {job.signal_seconds}, but in {run_dir} a step took up to {step:.0f} s and saving up to "
+            f"{save:.0f} s; expected {math.ceil(step + save)} or more, or the run would end before it has saved"
+        )
+
+
+def seconds_seen(run_dir: Path) -> tuple[float, float]:
+    """The longest step, without what came between steps, and the longest save of a run; 0 where there was none."""
+    file = run_dir / "metrics.jsonl"
+    step = save = 0.0
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut short by a job that died
+            continue
+        between = sum(values.get(f"time/{part}", 0.0) for part in ("save", "evaluate"))
+        step = max(step, values.get("time/step", 0.0) - between)
+        save = max(save, values.get("time/save", 0.0))
+    return step, save
 
 
 def seconds_of(limit: str) -> float:
