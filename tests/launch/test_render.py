@@ -223,8 +223,6 @@ def test_a_warning_into_which_a_step_of_the_run_does_not_fit(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
     assert seconds_seen(tmp_path) == (60.0, 30.0)
     job = SlurmJob(CONFIG, (f"run.dir={tmp_path}",), signal_seconds=80)
-    with pytest.raises(
-        ConfigError, match=r"--signal-seconds: 80, .* up to 60 s and saving up to 30 s"
-    ):
+    with pytest.raises(ConfigError, match=r"--signal-seconds: 80, .* up to 60 s and saving up to 30 s"):
         render(job)
     render(replace(job, signal_seconds=90))

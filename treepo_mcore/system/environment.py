@@ -89,6 +89,11 @@ def has_gpu() -> bool:
     return driver_is_there() and not hidden and not engine_is_for_cpus()
 
 
+def gpus_are_missing() -> bool:
+    """Whether the vLLM that is installed is the one for GPUs, on a machine that has none, such as a login node."""
+    return installed("vllm") is not None and not driver_is_there()
+
+
 def prepare_environment() -> None:
     """Set defaults; whatever the user has set stays, but GPUs are hidden where the engine is the one for CPUs.
 
