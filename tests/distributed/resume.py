@@ -19,6 +19,8 @@ from treepo_mcore.observe.observer import Observer, Wish
 from treepo_mcore.records import Step
 from treepo_mcore.trainer import Trainer
 
+STATE = {"step": 2, "prompts": {}, "schedule": {}, "optimizer": {}}
+
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """A run from beginning, or checkpoint, to end."""
@@ -62,7 +64,7 @@ def change_layout(
     actor = make_actor(Path(directory), first)
     steps(actor, trees, folder / "before.pt")
     begin = time.perf_counter()
-    checkpoint.save(folder / "checkpoints", 2, actor, {"step": 2}, keep=1)
+    checkpoint.save(folder / "checkpoints", 2, actor, STATE, keep=1)
     seconds["save"] = time.perf_counter() - begin
     steps(actor, trees, folder / "after.pt")
     for name, settings in others.items():
@@ -70,7 +72,7 @@ def change_layout(
         begin = time.perf_counter()
         found = checkpoint.newest(folder / "checkpoints")
         assert found is not None
-        assert checkpoint.read_state(found) == {"step": 2}
+        assert checkpoint.read_state(found) == STATE
         checkpoint.load(found, actor)
         seconds[name] = time.perf_counter() - begin
         save_weights(actor, folder / f"before {name}.pt")
