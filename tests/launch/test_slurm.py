@@ -119,7 +119,7 @@ def test_a_node_that_will_not_do_is_named_and_nothing_is_trained(task, cluster, 
     [
         ({}, ["scancel", "--batch", "--signal=USR1"], "COMPLETED", "1", "the ranks ended with status 0"),
         ({"DIE": "3"}, None, "FAILED", "1", "no new checkpoint in this attempt: not requeued"),
-        ({"DIE": "2"}, None, "FAILED", "0", "the configuration or a file was refused: not requeued"),
+        ({"DIE": "1", "STATUS": "2"}, None, "FAILED", "0", "the configuration or a file was refused: not requeued"),
         ({"DIE": "7", "SAVE": "5"}, None, "FAILED", "1", "no new checkpoint in this attempt: not requeued"),
         ({}, ["scancel"], "CANCELLED", "0", "SIGTERM: waiting for the ranks to save"),
     ],
