@@ -116,7 +116,11 @@ def deviations(shape, **estimator):
 
 @pytest.mark.parametrize(
     ("shape", "baseline"),
-    [(shape, "mean") for shape in SHAPES] + list(product(["fork once", "budget transfer"], ["kin", "sibling", "blup"])),
+    [(shape, "mean") for shape in SHAPES]
+    + [
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in product(["fork once", "budget transfer"], ["kin", "sibling", "blup"])
+    ],
 )
 def test_subtree_is_the_policy_gradient(shape, baseline):
     found = deviations(shape, estimator="subtree", baseline=baseline)
