@@ -145,7 +145,7 @@ def _wave(engine: VllmEngine, prompts: Sequence[Prompt], config: Config, rng: ra
     tree = config.rollout.tree
     queries = []
     for prompt in prompts:
-        first = first_children(tree.branching, tree.width, rng)
+        first = first_children(tree, rng)
         queries.append(_Query(prompt, [_Path([], 1 / first) for _ in range(first)]))
     while any(query.live for query in queries):
         _segment(engine, queries, config, result)

@@ -164,6 +164,15 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert error.count("\n") == 1
 
 
+def test_any_text_can_be_shown(tmp_path):
+    file = plain(tmp_path / "a.jsonl", "A")
+    file.write_text(json.dumps(json.loads(file.read_text().splitlines()[0]) | {"prompt_id": "half \ud83d"}))
+    shown = subprocess.run(
+        [sys.executable, "-m", "treepo_mcore", "trees", "advantages", file], capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, "half \\ud83d" in shown.stdout) == (0, True), shown.stderr
+
+
 def test_what_the_filter_leaves(tmp_path):
     """Of two trees with the same rewards one has them for length alone."""
     file = saved(tmp_path / "t.jsonl")

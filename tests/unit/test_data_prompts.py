@@ -245,6 +245,7 @@ def test_returned_prompts_come_first_and_survive_a_resume():
         ('{"prompt": " ", "answer": "1"}', "line 1: the prompt is empty"),
         ('{"prompt": "a \\ud83d", "answer": "1"}', r"line 1: prompt is not valid Unicode: '.ud83d' at character 2"),
         ('{"prompt": "a", "answer": "\\ud83d"}', "line 1: answer is not valid Unicode"),
+        ('{"prompt": "a", "answer": "1", "id": "\\ud83d"}', "line 1: id is not valid Unicode"),
         (
             json.dumps({"prompt": json.dumps(CHAT), "answer": "1"}),
             "line 1: prompt is a JSON text of messages; expected",
@@ -267,6 +268,9 @@ def test_lists_and_objects_are_answers_of_a_function_that_takes_any(tmp_path):
     file.write_text("".join(json.dumps({"prompt": "a", "answer": answer}) + "\n" for answer in answers))
     prompts = load_prompts(file, DataConfig(train=file), Words(), any_answer=True)
     assert [prompt.answer for prompt in prompts] == [["7", "seven"], {"target": [7]}, "7", "7"]
+    file.write_text(json.dumps({"prompt": "a", "answer": {"target": ["\ud83d"]}}))
+    with pytest.raises(ConfigError, match="line 1: answer is not valid Unicode"):
+        load_prompts(file, DataConfig(train=file), Words(), any_answer=True)
 
 
 def test_options_reach_the_chat_template(tmp_path):

@@ -119,7 +119,7 @@ def test_jsonl_round_trip_is_exact(tmp_path):
     config = TreeConfig.model_validate({"width": 8, "segment_tokens": 3, "fallback": {"cut": "min_logprob_token"}})
     trees = [fork()] + [grow(config, keyed_draw(seed, 0.3), order=seed)[0] for seed in range(10)]
     leaf = trees[1].leaves[0]
-    leaf.reward, leaf.score, leaf.correct, leaf.text = 0.5, 0.75, True, "ä\n"
+    leaf.reward, leaf.score, leaf.correct, leaf.text = 0.5, 0.75, True, "ä\n\ud83d"  # half a surrogate pair, too
     file = tmp_path / "trees.jsonl"
     write_trees(file, trees)
     for tree, back in zip(trees, read_trees(file), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -104,6 +105,8 @@ def _print(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point; a `ConfigError` becomes one line and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any text can be shown, on any terminal
     prepare_environment()
     try:
         app()

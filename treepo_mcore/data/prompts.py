@@ -234,15 +234,16 @@ def _prompt(
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     _check_unicode(text, config.prompt_key, place)
-    _check_unicode(answer if isinstance(answer, str) else "", config.answer_key, place)
+    _check_unicode(json.dumps(answer, ensure_ascii=False, default=str), config.answer_key, place)
     tokens = tokenizer.encode(text, start=messages is None)
     if not tokens or not text.strip():
         raise ConfigError(f"{place}: the prompt is empty")
     used = (config.prompt_key, config.answer_key)
     meta = {key: value for key, value in row.items() if key not in used}
-    own = row.get("id")  # null where parquet fills gaps
+    own = default_id if row.get("id") is None else str(row["id"])  # parquet fills gaps with null
+    _check_unicode(own, "id", place)
     digest = hashlib.sha256(json.dumps([content, answer], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Prompt(default_id if own is None else str(own), tokens, text, answer, meta, digest)
+    return Prompt(own, tokens, text, answer, meta, digest)
 
 
 def _lookup(row: Row, key: str, place: str) -> Any:

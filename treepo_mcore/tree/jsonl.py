@@ -11,8 +11,11 @@ from treepo_mcore.tree.tree import Tree
 
 
 def write_trees(path: str | Path, trees: Iterable[Tree]) -> None:
-    """Write a JSONL file, one tree a line."""
-    with Path(path).open("w", encoding="utf-8") as file:
+    """Write a JSONL file, one tree a line.
+
+    Half a surrogate pair, which UTF-8 cannot hold, is written as JSON's own escape and reads back as it was.
+    """
+    with Path(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
         for tree in trees:
             file.write(json.dumps(tree.to_json(), ensure_ascii=False) + "\n")
 
