@@ -234,7 +234,8 @@ def _prompt(
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     _check_unicode(text, config.prompt_key, place)
-    _check_unicode(json.dumps(answer, ensure_ascii=False, default=str), config.answer_key, place)
+    written = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
+    _check_unicode(written, config.answer_key, place)
     tokens = tokenizer.encode(text, start=messages is None)
     if not tokens or not text.strip():
         raise ConfigError(f"{place}: the prompt is empty")
