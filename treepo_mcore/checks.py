@@ -186,7 +186,9 @@ def _prompts(context: Context) -> None:
         context.held_out = _load(context, config.data.eval)
     if context.learns and (rows := _load(context, config.data.train)):
         rendering = rendering_of(config.data, context.tokenizer)
-        context.prompts = PromptStream(rows, config.run.seed, config.data.shuffle, rendering)
+        context.prompts = PromptStream(
+            rows, config.run.seed, config.data.shuffle, rendering, config.filter.longest_rest
+        )
         if context.state:
             context.prompts.load_state_dict(context.state["prompts"])
 

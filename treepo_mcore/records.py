@@ -30,6 +30,8 @@ class Counts:
     rewards: int = 0  # calls that were answered
     failed_rewards: int = 0  # of these, the function raised, died or ran too long
     unfinished_prompts: int = 0  # given up in the tail
+    resting_prompts: int = 0  # that the data would pass over now
+    stopped_prompts: int = 0  # with their first answers, which agreed
     discarded_tokens: int = 0  # decoded for failed and unfinished prompts
     tail_steps: int = 0  # engine steps with room for another prompt and none to draw
     idle_seconds: float = 0.0  # nothing to run, and the phase not over

@@ -113,7 +113,7 @@ class Trainer:
         self.policy.load(self.checked.checkpoint)
         self.step = self.saved = self.checked.state["step"]
         self.accuracy_before = self.checked.state["accuracy_before"]
-        self.policy.rollout.schedule.load_state_dict(self.checked.state["schedule"])
+        self.policy.rollout.load_state_dict(self.checked.state["rollout"])
 
     def _start(self) -> None:
         run = self.config.run
@@ -152,7 +152,7 @@ class Trainer:
             "step": self.step,
             "accuracy_before": self.accuracy_before,
             "prompts": self.checked.prompts.state_dict(),
-            "schedule": self.policy.rollout.schedule.state_dict(),
+            "rollout": self.policy.rollout.state_dict(),
             "optimizer": optimizer_settings(self.config),
         }
         self.policy.save(self.step, state)

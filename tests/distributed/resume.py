@@ -19,7 +19,7 @@ from treepo_mcore.observe.observer import Observer, Wish
 from treepo_mcore.records import Step
 from treepo_mcore.trainer import Trainer
 
-STATE = {"step": 2, "prompts": {}, "schedule": {}, "optimizer": {}}
+STATE = {"step": 2, "prompts": {}, "rollout": {}, "optimizer": {}}
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,17 @@ def test_two_engines_repeat_a_run_token_for_token(model_directory, tmp_path):
     assert runs[0][1]["unfinished_prompts"] > 0
 
 
+def test_all_ranks_of_an_engine_hear_which_prompts_go_on(model_directory, tmp_path):
+    tree = configuration(model_directory("qwen3"), tmp_path)["rollout"]["tree"]
+    tree |= {"early_stop": {"leaves": 2, "min_chance": 1.0}, "fallback": {"candidates": "none"}}
+    ranks, trees = collect(model_directory, tmp_path, 2, tp=2, tree=tree)
+    stopped = [tree for tree in trees if tree.meta["first_answers"][0] in (0, 2)]
+    assert ranks[0]["counts"]["stopped_prompts"] == len(stopped)
+    assert {len(tree.leaves) for tree in stopped} == {2}
+    assert 0 < len(stopped) < len(trees) == 12
+    assert max(len(tree.leaves) for tree in trees) == WIDTH
+
+
 @pytest.mark.parametrize("kind", ["seed", "length"])
 def test_a_rank_that_goes_another_way_is_an_error_on_all(model_directory, tmp_path, kind):
     config = configuration(model_directory("qwen3"), tmp_path, tp=2)

@@ -258,7 +258,7 @@ def write_state(checkpoint, **more):
     names = {"distributed", "lr", "min_lr", "betas", "eps"}
     optimizer = OptimizerConfig().model_dump(mode="json", include=names)
     (checkpoint / "trainer_state.json").write_text(
-        json.dumps({"step": 3, "schedule": {}, "prompts": {}, "optimizer": optimizer} | more)
+        json.dumps({"step": 3, "rollout": {}, "prompts": {}, "optimizer": optimizer} | more)
     )
 
 

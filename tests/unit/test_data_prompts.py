@@ -236,6 +236,30 @@ def test_returned_prompts_come_first_and_survive_a_resume():
     assert ids(stream.next(8)) == ids(resumed.next(8)) == expected
 
 
+def test_prompts_whose_answers_agree_rest_and_come_back():
+    """After one epoch, then two, then three and not four, the longest; a resumed stream goes on alike."""
+    stream = PromptStream(make(4), seed=1, shuffle=True, longest_rest=3)
+    visits = []
+    for _ in range(60):
+        (prompt,) = stream.next(1)
+        if prompt.id == "2":
+            visits.append(stream.state_dict()["epoch"])
+        stream.saw({prompt.id: prompt.id == "2" and len(visits) < 5})
+        resumed = PromptStream(make(4), seed=1, shuffle=True, longest_rest=3)
+        resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        stream = resumed
+    assert visits[:7] == [0, 2, 5, 9, 13, 14, 15]  # the fifth time its answers differed
+
+
+def test_an_epoch_in_which_all_prompts_rest_is_passed_over():
+    stream = PromptStream(make(3), seed=1, shuffle=True, longest_rest=1)
+    first = stream.next(3)
+    stream.saw({prompt.id: True for prompt in first})
+    assert stream.resting == 3
+    assert sorted(ids(stream.next(3))) == sorted(ids(first))
+    assert stream.state_dict()["epoch"] == 2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -184,6 +184,56 @@ def test_the_filter_looks_at_scores_before_the_penalty():
         assert len({leaf.reward for leaf in tree.leaves}) > 1
 
 
+FLAT = {"sampler": "flat"}
+
+
+def early(rollout, leaves=3, min_chance=1.0, **sections):
+    return make_config(rollout | {"tree": {"early_stop": {"leaves": leaves, "min_chance": min_chance}}}, **sections)
+
+
+@pytest.mark.parametrize("delay", [0, 7])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_prompts_whose_first_answers_agree_give_their_budget_back(delay, deterministic):
+    run = {"deterministic": deterministic}
+    prompts = make_prompts(60)
+    config, plain = early(FLAT, run=run), make_config(FLAT, run=run)
+    whole_trees = collect(FakeEngine(hazard_draw(0.05)), prompts, plain, FakeRewards(verdict, delay))
+    result = collect(FakeEngine(hazard_draw(0.05)), prompts, config, FakeRewards(verdict, delay))
+    assert len(result.trees) == 60
+    stopped = 0
+    for tree, other in zip(result.trees, whole_trees.trees, strict=True):
+        first = [tree.response(leaf) for leaf in range(3)]
+        right = sum(bool(leaf.correct) for leaf in tree.leaves[:3])
+        assert tree.meta["first_answers"] == [right, 3]
+        if 0 < right < 3:  # the very tree of a run that does not look
+            assert [leaf.text for leaf in tree.leaves] == [leaf.text for leaf in other.leaves]
+        else:
+            stopped += 1
+            assert [other.response(leaf) for leaf in range(3)] == first
+            assert len(tree.leaves) == 3
+    assert stopped == result.counts.stopped_prompts > 40
+    assert result.counts.decoded_tokens < 0.7 * whole_trees.counts.decoded_tokens
+
+
+def test_what_may_still_differ_goes_on():
+    """Before anything was seen a third answer like the first two is likely, six more like them are not."""
+    config = early(FLAT, leaves=2, min_chance=1 - 3 / 9 - 1e-9)
+    result = collect(FakeEngine(hazard_draw(0.05)), make_prompts(40), config, FakeRewards(verdict))
+    whole(result)
+    assert result.counts.stopped_prompts == 0
+    config = early(FLAT, leaves=2, min_chance=1 - 3 / 9 + 1e-9)
+    result = collect(FakeEngine(hazard_draw(0.05)), make_prompts(40), config, FakeRewards(verdict))
+    assert result.counts.stopped_prompts > 0
+
+
+def test_a_cut_tail_gives_up_what_is_not_decided():
+    config = early(FLAT | {"tail_steps": 5, "unfinished": "drop"})
+    rewards = FakeRewards(verdict, delay=10**9)
+    result = collect(FakeEngine(hazard_draw(0.3)), make_prompts(20), config, rewards)
+    assert not result.trees
+    assert result.counts.unfinished_prompts == 20
+
+
 def test_the_limit_holds_when_nothing_is_informative():
     result = collect(
         FakeEngine(hazard_draw(0.05)), make_prompts(30), rewards=FakeRewards(lambda text, prompt: False), wanted=10

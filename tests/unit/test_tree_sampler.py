@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_fake_engine import EOS_TOKEN, decode, grow, keyed_draw
 
-from treepo_mcore.config import TreeConfig
+from treepo_mcore.config import EarlyStopConfig, TreeConfig
 from treepo_mcore.grow.sampler import TreeSampler, stable_seed
 from treepo_mcore.grow.stopping import REPETITION_STRIDE, BoxDetector, RuleStopper
 from treepo_mcore.tree.tree import BOXED, DEPTH, EOS, FINISHED, LENGTH, PRUNED, REPETITION, Tree
@@ -74,7 +74,7 @@ def test_ten_thousand_trees(config, seed, hazard, vocabulary):
 
 
 def check_trees(config, seed, hazard, vocabulary):
-    """Three trees that must be one, complete and within the budgets."""
+    """Four trees that must be one, complete and within the budgets."""
     draw = keyed_draw(seed, hazard, vocabulary)
     tree, engine = grow(config, draw, order=seed, chunk=1 + seed % 7)
     assert len(tree.leaves) == config.width
@@ -95,6 +95,8 @@ def check_trees(config, seed, hazard, vocabulary):
     waits, _ = grow(config.model_copy(update={"expansion": "stop_and_fork"}), draw, order=seed + 2)
     assert tree.to_json() == other.to_json()
     assert tree.to_json() == waits.to_json()
+    looks, _ = grow(config.model_copy(update={"early_stop": EarlyStopConfig(leaves=2)}), draw, order=seed + 3)
+    assert tree.to_json() == looks.to_json()
 
 
 def test_seeds_and_ids_do_not_depend_on_arrival():

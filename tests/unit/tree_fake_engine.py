@@ -55,6 +55,9 @@ class FakeEngine:
     def run(self) -> Tree:
         self.obey(self.sampler.start())
         while not self.sampler.done:
+            if self.sampler.waits:
+                self.obey(self.sampler.go_on())
+                continue
             late = self.aborted and self.order.random() < 0.2
             chosen = self.aborted.pop() if late else self.running[self.order.choice(sorted(self.running))]
             self.obey(self.deliver(chosen))

@@ -25,7 +25,7 @@ from treepo_mcore.actor.model import unwrap
 from treepo_mcore.config import NEWEST_CHECKPOINT, ConfigError
 
 STATE = "trainer_state.json"
-STATE_PARTS = {"step": int, "prompts": dict, "schedule": dict, "optimizer": dict}  # that the trainer goes on from
+STATE_PARTS = {"step": int, "prompts": dict, "rollout": dict, "optimizer": dict}  # that the trainer goes on from
 SHARED = "it has to be one directory, on a file system that all nodes share"
 
 

@@ -25,6 +25,9 @@ class FilterConfig(Section):
 
     enabled: bool = True
     max_prompts_factor: float = Field(3.0, ge=1)  # draw at most this many times `prompts_per_step`
+    # A prompt whose leaves all had the same score is passed over in the next epoch, then, each time that they agree
+    # again, in twice as many epochs as before, at most in so many; 0: never (docs/algorithm.md 2.12).
+    longest_rest: int = Field(0, ge=0)
     patience: int = Field(10, ge=0)  # steps in a row without an informative prompt, then the run stops; 0: never
 
 

@@ -90,6 +90,17 @@ class PruningConfig(Section):
     function: str | None = None  # "package.module:name", called with a `PathView`, True prunes
 
 
+class EarlyStopConfig(Section):
+    """Giving the rest of a prompt's budget back when its first answers agree (docs/algorithm.md 2.11)."""
+
+    # The first so many paths of a prompt run to their ends before anything else of it starts, and are looked at. Off
+    # without a number.
+    leaves: int | None = Field(None, ge=2)
+    # Where their scores agree, the prompt goes on only if the other answers differ with at least this probability, from
+    # how right answers were spread over the prompts of the last steps.
+    min_chance: float = Field(0.3, ge=0, le=1)
+
+
 class TreeConfig(Section):
     """The shape of a tree."""
 
@@ -101,6 +112,7 @@ class TreeConfig(Section):
     stopping: StoppingConfig = StoppingConfig()
     fallback: FallbackConfig = FallbackConfig()
     pruning: PruningConfig = PruningConfig()
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     # fork_behind: the parent's request keeps decoding across boundaries, siblings start from the recorded
     # prefix. stop_and_fork: every path stops at every boundary (the released design), for comparison.
     expansion: Literal["fork_behind", "stop_and_fork"] = "fork_behind"
@@ -115,6 +127,17 @@ class TreeConfig(Section):
             raise ValueError(f"branching.schedule: expected a last width of width = {self.width}, found {width}")
         if depth >= 1 and depth * self.segment_tokens >= self.response_tokens:
             raise ValueError(f"branching.schedule: depth {depth:g} lies behind max_response_tokens or max_depth")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_early(self) -> TreeConfig:
+        first = self.early_stop.leaves
+        if first is None:
+            return self
+        if first >= self.width:
+            raise ValueError(f"early_stop.leaves: expected less than width = {self.width}, found {first}")
+        if self.expansion != "fork_behind":
+            raise ValueError(f"early_stop.leaves: needs expansion: fork_behind, found {self.expansion}")
         return self
 
     @property

@@ -47,6 +47,11 @@ class Config(Section):
                 f"advantage.estimator: {estimator} gives no value to tokens that all leaves share; expected two first "
                 f"paths or more, found {self._first_paths}"
             )
+        early = self.rollout.tree.early_stop.leaves
+        if early is not None and self.rollout.sampler == "tree" and early > self._first_paths:
+            raise ValueError(
+                f"rollout.tree.early_stop.leaves: {early} is more than a prompt's first paths, {self._first_paths}"
+            )
         return self
 
     @property

@@ -78,20 +78,35 @@ def check_token_ids(prompts: Sequence[Prompt], vocab: int) -> None:
 
 
 class PromptStream:
-    """Prompts without end: every epoch is a permutation of all, drawn from (seed, epoch), or the file's order."""
+    """Prompts without end: every epoch is a permutation of all, drawn from (seed, epoch), or the file's order.
+
+    Without those that rest: a prompt whose answers all agreed is passed over in the next epoch, then, each time that
+    they agree again, in twice as many, up to `longest_rest` (docs/algorithm.md 2.12).
+    """
 
     def __init__(
-        self, prompts: list[Prompt], seed: int, shuffle: bool, rendering: Mapping[str, str] | None = None
+        self,
+        prompts: list[Prompt],
+        seed: int,
+        shuffle: bool,
+        rendering: Mapping[str, str] | None = None,
+        longest_rest: int = 0,
     ) -> None:
-        """rendering: how rows became text, see `rendering_of`; a resumed run has to have the same."""
+        """rendering: how rows became text, see `rendering_of`; a resumed run has to have the same.
+
+        longest_rest: in epochs.
+        """
         if not prompts:
             raise ValueError("prompts: expected at least one")
         self._prompts = prompts
+        self._index = {prompt.id: i for i, prompt in enumerate(prompts)}
         self._seed, self._shuffle = seed, shuffle
         self._identity = {"run.seed": seed, "data.shuffle": shuffle, "rows": _digest(prompts), **(rendering or {})}
         self._epoch, self._position = 0, 0
         self._order = self._draw()
         self._returned: list[int] = []
+        self._longest_rest = longest_rest
+        self._rests: dict[int, list[int]] = {}  # prompt -> times in a row that its answers agreed, first epoch back
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts, returned ones first; an epoch's end does not stop it."""
@@ -101,10 +116,28 @@ class PromptStream:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._draw()
-            indices = self._order[self._position : self._position + n - len(taken)]
-            taken += [self._prompts[i] for i in indices]
-            self._position += len(indices)
+            index = self._order[self._position]
+            self._position += 1
+            if self._rests.get(index, (0, 0))[1] <= self._epoch:
+                taken.append(self._prompts[index])
         return taken
+
+    def saw(self, agreed: Mapping[str, bool]) -> None:
+        """Whether all answers to a prompt had the same score, by id."""
+        if not self._longest_rest:
+            return
+        for prompt, same in agreed.items():
+            index = self._index[prompt]
+            if not same:
+                self._rests.pop(index, None)
+                continue
+            times = self._rests.get(index, [0])[0] + 1
+            self._rests[index] = [times, self._epoch + 1 + min(2 ** (times - 1), self._longest_rest)]
+
+    @property
+    def resting(self) -> int:
+        """Prompts that would be passed over now."""
+        return sum(back > self._epoch for _, back in self._rests.values())
 
     def peek(self, n: int) -> list[Prompt]:
         """What `next` would give; the stream stays where it is."""
@@ -120,8 +153,7 @@ class PromptStream:
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """Let these come again, before all others."""
-        index = {prompt.id: i for i, prompt in enumerate(self._prompts)}
-        self._returned = [index[prompt.id] for prompt in prompts] + self._returned
+        self._returned = [self._index[prompt.id] for prompt in prompts] + self._returned
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON values."""
@@ -129,6 +161,7 @@ class PromptStream:
             "epoch": self._epoch,
             "position": self._position,
             "returned": self._returned[:],
+            "rests": [[index, *rest] for index, rest in self._rests.items()],
             "identity": self._identity,
         }
 
@@ -149,6 +182,7 @@ class PromptStream:
                 )
         self._epoch, self._position = state["epoch"], state["position"]
         self._returned = list(state["returned"])
+        self._rests = {index: [times, back] for index, times, back in state["rests"]}
         self._order = self._draw()
 
     def _draw(self) -> list[int]:

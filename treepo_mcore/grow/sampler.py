@@ -56,7 +56,7 @@ class _Path:
 
 
 class TreeSampler:
-    """Grows one tree to exactly W leaves; without fallback to at most W."""
+    """Grows one tree to exactly W leaves; without fallback, or given back early, to at most W."""
 
     def __init__(
         self,
@@ -90,19 +90,41 @@ class TreeSampler:
         self._arrived: set[int] = set()  # nodes that ended or reached their boundary, not yet processed
         self._leaves = 0  # F: leaves of the processed waves
         self._fell_back = False  # then widths are no longer those of the planned forks
+        self._first = config.early_stop.leaves  # paths that run before all others; None behind the first look
+        self._held = 0  # paths from the prompt that wait for them
 
     @property
     def live(self) -> int:
         """Requests running."""
         return len(self._paths)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the first answers are all there is, and `go_on` or `give_back` has to say what follows."""
+        return self._first is not None and not self._paths and not self.failed
+
     def start(self) -> Actions:
         """The first paths."""
         actions = Actions()
         config = self._config
         count = self._forks[0].width if self._forks else first_children(config, self._random("first"))
-        self._wave = self._fork(PROMPT, count, False, actions)
+        begin = count if self._first is None else min(count, self._first)
+        self._held = count - begin
+        self._wave = self._fork(PROMPT, begin, False, actions)
         return actions
+
+    def go_on(self) -> Actions:
+        """After the first answers: everything that waited for them."""
+        actions = Actions()
+        self._first = None
+        self._wave += self._fork(PROMPT, self._held, False, actions)
+        self._expand_complete(actions)
+        return actions
+
+    def give_back(self) -> None:
+        """After the first answers: the tree is complete with them."""
+        self._first = None
+        self.done = True
 
     def on_tokens(
         self, request_id: str, tokens: Sequence[int], logprobs: Sequence[float], finish: Finish | None
@@ -131,8 +153,8 @@ class TreeSampler:
             self._append(path, tokens, logprobs)
             return actions
         self._take(request_id, path, tokens, logprobs, finish, stop, actions)
-        while self._wave and self._arrived.issuperset(self._wave):
-            self._expand(actions)
+        if self._first is None:
+            self._expand_complete(actions)
         return actions
 
     def fail(self) -> Actions:
@@ -220,6 +242,10 @@ class TreeSampler:
         self._ended.add(request_id)
 
     # Waves.
+
+    def _expand_complete(self, actions: Actions) -> None:
+        while self._wave and self._arrived.issuperset(self._wave):
+            self._expand(actions)
 
     def _expand(self, actions: Actions) -> None:
         """Process a complete wave (docs/algorithm.md 2.4, 2.7)."""

@@ -127,15 +127,20 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
     """What a rollout of `seconds` brought; tokens are physical unless the name says logical."""
     trees, counts = batch.trees, batch.counts
     leaves = [leaf for tree in trees for leaf in tree.leaves]
+
+    def by_prompt(value: Callable[[Leaf], float]) -> float:
+        """Prompts count alike, also those whose budget was given back."""
+        return sum(sum(map(value, tree.leaves)) / len(tree.leaves) for tree in trees) / len(trees)
+
     stats = tree_stats(trees)
     teaching = sum(informative(tree) for tree in trees)
     # All trees, before the filter. It looks at rewards, and what is left is no sample of independent answers; the curve
     # happens to bear it, as a prompt whose rewards are all equal adds nothing, but only while rewards are scores.
     decided = decided_at(CurveSums.of(trees).points(), 0.5)
     return {
-        "reward/mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
-        "reward/score": sum(leaf.score or 0.0 for leaf in leaves) / len(leaves),
-        "reward/accuracy": sum(bool(leaf.correct) for leaf in leaves) / len(leaves),
+        "reward/mean": by_prompt(lambda leaf: leaf.reward or 0.0),
+        "reward/score": by_prompt(lambda leaf: leaf.score or 0.0),
+        "reward/accuracy": by_prompt(lambda leaf: bool(leaf.correct)),
         **_components(leaves),
         "rollout/leaves": stats.leaves,
         "rollout/response_tokens_mean": stats.mean_length,
@@ -159,6 +164,8 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         "rollout/failed_prompts": counts.failed_prompts,
         "reward/failed": counts.failed_rewards,
         "rollout/unfinished_prompts": counts.unfinished_prompts,
+        "data/resting_prompts": counts.resting_prompts,
+        "rollout/stopped_prompts": counts.stopped_prompts,
         "rollout/discarded_tokens": counts.discarded_tokens,
         "rollout/tail_steps": counts.tail_steps,
         "rollout/idle_seconds": counts.idle_seconds,

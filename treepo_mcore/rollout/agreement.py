@@ -11,6 +11,10 @@ import torch.distributed as dist
 
 from treepo_mcore.engine.protocol import Chunk
 
+VERDICTS = 32  # on first answers, at most, in one message
+
+Verdict = tuple[int, bool]  # a prompt's number, and whether it goes on
+
 
 class Agreement:
     """One call for everything that the ranks of an engine exchange, so that no two different calls can meet.
@@ -32,21 +36,30 @@ class Agreement:
         return self._group is None
 
     def saw(self, chunks: Sequence[Chunk]) -> None:
-        """Remember the tokens of an engine step; compares every so many steps."""
+        """Remember the tokens of an engine step."""
         self._step += 1
         if self._group is None:
             return
         text = " ".join([f"{chunk.request} {chunk.finish}" for chunk in chunks])
         tokens = array("q", [token for chunk in chunks for token in chunk.tokens])
         self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(text.encode(), self._digest))
-        if self._step - self._last >= self._every:
-            self.order(None, False, False)
 
-    def order(self, number: int | None, closed: bool, held_back: bool) -> tuple[int | None, bool, bool]:
-        """What the engine's first rank passed in, on all of its ranks. Raises RuntimeError where they differ."""
+    @property
+    def due(self) -> bool:
+        """Whether the ranks have not met for so many steps; the same on all of them."""
+        return self._group is None or self._step - self._last >= self._every
+
+    def order(
+        self, number: int | None, closed: bool, held_back: bool, verdicts: Sequence[Verdict]
+    ) -> tuple[int | None, bool, bool, list[Verdict]]:
+        """What the engine's first rank passed in, on all of its ranks. Raises RuntimeError where they differ.
+
+        verdicts: not more than `VERDICTS`.
+        """
         if self._group is None:
-            return number, closed, held_back
-        mine = torch.tensor([self._digest, -1 if number is None else number, int(closed), int(held_back)])
+            return number, closed, held_back, list(verdicts)
+        told = [2 * prompt + on for prompt, on in verdicts] + [-1] * (VERDICTS - len(verdicts))
+        mine = torch.tensor([self._digest, -1 if number is None else number, int(closed), int(held_back), *told])
         rows = [torch.empty_like(mine) for _ in range(self._group.size())]
         try:
             dist.all_gather(rows, mine, group=self._group)
@@ -59,7 +72,8 @@ class Agreement:
             raise RuntimeError(f"{self._where()}: the ranks of this engine sampled different tokens: {digests}")
         self._last = self._step
         first = rows[0].tolist()
-        return (None if first[1] < 0 else first[1]), bool(first[2]), bool(first[3])
+        agreed = [(value // 2, bool(value % 2)) for value in first[4:] if value >= 0]
+        return (None if first[1] < 0 else first[1]), bool(first[2]), bool(first[3]), agreed
 
     def _where(self) -> str:
         return f"engine steps {self._last} to {self._step} of this phase"

@@ -14,6 +14,7 @@ from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Chunk, Engine
+from treepo_mcore.grow.early import FIRST, Prior, goes_on, looked_at
 from treepo_mcore.grow.sampler import Actions, TreeSampler
 from treepo_mcore.grow.schedule import Forks
 from treepo_mcore.grow.shape import sampled_shape
@@ -21,7 +22,7 @@ from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import failed_score, shape
-from treepo_mcore.rollout.agreement import Agreement
+from treepo_mcore.rollout.agreement import VERDICTS, Agreement, Verdict
 from treepo_mcore.rollout.queue import PromptQueue
 from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree
@@ -81,15 +82,17 @@ class Collector:
         progress: float,
         returned: int = 0,
         forks: Forks | None = None,
+        prior: Prior | None = None,
     ) -> Collection:
         """Trees of the prompts that this engine draws, until the step has enough.
 
         prompts: all that may be drawn, by number. queue: only on the engine's first rank. progress in [0, 1] drives
         the schedules. returned: so many numbers, the first ones, an earlier step put back; no tail is cut off them.
-        forks: where they are planned.
+        forks: where they are planned. prior: of prompts whose first answers agree, by default what is known before the
+        first step.
         Raises RuntimeError when the ranks of the engine disagree.
         """
-        return _Collect(self, prompts, queue, step, progress, returned, forks).run()
+        return _Collect(self, prompts, queue, step, progress, returned, forks, prior or Prior()).run()
 
     def text_of(self, response: list[int]) -> str:
         """What the reward function sees. A model may have more words than its tokenizer: they have no text."""
@@ -115,8 +118,10 @@ class _Collect:
         progress: float,
         returned: int,
         forks: Forks | None,
+        prior: Prior,
     ) -> None:
         self.config, self.tree_config, self.forks = collector.config, collector.tree_config, forks
+        self.prior = prior
         self.engine, self.rewards, self.text_of = collector.engine, collector.rewards, collector.text_of
         self.stopper, self.prompts, self.queue = collector.stopper, prompts, queue
         self.step, self.progress, self.returned = step, progress, returned
@@ -124,7 +129,9 @@ class _Collect:
         self.result = Collection()
         self.counts = self.result.counts
         self.active: dict[int, _Prompt] = {}  # with running requests
-        self.scoring: dict[int, _Prompt] = {}  # complete, verdicts outstanding
+        self.undecided: dict[int, _Prompt] = {}  # with nothing but first answers, before it is said whether they go on
+        self.verdicts: list[Verdict] = []  # on these, not yet told to the engine's other ranks
+        self.scoring: dict[int, _Prompt] = {}  # complete, rewards outstanding
         self.owner: dict[str, tuple[_Prompt, str]] = {}  # the engine's request id -> its prompt, the sampler's id
         self.waiting: dict[str, int] = {}  # the engine's request id -> blocks of a context it has not taken in yet
         self.dry = False  # the queue had nothing for this engine at the last look
@@ -150,7 +157,9 @@ class _Collect:
     # Admission.
 
     def _admit(self) -> None:
-        """Draw prompts while there is room for them."""
+        """Let prompts go on behind their first answers, and draw others while there is room for them."""
+        if self.undecided and (self.agreement.due or not self.active):
+            self._meet()
         while self._fits():
             if self.dry and self.active and self.counts.steps < self.next_look:
                 return
@@ -174,7 +183,7 @@ class _Collect:
         if len(self.owner) >= self.engine.max_requests:
             return False
         segment = math.ceil(self.tree_config.segment_tokens / self.engine.block_tokens) + 1
-        growth = (len(self.owner) + self.tree_config.width) * segment
+        growth = (len(self.owner) + (1 + len(self.undecided)) * self.tree_config.width) * segment
         return self.engine.free_blocks() - sum(self.waiting.values()) >= growth
 
     def _draw(self) -> int | None:
@@ -182,12 +191,28 @@ class _Collect:
         if self.queue is not None:
             number = None if self.over else self.queue.draw()
             if number is None:
-                closed = not self.active and not self.scoring and self.queue.closed()
+                closed = not self._busy and self.queue.closed()
                 held_back = self.queue.held_back()
-        number, self.closed, held_back = self.agreement.order(number, closed, held_back)
+        number, self.closed, held_back = self._meet(number, closed, held_back)
         self.dry = number is None
         self.tail = self.dry and not held_back
         return number
+
+    def _meet(
+        self, number: int | None = None, closed: bool = False, held_back: bool = False
+    ) -> tuple[int | None, bool, bool]:
+        """What the engine's first rank knows, on all of its ranks; prompts go on or end as it says."""
+        told, self.verdicts = self.verdicts[:VERDICTS], self.verdicts[VERDICTS:]
+        number, closed, held_back, agreed = self.agreement.order(number, closed, held_back, told)
+        for prompt, on in agreed:
+            if prompt in self.undecided:  # not given up meanwhile
+                self._decide(self.undecided.pop(prompt), on)
+        return number, closed, held_back
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a prompt is not done; no verdict may be left to tell then, or ranks would part."""
+        return bool(self.active or self.undecided or self.scoring)
 
     def _start(self, number: int, prompt: Prompt) -> None:
         tree = Tree(prompt.id, prompt.tokens, {"prompt": prompt.text, "answer": prompt.answer, "number": number})
@@ -217,6 +242,8 @@ class _Collect:
         chunks = self.engine.step()
         counts.steps += 1
         self.agreement.saw(chunks)
+        if self.agreement.due and not self.agreement.alone:
+            self._meet()
         for chunk in chunks:
             self._feed(chunk)
         if self.queue is not None:
@@ -249,12 +276,20 @@ class _Collect:
         actions = entry.sampler.on_tokens(request, chunk.tokens, chunk.logprobs, chunk.finish)
         if actions.submit or actions.abort or actions.leaves:
             self._apply(entry, actions)
+        self._look(entry)
+
+    def _look(self, entry: _Prompt) -> None:
+        """Where an active prompt belongs behind its newest tokens."""
         if entry.sampler.failed:
             self._lose(entry)
         elif entry.sampler.done:
             del self.active[entry.number]
             self.scoring[entry.number] = entry
             self._finish_if_scored(entry)
+        elif entry.sampler.waits:
+            del self.active[entry.number]
+            self.undecided[entry.number] = entry
+            self._judge_if_scored(entry)
 
     def _apply(self, entry: _Prompt, actions: Actions) -> None:
         # A prompt can come twice in a step, and ids must not: the engine sees them with the prompt's number.
@@ -283,7 +318,7 @@ class _Collect:
         assert self.queue is not None
         if self.rewards is not None:
             self._scored(self.rewards.drain() if self.config.run.deterministic else self.rewards.poll())
-        self.queue.tick(finished=not self.active and not self.scoring)
+        self.queue.tick(finished=not self._busy)
 
     def _submit_reward(self, entry: _Prompt, leaf: int) -> None:
         assert self.rewards is not None
@@ -297,7 +332,7 @@ class _Collect:
         for result in results:
             assert isinstance(result.key, tuple)
             step, number, index = result.key
-            entry = self.active.get(number) or self.scoring.get(number)
+            entry = self.active.get(number) or self.undecided.get(number) or self.scoring.get(number)
             if entry is None or step != self.step:  # its prompt was given up
                 continue
             tree, reward = entry.sampler.tree, self.config.reward
@@ -309,7 +344,26 @@ class _Collect:
             leaf.score = failed_score(reward) if leaf.failed else result.score
             leaf.reward = shape(leaf.score, *lengths, reward, leaf.failed)
             entry.unscored -= 1
+            self._judge_if_scored(entry)
             self._finish_if_scored(entry)
+
+    def _judge_if_scored(self, entry: _Prompt) -> None:
+        """On the engine's first rank: whether a prompt goes on behind its first answers."""
+        if self.rewards is None or entry.unscored or entry.number not in self.undecided:
+            return
+        tree, config = entry.sampler.tree, self.tree_config
+        tree.meta[FIRST] = looked_at(tree)
+        self.verdicts.append((entry.number, goes_on(tree, config.width, config.early_stop.min_chance, self.prior)))
+
+    def _decide(self, entry: _Prompt, on: bool) -> None:
+        """Start what waited for the first answers, or let the tree be complete with them."""
+        self.active[entry.number] = entry
+        if on:
+            self._apply(entry, entry.sampler.go_on())
+        else:
+            entry.sampler.give_back()
+            self.counts.stopped_prompts += 1
+        self._look(entry)
 
     def _finish_if_scored(self, entry: _Prompt) -> None:
         if entry.unscored or entry.number not in self.scoring:
@@ -347,9 +401,11 @@ class _Collect:
         But what a step before put back is left to finish: the slowest prompts would be given up again and again.
         """
         self.over = True
-        for entry in [entry for entry in self.active.values() if entry.number >= self.returned]:
+        running = [*self.active.values(), *self.undecided.values()]
+        for entry in [entry for entry in running if entry.number >= self.returned]:
             self._apply(entry, entry.sampler.fail())
-            del self.active[entry.number]
+            self.active.pop(entry.number, None)
+            self.undecided.pop(entry.number, None)
             self.result.unfinished.append(entry.number)
             self.counts.unfinished_prompts += 1
             self.counts.discarded_tokens += entry.decoded
