@@ -32,6 +32,7 @@ class Counts:
     unfinished_prompts: int = 0  # given up in the tail
     resting_prompts: int = 0  # that the data would pass over now
     stopped_prompts: int = 0  # with their first answers, which agreed
+    restarted_prompts: int = 0  # of these, those that went on behind a remembered answer
     discarded_tokens: int = 0  # decoded for failed and unfinished prompts
     tail_steps: int = 0  # engine steps with room for another prompt and none to draw
     idle_seconds: float = 0.0  # nothing to run, and the phase not over
@@ -49,6 +50,8 @@ class Batch:
     trees: list[Tree]  # complete and scored, in the order of their prompts
     policy_version: int  # of the weights that they were sampled with: steps whose updates are in them
     counts: Counts
+    # Behind remembered answers, for prompts whose tree in `trees` is all alike.
+    restarts: list[Tree] = field(default_factory=list)
 
 
 class Advantage(Protocol):

@@ -92,7 +92,7 @@ class Trainer:
         with clock.part("choose"):
             step.values |= rollout_metrics(step.batch, clock.seconds["rollout"])
             step.values |= {f"push/{name}": value for name, value in vars(push).items()}
-            step.kept = choose(step.batch.trees, self.config, self.step)
+            step.kept = choose([*step.batch.trees, *step.batch.restarts], self.config, self.step)
         if self.observers.sampled(step) is not Wish.SKIP:
             with clock.part("update"), policy.phases.train():
                 learn(policy.actor, step, self.config)

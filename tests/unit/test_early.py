@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from treepo_mcore.config import ContrastConfig
+from treepo_mcore.grow.contrast import RarePaths
 from treepo_mcore.grow.early import FIRST, Prior, goes_on
 from treepo_mcore.tree.tree import EOS, Tree
 
@@ -75,3 +77,40 @@ def test_the_memory_is_saved_and_fades():
         other.look(seen(1.0, 5.0, 4, prompts=500))
     a, b = other.beta()
     assert a < b
+
+
+def remembering(memory: int = 1000) -> RarePaths:
+    return RarePaths(ContrastConfig(paths=4, cut=0.5, memory=memory))
+
+
+def answered(prompt: str, right: int, of: int) -> Tree:
+    tree = tree_of(*[1.0] * right, *[0.0] * (of - right))
+    tree.prompt_id = prompt
+    for leaf in tree.leaves:
+        tree.nodes[leaf.node].tokens.extend([6, 7, 8])
+        tree.nodes[leaf.node].logprobs.extend([-1.0] * 3)
+    return tree
+
+
+def test_the_newest_rare_answer_of_the_last_prompts_is_remembered():
+    rare = remembering(memory=2)
+    rare.look([answered("a", 1, 8), answered("b", 7, 8), answered("c", 4, 8), answered("d", 8, 8)])
+    assert rare.contradicts("a", False)
+    assert not rare.contradicts("a", True)  # the answer that is known of it was right, too
+    assert rare.contradicts("b", True)
+    assert not rare.contradicts("c", True)  # neither outcome was rare
+    assert not rare.contradicts("d", True)
+    assert rare.replay("a") == [5, 6]
+    rare.look([answered("a", 7, 8), answered("e", 1, 8)])
+    assert rare.contradicts("a", True)  # a newer one
+    assert not rare.contradicts("b", True)  # forgotten
+    other = remembering()
+    other.load_state_dict(json.loads(json.dumps(rare.state_dict())))
+    assert other.state_dict() == rare.state_dict()
+
+
+def test_an_answer_too_short_to_cut_is_of_no_use():
+    rare = remembering()
+    tree = tree_of(1.0, 0.0, 0.0, 0.0)
+    rare.look([tree])
+    assert not rare.contradicts("p", False)

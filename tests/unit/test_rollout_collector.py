@@ -20,6 +20,7 @@ from rollout_fake_engine import (
 )
 
 from treepo_mcore.data.tokenizer import load_tokenizer
+from treepo_mcore.grow.contrast import RarePaths
 from treepo_mcore.grow.sampler import stable_seed
 from treepo_mcore.rewards.math import final_answer
 from treepo_mcore.rollout.collector import Collection, Collector
@@ -27,7 +28,7 @@ from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
 from treepo_mcore.tree.stats import informative
 
 
-def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, queue=None) -> Collection:
+def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, queue=None, rare=None) -> Collection:
     config = config or make_config({})
     wanted = wanted or len(prompts)
     if queue is None:
@@ -37,7 +38,7 @@ def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, que
             if deterministic
             else SharedQueue(dist.HashStore(), 0, 1, wanted, len(prompts))
         )
-    return Collector(config, engine, FakeTokenizer(), rewards, None).collect(prompts, queue, step, 0.0)
+    return Collector(config, engine, FakeTokenizer(), rewards, None).collect(prompts, queue, step, 0.0, rare=rare)
 
 
 def whole(result: Collection, width: int = 8) -> None:
@@ -224,6 +225,62 @@ def test_what_may_still_differ_goes_on():
     config = early(FLAT, leaves=2, min_chance=1 - 3 / 9 + 1e-9)
     result = collect(FakeEngine(hazard_draw(0.05)), make_prompts(40), config, FakeRewards(verdict))
     assert result.counts.stopped_prompts > 0
+
+
+def remembered(config, *rows: tuple[str, bool, list[int]]) -> RarePaths:
+    rare = RarePaths(config.rollout.tree.contrast)
+    rare.load_state_dict({"paths": [list(row) for row in rows]})
+    return rare
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_where_answers_agree_others_start_behind_a_remembered_one(deterministic):
+    """All answers to p1 are wrong. One that was right is known of it, and a wrong one of p2; p0 differs by itself."""
+    config = make_config(
+        FLAT | {"tree": {"early_stop": {"leaves": 3, "min_chance": 1.0}, "contrast": {"paths": 4, "cut": 0.5}}},
+        run={"deterministic": deterministic},
+        reward={"function": "m:f", "overlong_buffer_tokens": 16, "overlong_penalty": 0.5},
+    )
+    rare = remembered(config, ("p1", True, [31, 32, 33, 34, 35]), ("p2", False, [41, 42]))
+    heard = []
+
+    def score(text: str, prompt: str) -> bool:
+        heard.append((prompt, text))
+        return verdict(text, prompt) or (text.startswith("31 32") and stable_seed(text) % 2 == 0)
+
+    engine = FakeEngine(hazard_draw(0.05))
+    result = collect(engine, make_prompts(3), config, FakeRewards(score), rare=rare)
+    assert [tree.prompt_id for tree in result.trees] == ["p0", "p1", "p2"]
+    assert [len(tree.leaves) for tree in result.trees][1:] == [3, 3]
+    (tree,) = result.restarts
+    assert (tree.prompt_id, tree.meta["replayed"], len(tree.leaves)) == ("p1", 2, 4)
+    assert list(tree.nodes[0].tokens) == [7] * 5 + [31, 32]
+    assert not tree.nodes[0].trained
+    assert result.counts.restarted_prompts == 1
+    assert sum(text.startswith("31 32 ") for prompt, text in heard if prompt == "prompt 1") == 4
+    assert all(2 + tree.leaf_tokens(leaf) <= 20 for leaf in range(4))
+    lengths = [2 + tree.leaf_tokens(leaf) for leaf in range(4)]
+    penalties = [max(0, length - 4) / 16 * 0.5 for length in lengths]
+    assert [leaf.score - leaf.reward for leaf in tree.leaves] == pytest.approx(penalties)
+    assert len({request.id for request in engine.submitted}) == len(engine.submitted)
+
+
+def test_an_informative_restart_is_reported_in_its_trees_place():
+    """Ten are wanted; p1 to p4 agree by themselves and become informative behind what is known of them."""
+    config = make_config(
+        FLAT | {"tree": {"early_stop": {"leaves": 3, "min_chance": 1.0}, "contrast": {"paths": 8}}},
+        filter={"max_prompts_factor": 10.0},
+    )
+    rare = remembered(config, *((f"p{n}", True, [31, 32]) for n in (1, 2, 4, 5)))
+
+    def score(text: str, prompt: str) -> bool:
+        return stable_seed(text) % 2 == 0 and (text.startswith("31 ") or hard_and_easy(prompt))
+
+    result = collect(FakeEngine(hazard_draw(0.05)), make_prompts(100), config, FakeRewards(score), wanted=10, rare=rare)
+    kept = [tree for tree in [*result.trees, *result.restarts] if informative(tree)]
+    assert len(kept) == 10
+    assert len([tree for tree in result.restarts if informative(tree)]) >= 3
+    assert result.counts.drawn_prompts == len(result.trees)
 
 
 def test_a_cut_tail_gives_up_what_is_not_decided():

@@ -104,7 +104,7 @@ class TwoEngines:
         self.barrier.wait()
         tensor.copy_(total)
 
-    def collect(self, prompts, queue, step, progress, returned, forks, prior):
+    def collect(self, prompts, queue, step, progress, returned, forks, prior, rare):
         def one(engine):
             self.place.engine = engine
             mine = LockstepQueue("leaders", engine, 2, self.config.trainer.prompts_per_step, len(prompts))

@@ -11,6 +11,7 @@ from treepo_mcore.config.learn import OF_TREEPO, AdvantageConfig, Aggregation, F
 from treepo_mcore.config.rewards import RewardConfig
 from treepo_mcore.config.rollout import (
     BranchingConfig,
+    ContrastConfig,
     EarlyStopConfig,
     FallbackConfig,
     PruningConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "BranchingConfig",
     "Config",
     "ConfigError",
+    "ContrastConfig",
     "DataConfig",
     "EarlyStopConfig",
     "FallbackConfig",

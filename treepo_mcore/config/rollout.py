@@ -101,6 +101,16 @@ class EarlyStopConfig(Section):
     min_chance: float = Field(0.3, ge=0, le=1)
 
 
+class ContrastConfig(Section):
+    """Starting again behind a remembered answer where all answers agree (docs/algorithm.md 2.13). Biased on purpose."""
+
+    # So many independent answers start behind the first part of an answer of an earlier epoch that had the other
+    # outcome; their tree takes the place of the one that agrees. Off without a number; needs early_stop.leaves.
+    paths: int | None = Field(None, ge=2)
+    cut: float = Field(0.5, gt=0, lt=1)  # the share of its tokens that is replayed, without loss
+    memory: int = Field(1000, ge=1)  # prompts whose newest rare answer is kept
+
+
 class TreeConfig(Section):
     """The shape of a tree."""
 
@@ -113,6 +123,7 @@ class TreeConfig(Section):
     fallback: FallbackConfig = FallbackConfig()
     pruning: PruningConfig = PruningConfig()
     early_stop: EarlyStopConfig = EarlyStopConfig()
+    contrast: ContrastConfig = ContrastConfig()
     # fork_behind: the parent's request keeps decoding across boundaries, siblings start from the recorded
     # prefix. stop_and_fork: every path stops at every boundary (the released design), for comparison.
     expansion: Literal["fork_behind", "stop_and_fork"] = "fork_behind"
@@ -133,6 +144,8 @@ class TreeConfig(Section):
     def _looks_early(self) -> TreeConfig:
         first = self.early_stop.leaves
         if first is None:
+            if self.contrast.paths is not None:
+                raise ValueError(f"contrast.paths: {self.contrast.paths} needs early_stop.leaves, found none")
             return self
         if first >= self.width:
             raise ValueError(f"early_stop.leaves: expected less than width = {self.width}, found {first}")

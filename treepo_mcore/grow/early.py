@@ -63,15 +63,22 @@ class Prior:
         self._sums = list(state["sums"])
 
 
-def looked_at(tree: Tree) -> list[int]:
-    """[right ones, all] of the answers so far whose reward call did not fail."""
+def looked_at(tree: Tree) -> tuple[int, int]:
+    """(right ones, all) of the answers so far whose reward call did not fail."""
     known = [leaf for leaf in tree.leaves if not leaf.failed]
-    return [sum(bool(leaf.correct) for leaf in known), len(known)]
+    return sum(bool(leaf.correct) for leaf in known), len(known)
+
+
+def agrees(tree: Tree) -> bool | None:
+    """Whether all answers so far are right, or none is; None where their scores differ, or nothing is known of them."""
+    right, known = looked_at(tree)
+    if informative(tree) or 0 < right < known or not known:
+        return None
+    return right > 0
 
 
 def goes_on(tree: Tree, width: int, min_chance: float, prior: Prior) -> bool:
     """Whether a tree with nothing but its first answers, all scored, gets its other ones."""
-    right, known = looked_at(tree)
-    if informative(tree) or 0 < right < known or not known:
+    if agrees(tree) is None:
         return True
-    return prior.chance(right, known, width - len(tree.leaves)) >= min_chance
+    return prior.chance(*looked_at(tree), width - len(tree.leaves)) >= min_chance

@@ -83,6 +83,7 @@ class TreeSampler:
         self._prune = make_pruner(config.pruning)
         self._runs_on = config.expansion == "fork_behind"
         self._limit = tree.nodes[PROMPT].end + config.response_tokens  # one past the last position of a path
+        self._answer = tree.nodes[PROMPT].end - tree.replayed  # where answers begin
         self._paths: dict[str, _Path] = {}
         self._ended: set[str] = set()  # ids of requests that ended or were aborted
         self._wave: list[int] = []  # nodes, in the order of their parents
@@ -303,7 +304,7 @@ class TreeSampler:
         if not count:
             return []
         context = self.tree.context(parent)
-        response = context[self.tree.nodes[PROMPT].end :]
+        response = context[self._answer :]
         children = [self._child(parent, from_fallback) for _ in range(count)]
         for node in children:
             # Splits rename paths, so the name alone could come twice; with the start position it cannot.
@@ -334,7 +335,7 @@ class TreeSampler:
         return min((self._deepest - first.depth + 1) * self._config.segment_tokens, self._limit - first.start)
 
     def _response(self, node: int) -> list[int]:
-        return self.tree.context(node)[self.tree.nodes[PROMPT].end :]
+        return self.tree.context(node)[self._answer :]
 
     def _random(self, *key: object) -> random.Random:
         return random.Random(stable_seed(self._seed_key, *key))

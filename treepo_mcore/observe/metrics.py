@@ -133,7 +133,7 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         return sum(sum(map(value, tree.leaves)) / len(tree.leaves) for tree in trees) / len(trees)
 
     stats = tree_stats(trees)
-    teaching = sum(informative(tree) for tree in trees)
+    teaching = sum(informative(tree) for tree in [*trees, *batch.restarts])
     # All trees, before the filter. It looks at rewards, and what is left is no sample of independent answers; the curve
     # happens to bear it, as a prompt whose rewards are all equal adds nothing, but only while rewards are scores.
     decided = decided_at(CurveSums.of(trees).points(), 0.5)
@@ -166,6 +166,7 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         "rollout/unfinished_prompts": counts.unfinished_prompts,
         "data/resting_prompts": counts.resting_prompts,
         "rollout/stopped_prompts": counts.stopped_prompts,
+        "rollout/restarted_prompts": counts.restarted_prompts,
         "rollout/discarded_tokens": counts.discarded_tokens,
         "rollout/tail_steps": counts.tail_steps,
         "rollout/idle_seconds": counts.idle_seconds,

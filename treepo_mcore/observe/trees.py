@@ -1,4 +1,7 @@
-"""Saved trees: run.dir/trees/step_000000.jsonl, written beside the run by a thread of rank 0."""
+"""Saved trees: run.dir/trees/step_000000.jsonl, written beside the run by a thread of rank 0.
+
+What grew behind remembered answers is beside them, in restarts_000000.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ class TreeWriter(Observer):
         """Hand the trees over. Raises what went wrong with an earlier file."""
         self._look()
         if step.number % self.every == 0:
-            self.pending.append(self.thread.submit(_write, self.folder, step.number, step.batch.trees))
+            self._submit(f"step_{step.number:06d}.jsonl", step.batch.trees)
+            if step.batch.restarts:
+                self._submit(f"restarts_{step.number:06d}.jsonl", step.batch.restarts)
         return Wish.NOTHING
 
     def close(self) -> None:
@@ -35,15 +40,17 @@ class TreeWriter(Observer):
         self.thread.shutdown()
         self._look()
 
+    def _submit(self, name: str, trees: list[Tree]) -> None:
+        self.pending.append(self.thread.submit(_write, self.folder / name, trees))
+
     def _look(self) -> None:
         for future in [future for future in self.pending if future.done()]:
             self.pending.remove(future)
             future.result()
 
 
-def _write(folder: Path, number: int, trees: list[Tree]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"step_{number:06d}.jsonl"
+def _write(file: Path, trees: list[Tree]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
     write_trees(unfinished, trees)
     unfinished.replace(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,16 @@ from treepo_mcore.engine.protocol import Chunk
 
 VERDICTS = 32  # on first answers, at most, in one message
 
-Verdict = tuple[int, bool]  # a prompt's number, and whether it goes on
+
+class Next(IntEnum):
+    """What follows a prompt's first answers."""
+
+    END = 0  # nothing: its tree is complete
+    REST = 1  # the rest of its tree
+    CONTRAST = 2  # answers behind a remembered one
+
+
+Verdict = tuple[int, Next]  # a prompt's number, and what follows
 
 
 class Agreement:
@@ -58,7 +68,7 @@ class Agreement:
         """
         if self._group is None:
             return number, closed, held_back, list(verdicts)
-        told = [2 * prompt + on for prompt, on in verdicts] + [-1] * (VERDICTS - len(verdicts))
+        told = [len(Next) * prompt + then for prompt, then in verdicts] + [-1] * (VERDICTS - len(verdicts))
         mine = torch.tensor([self._digest, -1 if number is None else number, int(closed), int(held_back), *told])
         rows = [torch.empty_like(mine) for _ in range(self._group.size())]
         try:
@@ -72,7 +82,7 @@ class Agreement:
             raise RuntimeError(f"{self._where()}: the ranks of this engine sampled different tokens: {digests}")
         self._last = self._step
         first = rows[0].tolist()
-        agreed = [(value // 2, bool(value % 2)) for value in first[4:] if value >= 0]
+        agreed = [(value // len(Next), Next(value % len(Next))) for value in first[4:] if value >= 0]
         return (None if first[1] < 0 else first[1]), bool(first[2]), bool(first[3]), agreed
 
     def _where(self) -> str:

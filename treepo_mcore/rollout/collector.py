@@ -14,7 +14,8 @@ from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Chunk, Engine
-from treepo_mcore.grow.early import FIRST, Prior, goes_on, looked_at
+from treepo_mcore.grow.contrast import RarePaths, shape_behind
+from treepo_mcore.grow.early import FIRST, Prior, agrees, goes_on, looked_at
 from treepo_mcore.grow.sampler import Actions, TreeSampler
 from treepo_mcore.grow.schedule import Forks
 from treepo_mcore.grow.shape import sampled_shape
@@ -22,13 +23,15 @@ from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import failed_score, shape
-from treepo_mcore.rollout.agreement import VERDICTS, Agreement, Verdict
+from treepo_mcore.rollout.agreement import VERDICTS, Agreement, Next, Verdict
 from treepo_mcore.rollout.queue import PromptQueue
 from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree
 
 IDLE_POLL_SECONDS = 0.005
 ANCHOR = "boxed"  # any text does; a tokenizer that cannot write this one has no boxes to find
+
+CONTRAST = 1  # in the key of a restart's draws
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class Collection:
     """What one engine made of its prompts; only the engine's first rank holds rewards."""
 
     trees: list[Tree] = field(default_factory=list)  # complete, in the order of their numbers
+    restarts: list[Tree] = field(default_factory=list)  # behind remembered answers, in the order of their numbers
     drawn: list[int] = field(default_factory=list)  # numbers of all prompts that were started
     unfinished: list[int] = field(default_factory=list)  # numbers of the prompts given up in the tail
     counts: Counts = field(default_factory=Counts)
@@ -53,6 +57,8 @@ class _Prompt:
     context: int = 0  # tokens of the contexts of all its requests
     cached: int = 0  # of these, served by the prefix cache
     found: int = 0  # of these, prompt tokens that its first request found there, left by another prompt
+    restart: bool = False  # behind a remembered answer
+    goes_on_elsewhere: bool = False  # in a restart, which is reported in its place
 
 
 class Collector:
@@ -83,16 +89,17 @@ class Collector:
         returned: int = 0,
         forks: Forks | None = None,
         prior: Prior | None = None,
+        rare: RarePaths | None = None,
     ) -> Collection:
         """Trees of the prompts that this engine draws, until the step has enough.
 
         prompts: all that may be drawn, by number. queue: only on the engine's first rank. progress in [0, 1] drives
         the schedules. returned: so many numbers, the first ones, an earlier step put back; no tail is cut off them.
-        forks: where they are planned. prior: of prompts whose first answers agree, by default what is known before the
-        first step.
+        forks: where they are planned. prior, rare: what is known of prompts whose first answers agree, by default what
+        is known before the first step.
         Raises RuntimeError when the ranks of the engine disagree.
         """
-        return _Collect(self, prompts, queue, step, progress, returned, forks, prior or Prior()).run()
+        return _Collect(self, prompts, queue, step, progress, returned, forks, prior or Prior(), rare).run()
 
     def text_of(self, response: list[int]) -> str:
         """What the reward function sees. A model may have more words than its tokenizer: they have no text."""
@@ -119,9 +126,10 @@ class _Collect:
         returned: int,
         forks: Forks | None,
         prior: Prior,
+        rare: RarePaths | None,
     ) -> None:
         self.config, self.tree_config, self.forks = collector.config, collector.tree_config, forks
-        self.prior = prior
+        self.prior, self.rare = prior, rare or RarePaths(self.tree_config.contrast)
         self.engine, self.rewards, self.text_of = collector.engine, collector.rewards, collector.text_of
         self.stopper, self.prompts, self.queue = collector.stopper, prompts, queue
         self.step, self.progress, self.returned = step, progress, returned
@@ -151,7 +159,8 @@ class _Collect:
             else:
                 self._idle()
         self.counts.preemptions = self.engine.preemptions() - preempted
-        self.result.trees.sort(key=lambda tree: int(tree.meta["number"]))
+        for trees in (self.result.trees, self.result.restarts):
+            trees.sort(key=lambda tree: int(tree.meta["number"]))
         return self.result
 
     # Admission.
@@ -204,9 +213,9 @@ class _Collect:
         """What the engine's first rank knows, on all of its ranks; prompts go on or end as it says."""
         told, self.verdicts = self.verdicts[:VERDICTS], self.verdicts[VERDICTS:]
         number, closed, held_back, agreed = self.agreement.order(number, closed, held_back, told)
-        for prompt, on in agreed:
+        for prompt, then in agreed:
             if prompt in self.undecided:  # not given up meanwhile
-                self._decide(self.undecided.pop(prompt), on)
+                self._decide(self.undecided.pop(prompt), then)
         return number, closed, held_back
 
     @property
@@ -215,7 +224,7 @@ class _Collect:
         return bool(self.active or self.undecided or self.scoring)
 
     def _start(self, number: int, prompt: Prompt) -> None:
-        tree = Tree(prompt.id, prompt.tokens, {"prompt": prompt.text, "answer": prompt.answer, "number": number})
+        tree = _tree(prompt, number)
         key = (self.config.run.seed, self.step, number)
         entry = _Prompt(
             number, prompt, TreeSampler(tree, self.tree_config, self.stopper, key, self.progress, self.forks)
@@ -323,7 +332,7 @@ class _Collect:
     def _submit_reward(self, entry: _Prompt, leaf: int) -> None:
         assert self.rewards is not None
         tree = entry.sampler.tree
-        text = tree.leaves[leaf].text = self.text_of(tree.response(leaf))
+        text = tree.leaves[leaf].text = self.text_of(tree.answer(leaf))
         entry.unscored += 1
         prompt = entry.prompt
         self.rewards.submit((self.step, entry.number, leaf), text, prompt.answer, prompt.text, prompt.meta)
@@ -336,7 +345,8 @@ class _Collect:
             if entry is None or step != self.step:  # its prompt was given up
                 continue
             tree, reward = entry.sampler.tree, self.config.reward
-            leaf, lengths = tree.leaves[index], (tree.leaf_tokens(index), self.tree_config.response_tokens)
+            length = tree.leaf_tokens(index) + tree.replayed
+            leaf, lengths = tree.leaves[index], (length, self.tree_config.response_tokens)
             leaf.failed = result.error is not None
             self.counts.rewards += 1
             self.counts.failed_rewards += leaf.failed
@@ -352,18 +362,35 @@ class _Collect:
         if self.rewards is None or entry.unscored or entry.number not in self.undecided:
             return
         tree, config = entry.sampler.tree, self.tree_config
-        tree.meta[FIRST] = looked_at(tree)
-        self.verdicts.append((entry.number, goes_on(tree, config.width, config.early_stop.min_chance, self.prior)))
+        tree.meta[FIRST] = list(looked_at(tree))
+        then = Next(goes_on(tree, config.width, config.early_stop.min_chance, self.prior))
+        right = agrees(tree)
+        if right is not None and self.rare.contradicts(tree.prompt_id, right):
+            then = Next.CONTRAST
+        self.verdicts.append((entry.number, then))
 
-    def _decide(self, entry: _Prompt, on: bool) -> None:
+    def _decide(self, entry: _Prompt, then: Next) -> None:
         """Start what waited for the first answers, or let the tree be complete with them."""
         self.active[entry.number] = entry
-        if on:
+        if then is Next.REST:
             self._apply(entry, entry.sampler.go_on())
         else:
             entry.sampler.give_back()
             self.counts.stopped_prompts += 1
+            entry.goes_on_elsewhere = then is Next.CONTRAST
         self._look(entry)
+        if then is Next.CONTRAST:
+            self._restart(entry.number, entry.prompt)
+
+    def _restart(self, number: int, prompt: Prompt) -> None:
+        """Another tree for a prompt whose first answers agree, behind a remembered one."""
+        replayed = self.rare.replay(prompt.id)
+        tree, config = _tree(prompt, number, replayed), shape_behind(self.tree_config, len(replayed))
+        key = (self.config.run.seed, self.step, number, CONTRAST)
+        entry = _Prompt(number, prompt, TreeSampler(tree, config, self.stopper, key, self.progress), restart=True)
+        self.active[number] = entry
+        self.counts.restarted_prompts += 1
+        self._apply(entry, entry.sampler.start())
 
     def _finish_if_scored(self, entry: _Prompt) -> None:
         if entry.unscored or entry.number not in self.scoring:
@@ -383,8 +410,8 @@ class _Collect:
             return
         # Node ids followed the arrival of tokens; equal trees become identical tables.
         tree = tree.canonical(dropped)
-        self.result.trees.append(tree)
-        if self.queue is not None:
+        (self.result.restarts if entry.restart else self.result.trees).append(tree)
+        if self.queue is not None and not entry.goes_on_elsewhere:
             self.queue.report(rejected=self.config.filter.enabled and not informative(tree))
 
     def _lose(self, entry: _Prompt) -> None:
@@ -406,13 +433,20 @@ class _Collect:
             self._apply(entry, entry.sampler.fail())
             self.active.pop(entry.number, None)
             self.undecided.pop(entry.number, None)
-            self.result.unfinished.append(entry.number)
+            if not entry.restart:
+                self.result.unfinished.append(entry.number)
             self.counts.unfinished_prompts += 1
             self.counts.discarded_tokens += entry.decoded
             if self.queue is not None:
                 self.queue.report(rejected=False)
         if self.queue is not None:
             self.queue.give_up()
+
+
+def _tree(prompt: Prompt, number: int, replayed: Sequence[int] = ()) -> Tree:
+    """With nothing but its prompt, which may go on into an answer: what is replayed has no log-probs and no loss."""
+    meta = {"prompt": prompt.text, "answer": prompt.answer, "number": number}
+    return Tree(prompt.id, [*prompt.tokens, *replayed], meta | ({"replayed": len(replayed)} if replayed else {}))
 
 
 def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:

@@ -16,6 +16,7 @@ from treepo_mcore.config import Config
 from treepo_mcore.data.prompts import Prompt, PromptStream
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Engine
+from treepo_mcore.grow.contrast import RarePaths
 from treepo_mcore.grow.early import Prior
 from treepo_mcore.grow.schedule import Schedule
 from treepo_mcore.records import Batch
@@ -43,7 +44,8 @@ class Rollout:
         self.engine_group = self._engine_group(short=not config.run.deterministic)
         self.tree_group = self._engine_group(short=False)
         self.collector = Collector(config, engine, tokenizer, rewards, self.engine_group)
-        self.schedule, self.prior = Schedule(self.collector.tree_config), Prior()
+        tree = self.collector.tree_config
+        self.schedule, self.prior, self.rare = Schedule(tree), Prior(), RarePaths(tree.contrast)
         self.leaders = dist.new_group(list(placement.leaders), backend="gloo")
         self.begun = 0  # collect calls; their counters in the store must not meet
 
@@ -59,27 +61,33 @@ class Rollout:
         self.begun += 1
         queue = self._queue(wanted, limit) if self.placement.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
-        forks, returned = self.schedule.forks(), stream.returned
-        result = self._exchange(self.collector.collect(prompts, queue, step, progress, returned, forks, self.prior))
+        known = (self.schedule.forks(), self.prior, self.rare)
+        result = self._exchange(self.collector.collect(prompts, queue, step, progress, stream.returned, *known))
         if not result.trees:
             raise RuntimeError(f"step {step}: no prompt was finished; see rollout.tail_steps and the engine's log")
         self._move(stream, result)
         stream.saw({tree.prompt_id: not informative(tree) for tree in result.trees})
         self.prior.look(result.trees)
+        self.rare.look(result.trees)
         told = self.schedule.look(result.trees)
         if told and self.placement.reports:
             logger.info("step %d: %s", step, told)
         result.counts.resting_prompts = stream.resting
-        return Batch(result.trees, step, result.counts)
+        return Batch(result.trees, step, result.counts, result.restarts)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt from the trees so far, as JSON values, for a checkpoint."""
-        return {"schedule": self.schedule.state_dict(), "prior": self.prior.state_dict()}
+        return {
+            "schedule": self.schedule.state_dict(),
+            "prior": self.prior.state_dict(),
+            "rare": self.rare.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.schedule.load_state_dict(state["schedule"])
         self.prior.load_state_dict(state["prior"])
+        self.rare.load_state_dict(state["rare"])
 
     def _move(self, stream: PromptStream, result: Collection) -> None:
         """Behind the last prompt that was drawn; what was not drawn before it or not finished comes again.
@@ -114,10 +122,12 @@ class Rollout:
         total = Collection()
         for part in everyone:
             total.trees += part.trees
+            total.restarts += part.restarts
             total.drawn += part.drawn
             total.unfinished += part.unfinished
             total.counts.add(part.counts)
-        total.trees.sort(key=lambda tree: int(tree.meta["number"]))
+        for trees in (total.trees, total.restarts):
+            trees.sort(key=lambda tree: int(tree.meta["number"]))
         return total
 
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:

@@ -90,6 +90,16 @@ class Tree:
         self._children: list[list[int]] = [[]]
         self._leaf_at: dict[int, int] = {}  # node -> index into leaves
 
+    @property
+    def replayed(self) -> int:
+        """How many of the prompt's last tokens are an earlier answer's, which this tree's answers go on from."""
+        return int(self.meta.get("replayed", 0))
+
+    def answer(self, leaf: int) -> list[int]:
+        """All tokens of a leaf's answer, replayed ones included."""
+        prompt = self.nodes[PROMPT]
+        return [*prompt.tokens[len(prompt.tokens) - self.replayed :], *self.response(leaf)]
+
     # Growing.
 
     def add_node(self, parent: int, depth: int, from_fallback: bool = False, source: str = POLICY) -> int:
