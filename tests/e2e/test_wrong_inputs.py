@@ -5,6 +5,7 @@ WRITE_WRONG_INPUTS=1 python -m pytest tests/e2e/test_wrong_inputs.py
 
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -117,11 +118,21 @@ OVERRIDES = [
     "rollout.tree.pruning.function=no_such_module:f",
     "rollout.tree.pruning.function=os:getcwd",
     "rollout.tree.pruning.function=json",
+    "rollout.tree.early_stop.leaves=1",
+    "rollout.tree.early_stop.leaves=3",
+    "rollout.tree.early_stop.leaves=8",
+    "rollout.tree.early_stop.min_chance=2",
+    "rollout.tree.early_stop.leaves=2 rollout.tree.expansion=stop_and_fork",
+    "rollout.tree.contrast.paths=4",
+    "rollout.tree.contrast.cut=1",
+    "rollout.tree.branching.schedule=auto reward.shuffle=true",
+    "filter.longest_rest=-1",
     "filter.max_prompts_factor=0.5",
     "filter.patience=-1",
     "advantage.estimator=grpoo",
     "advantage.estimator=no_such_module:f",
     "advantage.baseline=kin",
+    "advantage.estimator=subtree advantage.mass_loss_weight=false",
     "advantage.aggregation=median",
     "advantage.whiten=step",
     "advantage.max_levels=0",
@@ -226,7 +237,7 @@ def folder(tmp_path_factory):
 def cases(folder):
     """(what is wrong, arguments); files are made as they come."""
     for override in OVERRIDES:
-        yield override, [override]
+        yield override, re.split(r" (?=[a-z_.]+=)", override)
     for name, text in TRAIN.items():
         file = folder / "bad.jsonl"
         file.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")

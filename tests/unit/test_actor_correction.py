@@ -11,7 +11,7 @@ from treepo_mcore.config import ActorConfig, ConfigError, parse_config
 from treepo_mcore.learn.advantage import LeafAdvantage
 from treepo_mcore.learn.correction import leaf_factors, token_factors
 from treepo_mcore.learn.packing import pack_flat, pack_trees
-from treepo_mcore.observe.guard import MismatchError, MismatchGuard
+from treepo_mcore.observe.guard import MismatchError, MismatchGuard, rounding_bound
 
 LOG_RHO = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
 
@@ -94,3 +94,21 @@ def test_by_default_the_first_step_has_to_be_explained_by_rounding(mean):
 def test_settings_that_contradict_each_other(actor, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({"model": {"path": "m"}, "data": {"train": "t"}, "actor": actor})
+
+
+@pytest.mark.parametrize(
+    ("rollout", "bound"),
+    [
+        ({"dtype": "float32"}, 0.01),
+        ({"dtype": "bfloat16"}, 0.1),
+        ({"dtype": "float32", "engine": {"quantization": "fp8_per_block"}}, 0.5),
+        ({"dtype": "float32", "engine": {"kv_cache_dtype": "fp8_e4m3"}}, 0.5),
+        ({"dtype": "float32", "engine": {"kv_cache_dtype": "auto"}}, 0.01),
+        ({"dtype": "float32", "temperature": 0.5}, 0.02),
+        ({"dtype": "float32", "temperature": 2.0}, 0.01),
+    ],
+)
+def test_what_rounding_may_explain(rollout, bound):
+    sections = {"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout}
+    sections["actor"] = LARGE | {"dtype": "float32"}
+    assert rounding_bound(parse_config(sections)) == pytest.approx(bound)

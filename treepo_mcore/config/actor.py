@@ -64,7 +64,8 @@ class ActorConfig(Section):
     correction: str = "none"
     correction_threshold: float = Field(2.0, gt=1)
     # The run stops beyond this mean |log rho| of a mini-batch, in nats. Default: only the first step of a job is looked
-    # at, with a bound that rounding explains: 0.01 in float32, 0.1 in half precision, 0.5 in FP8.
+    # at, with a bound that rounding explains: 0.01 in float32, 0.1 in half precision, 0.5 in FP8 (of the key-value
+    # cache, too), over rollout.temperature where that is below 1.
     max_mismatch: float | None = Field(None, gt=0)
     # The policy at the start of the run, for loss.kl_coef. host: its weights wait in host memory, the actor's size
     # once more, and change places with the actor's (another such copy) for its log-probs.
