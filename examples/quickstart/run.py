@@ -78,11 +78,14 @@ def start_over(config: Config, overrides: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="processes of the warm-up and the training run")
+    parser.add_argument("--prepare", action="store_true", help="make what is missing of data and model, train nothing")
     parser.add_argument("overrides", nargs="*", help="key=value for the trainer")
     arguments = parser.parse_args()
     prepare_environment()
     config = read_config(arguments.overrides)
     warmup_seconds = prepare(arguments.nproc)
+    if arguments.prepare:
+        return
     overrides = start_over(config, arguments.overrides)
     begin = time.perf_counter()
     torchrun(arguments.nproc, "-m", "treepo_mcore", "train", str(HERE / "config.yaml"), *overrides)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from treepo_mcore.cli import launch, plan, trees
+from treepo_mcore.cli.study import study
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.observe.logs import set_up_logging
 from treepo_mcore.system.environment import prepare_environment
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(trees.app, name="trees")
 app.add_typer(plan.app, name="plan")
 app.add_typer(launch.app, name="launch")
+app.command()(study)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")]

@@ -30,6 +30,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Relative paths are taken from the current directory. Raises `ConfigError` with one line.
     """
     file = Path(path)
+    raw = read_yaml(file)
+    for override in overrides or []:
+        apply_override(raw, override)
+    return parse_config(raw, where=str(file))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping at a file's top. Raises `ConfigError`."""
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file")
     try:
@@ -38,9 +46,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{file}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping at the top, found {type(raw).__name__}")
-    for override in overrides or []:
-        apply_override(raw, override)
-    return parse_config(raw, where=str(file))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
@@ -51,12 +57,12 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
         raise ConfigError(f"{where}: {_explain(error)}") from error
 
 
-def parse_section[S: Section](kind: type[S], options: dict[str, Any]) -> S:
-    """A section from command-line options. Raises `ConfigError` naming the first bad one."""
+def parse_section[S: Section](kind: type[S], options: dict[str, Any], where: str = "") -> S:
+    """A section from command-line options or a file of its own. Raises `ConfigError` naming the first bad one."""
     try:
         return kind.model_validate(options)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(f"{where}: {_explain(error, kind)}" if where else _explain(error, kind)) from error
 
 
 def dump_config(config: Config) -> str:
@@ -83,13 +89,13 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel] = Config) -> str:
     first = error.errors()[0]
     parts = [str(p) for p in first["loc"] if "[" not in str(p)]  # a union's branch, such as literal[...], is no key
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         prefix = "".join(f"{part}." for part in parts[:-1])
-        return f"unknown key {key}{did_you_mean(parts[-1], _known_keys(parts[:-1]), prefix)}"
+        return f"unknown key {key}{did_you_mean(parts[-1], _known_keys(parts[:-1], kind), prefix)}"
     if first["type"] == "missing":
         return f"missing key {key}"
     if first["type"] == "value_error":
@@ -98,8 +104,8 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r}"
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _known_keys(path: list[str], kind: type[BaseModel]) -> list[str]:
+    model = kind
     for part in path:
         annotation = model.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

@@ -1,0 +1,1 @@
+"""Studies: arms and seeds as runs of their own, their results, a report."""
