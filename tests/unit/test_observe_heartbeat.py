@@ -1,6 +1,7 @@
 """A node that is silent, gone or done, seen from another; the processes themselves run in tests/launch."""
 
 import os
+import queue
 import socket
 import threading
 import time
@@ -91,15 +92,15 @@ def test_what_is_heard_is_not_answered(watch):
     assert 1 <= beats <= 2 + (time.monotonic() - begin) / 0.05
 
 
-def test_strangers_are_not_taken_for_nodes(monkeypatch, capsys):
+def test_strangers_are_not_taken_for_nodes(monkeypatch):
     """One that says something else, one that says nothing, one that hangs up at once; then the node."""
     monkeypatch.setattr(heartbeat, "GREETING_SECONDS", 0.2)
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    said: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(heartbeat, "print", lambda text, flush: said.put(text), raising=False)
     with ThreadPoolExecutor(1) as pool:
         serving = pool.submit(_serve, 1)
-        meeting = ""
-        while not meeting:
-            meeting = capsys.readouterr().out.strip()
+        meeting = said.get(timeout=10)
         where = ("127.0.0.1", int(meeting.partition("/")[0]))
         strangers = [socket.create_connection(where) for _ in range(3)]
         strangers[0].sendall(b"GET / HTTP/1.1\r\n")
