@@ -64,8 +64,9 @@ def settings(model: Path, data: Path, run: Path, arguments: argparse.Namespace) 
         {
             "run": {"dir": str(run), "seed": arguments.seed},
             "model": {"path": str(model)},
-            "data": {"train": str(data / "train.jsonl"), "eval": str(data / "eval.jsonl"), "max_prompt_tokens": 96},
-            "rollout": {"dtype": "float32", "tree": {"segment_tokens": 16, "max_depth": 5}},
+            "data": {"train": str(data / "train.jsonl"), "eval": str(data / "eval.jsonl")}
+            | {"max_prompt_tokens": arguments.prompt_tokens},
+            "rollout": {"dtype": "float32", "tree": {"segment_tokens": arguments.response_tokens, "max_depth": 1}},
             "actor": {
                 "dtype": "float32",
                 "micro_batch_tokens": 4096,
@@ -129,6 +130,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="problems in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--until", type=float, default=0.3, help="held-out accuracy at which to stop")
+    parser.add_argument("--prompt-tokens", type=int, default=96, help="longest prompt")
+    parser.add_argument("--response-tokens", type=int, default=80, help="longest answer")
     parser.add_argument("--look-every", type=int, default=100, help="steps between looks at the held-out problems")
     arguments = parser.parse_args()
     set_up_logging("info")

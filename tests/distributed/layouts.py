@@ -139,7 +139,7 @@ def shares_of_two_ranks(directory: str, trees: str) -> dict[str, Any]:
     actor.megatron.fp8 = "hybrid"
     counts.append(len(actor._micro_batches(batch[:mine], least=actor._most(mine))))
     actor.megatron.fp8 = None
-    return {"counts": counts, "said": _not_finite(actor, batch)}
+    return {"counts": counts} | _not_finite(actor, batch)
 
 
 def idle_rank(directory: str, trees: str, megatron: dict[str, Any]) -> float:
@@ -151,11 +151,33 @@ def idle_rank(directory: str, trees: str, megatron: dict[str, Any]) -> float:
     return actor.update(batch, old, PolicyObjective(actor.config))["tokens"]
 
 
-def _not_finite(actor: Actor, batch: list[PackedSequence]) -> str:
-    if actor.grid.rank == 0:
-        batch[0].adv_pos[:] = float("nan")
+def _not_finite(actor: Actor, batch: list[PackedSequence]) -> dict[str, Any]:
+    """Two updates with advantages that are no numbers on one rank, a good one, and as many as it takes to stop."""
+    good = [sequence.adv_pos.clone() for sequence in batch]
+    before = {name: tensor.clone() for name, tensor in actor.tensors.items()}
+    found: dict[str, Any] = {"skipped": []}
+
+    def update() -> None:
+        old = [sequence.behaviour_logprob for sequence in batch]
+        found["skipped"].append(actor.update(batch, old, PolicyObjective(actor.config))["skipped"])
+        actor.finish_updates()
+
+    def spoil() -> None:
+        if actor.grid.rank == 0:
+            batch[0].adv_pos[:] = float("nan")
+
+    spoil()
+    update()
+    update()
+    found["moved"] = any(not torch.equal(tensor, before[name]) for name, tensor in actor.tensors.items())
+    batch[0].adv_pos[:] = good[0]
+    update()
+    found["finite"] = all(bool(tensor.isfinite().all()) for tensor in actor.tensors.values())
+    found["moved at last"] = any(not torch.equal(tensor, before[name]) for name, tensor in actor.tensors.items())
+    spoil()
     try:
-        actor.update(batch, [sequence.behaviour_logprob for sequence in batch], PolicyObjective(actor.config))
+        for _ in range(5):
+            update()
     except RuntimeError as error:
-        return str(error)
-    return "went on"
+        found["said"] = str(error)
+    return found

@@ -168,13 +168,17 @@ def relative(a, b):
 
 
 def test_ranks_with_unequal_shares(directories, tmp_path):
-    """All stop at a gradient that is not finite; under delayed scaling all have as many micro-batches."""
+    """None steps on a gradient that is not finite, and all stop; under delayed scaling all have as many micro-batches."""
     write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=4) for seed in range(8)])
     arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl")}
     one, two = launch("layouts:shares_of_two_ranks", 2, arguments)
     assert (one["counts"], two["counts"]) == ([1, 2], [2, 2])
-    assert one["said"] == two["said"]
-    assert one["said"].startswith("the gradient's norm is nan")
+    for rank in (one, two):
+        assert rank["said"].startswith("the gradient's norm is nan, 3 times in a row (actor.max_skipped)")
+        assert rank["skipped"] == [1, 1, 0, 1, 1]
+        assert not rank["moved"]
+        assert rank["moved at last"]
+        assert rank["finite"]
 
 
 def test_a_rank_without_trees_in_the_first_step(directories, tmp_path):

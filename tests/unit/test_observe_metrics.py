@@ -38,3 +38,9 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     write(tmp_path, '{"step": 0, "lo\n', '{"step": 1}\n')
     with pytest.raises(json.JSONDecodeError):
         MetricsLog(tmp_path, 5)
+
+
+def test_a_line_is_json_whatever_happened(tmp_path):
+    MetricsLog(tmp_path, 0).write(0, {"loss": float("nan"), "norm": float("inf"), "tokens": 3, "told": None})
+    assert steps(tmp_path) == [{"step": 0, "loss": None, "norm": None, "tokens": 3, "told": None}]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

@@ -58,6 +58,7 @@ class Actor:
         """
         self.config, self.arch, self.grid = config, arch, grid
         self.temperature = temperature
+        self.skipped = 0  # updates in a row whose gradient was not finite
         self.dtype = DTYPES[config.dtype]
         configs = megatron_configs(config, arch)
         bare = build_model(configs, arch)
@@ -135,7 +136,8 @@ class Actor:
 
         The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
         with weights of one the mean over logical tokens. Returns metrics, the same on every rank. Call `finish_updates`
-        behind the last one. Raises RuntimeError on all ranks together when the gradient is not finite.
+        behind the last one. Where the gradient is not finite nothing is stepped and `skipped` is 1.0; raises
+        RuntimeError, on all ranks together, when that happens more than `actor.max_skipped` times in a row.
         old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for an objective that takes no ratios.
         """
         batches = self._micro_batches(sequences, old_logp, reference_logp, least=self._most(len(sequences)))
@@ -148,10 +150,19 @@ class Actor:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(batches, partial(_loss, objective, normaliser), objective.entropy_grad)
-        _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise RuntimeError(f"the gradient's norm is {grad_norm}: these weights are lost; go on from a checkpoint")
-        return objective.means(self._totals(outputs, objective)) | {"grad_norm": float(grad_norm)}
+        # As `step` does by itself, which would not look before it moves the weights.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skips = not math.isfinite(grad_norm)
+        self.skipped = self.skipped + 1 if skips else 0
+        if self.skipped > self.config.max_skipped:
+            raise RuntimeError(
+                f"the gradient's norm is {grad_norm}, {self.skipped} times in a row (actor.max_skipped); the weights "
+                "are as they were before"
+            )
+        if not skips:
+            self.optimizer.step()
+        return objective.means(self._totals(outputs, objective)) | {"grad_norm": grad_norm, "skipped": float(skips)}
 
     @on_megatron_device
     def finish_updates(self) -> None:

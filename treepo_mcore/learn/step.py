@@ -126,5 +126,7 @@ def _step_metrics(results: list[dict[str, float]], config: Config) -> dict[str, 
         known = results[:1] if name.startswith("mismatch/") and config.actor.old_logprobs == "engine" else results
         column = [result[name] for result in known]
         value = max(column) if name.endswith("_max") else sum(column) / len(column)
+        if name == "skipped":
+            value = sum(column)
         values[name if name.startswith("mismatch/") else f"actor/{name}"] = value
     return values

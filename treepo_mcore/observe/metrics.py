@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,12 +94,17 @@ class MetricsLog:
         self.file.write_text("".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line."""
+        """One line, JSON whatever happened: a number that is not finite is null."""
+        known = {name: None if _is_not_finite(value) else value for name, value in values.items()}
         with self.file.open("a") as handle:
-            handle.write(json.dumps({"step": step, **values}) + "\n")
+            handle.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
 
     def _lines(self) -> list[str]:
         return self.file.read_text().splitlines() if self.file.is_file() else []
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_whole(line: str) -> bool:
