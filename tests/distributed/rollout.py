@@ -68,3 +68,16 @@ def diverge(config: dict[str, Any], kind: str) -> str:
     finally:
         trainer.close()
     return "no error"
+
+
+def stuck(config: dict[str, Any]) -> str:
+    """What is said where the engine's scheduler starts no request."""
+    trainer = trainer_of(config)
+    trainer.policy.engine.scheduler.max_num_running_reqs = 0
+    try:
+        trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        trainer.close()
+    return "no error"

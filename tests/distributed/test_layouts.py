@@ -168,7 +168,7 @@ def relative(a, b):
 
 
 def test_ranks_with_unequal_shares(directories, tmp_path):
-    """None steps on a gradient that is no number, and all stop; under delayed scaling all have as many micro-batches."""
+    """None steps on a gradient that is no number, all stop; under delayed scaling all have as many micro-batches."""
     write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=4) for seed in range(8)])
     arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl")}
     one, two = launch("layouts:shares_of_two_ranks", 2, arguments)

@@ -118,6 +118,13 @@ def test_all_ranks_of_an_engine_hear_which_prompts_go_on(model_directory, tmp_pa
     assert max(len(tree.leaves) for tree in trees) == WIDTH
 
 
+def test_an_engine_that_schedules_nothing_is_an_error(model_directory, tmp_path):
+    """Also the test that fails when the names inside vLLM's scheduler change."""
+    config = configuration(model_directory("qwen3"), tmp_path)
+    (said,) = launch("rollout:stuck", 1, {"config": config}, limit=100)
+    assert said.startswith("vLLM has scheduled nothing in 101 steps: ")
+
+
 @pytest.mark.parametrize("kind", ["seed", "length"])
 def test_a_rank_that_goes_another_way_is_an_error_on_all(model_directory, tmp_path, kind):
     config = configuration(model_directory("qwen3"), tmp_path, tp=2)

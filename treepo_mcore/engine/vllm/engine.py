@@ -50,6 +50,7 @@ OF_THE_TRAINER = {
 }
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
 KERNEL_BLOCK = 16  # tokens; what vLLM's attention kernels take multiples of, on a CPU and on GPUs
+STUCK_STEPS = 100  # no request that waits is started in so many steps: none ever will be
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
 
@@ -76,6 +77,7 @@ class VllmEngine:
         self.scheduler = _scheduler(self.client)
         self.preempted = _count_preemptions(self.scheduler)
         self.counter = 0
+        self.stuck = 0  # steps in a row in which nothing ran
         if torch.cuda.is_available() and torch.distributed.get_rank() == 0:
             version = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
             log.info("vLLM's Model Runner V%d (VLLM_USE_V2_MODEL_RUNNER; docs/gpu.md)", version)
@@ -99,7 +101,7 @@ class VllmEngine:
         self.client.abort_requests(ids)
 
     def step(self) -> list[Chunk]:
-        return [_chunk(output) for output in self.client.get_output().outputs]
+        return [_chunk(output) for output in self._outputs()]
 
     @property
     def block_tokens(self) -> int:
@@ -124,10 +126,21 @@ class VllmEngine:
             self._add(f"greedy-{self.counter}", prompt, params)
         running = len(prompts)
         while running:
-            for output in self.client.get_output().outputs:
+            for output in self._outputs():
                 answers[output.request_id] += output.new_token_ids
                 running -= output.finished
         return list(answers.values())
+
+    def _outputs(self) -> list[EngineCoreOutput]:
+        """Of one step of the engine core. Raises RuntimeError where it schedules nothing, step after step."""
+        outputs: list[EngineCoreOutput] = self.client.get_output().outputs
+        self.stuck = 0 if outputs or self.scheduler.running else self.stuck + 1
+        if self.stuck > STUCK_STEPS:
+            raise RuntimeError(
+                f"vLLM has scheduled nothing in {self.stuck} steps: {len(self.scheduler.waiting)} requests wait, with "
+                f"{self.free_blocks()} free cache blocks and room for {self.max_requests} requests"
+            )
+        return outputs
 
     def sleep(self) -> None:
         # Level 2 frees the weights too: the next push brings new ones. On a CPU the call frees nothing.
