@@ -20,6 +20,7 @@ from treepo_mcore.observe.observer import Observer, Observers, Wish
 from treepo_mcore.observe.usual import usual_observers
 from treepo_mcore.policy import Policy
 from treepo_mcore.records import Step
+from treepo_mcore.system.garbage import Garbage
 from treepo_mcore.system.signals import STOPPED, StopRequest, out_of_time
 from treepo_mcore.system.versions import versions
 
@@ -44,6 +45,7 @@ class Trainer:
         check_and_meet(self.checked)
         self.policy = Policy(self.checked)
         self.observers = Observers([*usual_observers(config, self.policy.placement.reports), *observers])
+        self.garbage = Garbage()
         self.step = 0
         self.saved: int | None = None  # step of the newest checkpoint
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
@@ -61,11 +63,13 @@ class Trainer:
         self.stop.begin_steps()
         begin = time.perf_counter()
         self.clock = Clock(lambda part: self.observers.part(self.step, part))
+        self.garbage.begin()
         while self.step < trainer.steps and not out_of_time(begin, trainer.max_seconds):
             if asked := self.stop.on_any_rank():
                 return self._stop(asked)
             wish = self.train_step()
             self.step += 1
+            self.garbage.step(self.step)
             if wish is Wish.STOP:
                 return self._stop("observer")
             if self.stop.on_any_rank():
@@ -103,6 +107,7 @@ class Trainer:
 
     def close(self) -> None:
         """End what runs beside the trainer."""
+        self.garbage.end()
         self.policy.close()
         self.observers.close()
 
