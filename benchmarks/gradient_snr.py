@@ -207,14 +207,15 @@ def run(model: Path, data: Path, prompts: int, repeats: int, reference_trees: in
 
 def plan_from(trees: list[Any]) -> dict[str, Any]:
     """What `schedule: auto` would do after these trees, and what it expects of the other planned shapes."""
-    from treepo_mcore.grow.forks import STEPS, best_plan, expected_gain
+    from treepo_mcore.grow.forks import best_plan, expected_gain
     from treepo_mcore.tree.curve import CurveSums, rising
+    from treepo_mcore.tree.profile import STEPS, ProfileSums
 
     decided = rising(CurveSums.of(trees).points(), [step / STEPS for step in range(1, STEPS + 1)])
-    plan = best_plan(decided, 8)
+    profile = ProfileSums.of(trees).profile()
+    plan = best_plan(decided, 8, profile)
     expected = {"auto": plan.gain} | {
-        name: expected_gain(decided, [(share, int(width)) for share, width in SHAPES[name]["branching"]["schedule"]])
-        for name in PLANNED[:-1]
+        name: expected_gain(decided, SHAPES[name]["branching"]["schedule"], profile) for name in PLANNED[:-1]
     }
     rounded = {name: round(float(gain), 3) for name, gain in expected.items()}
     return {"forks": [list(fork) for fork in plan.forks], "decided": decided, "expected_gain": rounded}

@@ -1,16 +1,18 @@
 """Planned forks: where they come to lie, and the trees that grow by them (docs/algorithm.md 2.9)."""
 
 import json
+import math
 import random
 
 import numpy as np
 import pytest
 
 from treepo_mcore.config import TreeConfig
-from treepo_mcore.grow.forks import best_plan, expected_gain
+from treepo_mcore.grow.forks import _cost, _nodes, best_plan, expected_gain
 from treepo_mcore.grow.sampler import TreeSampler
 from treepo_mcore.grow.schedule import Fork, Schedule, resolve_forks
 from treepo_mcore.grow.stopping import RuleStopper
+from treepo_mcore.tree.profile import ProfileSums
 from treepo_mcore.tree.tree import Tree
 
 TREE = {"width": 8, "segment_tokens": 4, "max_depth": 8, "stopping": {"boxed": "none", "repetition_count": 0}}
@@ -184,3 +186,54 @@ def test_gains_on_paper(decided, width, gain, roots):
     assert plan.gain == pytest.approx(gain, abs=0.006)
     assert plan.forks[0] == (0.0, roots)
     assert expected_gain(decided, plan.forks) == pytest.approx(plan.gain)
+
+
+def doubtful(at: dict[int, float], length: int = 32) -> Tree:
+    """Two answers whose tokens are certain but for some."""
+    tree = Tree("p", [9])
+    for _ in range(2):
+        node = tree.nodes[tree.add_node(0, 1)]
+        node.tokens.extend([1] * length)
+        node.logprobs.extend([math.log(at.get(index, 1.0)) for index in range(length)])
+    for node in (1, 2):
+        tree.add_leaf(node, "eos")
+    return tree
+
+
+def test_a_profile_is_of_an_independent_answer():
+    trees = [doubtful({0: 0.5, 31: 0.25}), doubtful({0: 0.5}, length=32)]
+    profile = ProfileSums.of(trees).profile()
+    assert profile.alive[:17] == (1.0,) * 16 + (0.0,)
+    assert profile.tokens[:16] == (2.0,) * 16
+    assert sum(profile.tokens) == 32
+    assert profile.noise[0] == pytest.approx(0.5)
+    assert profile.noise[15] == pytest.approx(0.375)
+    assert sum(profile.noise) == pytest.approx(0.875)
+    assert (ProfileSums.of(trees) + ProfileSums.of(trees).faded(0.5)).profile() == profile
+    short = ProfileSums.of([doubtful({}, length=8), doubtful({0: 0.5}, length=24)]).profile()
+    assert (short.alive[0], short.alive[7], short.alive[8], short.alive[23]) == (1.0, 1.0, 0.5, 0.5)
+    assert sum(short.tokens) == 16
+
+
+LINE = np.arange(1, 17) / 16
+
+
+def test_forks_behind_the_doubt_gain_and_forks_within_it_lose():
+    """Noise is where the policy could have gone another way: what is shared there has few draws."""
+    first = ProfileSums.of([doubtful({0: 0.5})]).profile()
+    assert best_plan(LINE, 8, first).forks == ((0.0, 8),)
+    assert expected_gain(LINE, [(0, 4), (0.5, 8)], first) < 0.85
+    last = ProfileSums.of([doubtful({31: 0.5})]).profile()
+    plan = best_plan(LINE, 8, last)
+    assert plan.forks[-1][0] > 0.8
+    assert plan.gain > 1.5
+
+
+def test_budget_that_moves_to_the_living_is_counted():
+    """Half of the answers end before the fork: four paths become two, and six of eight leaves are theirs."""
+    even = ProfileSums.of([doubtful(dict.fromkeys(range(32), 0.5))]).profile()
+    short = dict.fromkeys(range(8), 0.5)
+    mixed = ProfileSums.of([doubtful(short, length=8), doubtful(dict.fromkeys(range(24), 0.5), length=24)]).profile()
+    assert _nodes(4, (8,), even) == [4.0, 8.0]
+    assert _nodes(4, (9,), mixed) == [4.0, 12.0]
+    assert _cost(4, (9,), mixed) == pytest.approx(4 * sum(mixed.tokens[:9]) + 12 * sum(mixed.tokens[9:]))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from treepo_mcore.config import TreeConfig
-from treepo_mcore.grow.forks import STEPS, best_plan
+from treepo_mcore.grow.forks import best_plan
 from treepo_mcore.tree.curve import CurveSums, mean_length, rising
+from treepo_mcore.tree.profile import STEPS, ProfileSums
 from treepo_mcore.tree.tree import Tree
 
 MEMORY = 10  # steps that the running mean of the response length looks back, and twice that of the curve
@@ -41,7 +42,7 @@ class Schedule:
         self._auto = config.branching.schedule == "auto"
         self._mean = FIRST_SHARE * config.response_tokens
         self._steps = 0
-        self._curve = CurveSums()
+        self._curve, self._profile = CurveSums(), ProfileSums()
         self._planned: Planned | None = None
         if self._auto:
             self._planned = self._measuring()
@@ -65,6 +66,7 @@ class Schedule:
         self._mean += weight * (sum(lengths) / len(lengths) - self._mean)
         if self._auto:
             self._curve = self._curve.faded(1 - 0.5 / MEMORY) + CurveSums.of(trees)
+            self._profile = self._profile.faded(1 - 1 / MEMORY) + ProfileSums.of(trees)
         plans = self._auto and self._is_last_before_planning()
         self._steps += 1
         return self._plan_anew() if plans else None
@@ -75,6 +77,7 @@ class Schedule:
             "mean_length": self._mean,
             "steps": self._steps,
             "curve": self._curve.state_dict(),
+            "profile": self._profile.state_dict(),
             "planned": self._planned,
         }
 
@@ -82,6 +85,7 @@ class Schedule:
         """Go on from `state_dict`. A schedule of the configuration counts, whatever the saved run had."""
         self._mean, self._steps = state["mean_length"], state["steps"]
         self._curve = CurveSums.from_state_dict(state["curve"])
+        self._profile = ProfileSums.from_state_dict(state["profile"])
         if self._auto and state["planned"]:
             self._planned = [(share, width) for share, width in state["planned"]]
 
@@ -97,7 +101,7 @@ class Schedule:
         if not points:
             return "forks: no two leaves of one tree have differed behind a fork yet; the plan stays as it is"
         known = rising(points, [step / STEPS for step in range(1, STEPS + 1)])
-        plan = best_plan(known, self._config.width)
+        plan = best_plan(known, self._config.width, self._profile.profile())
         seen = f"{known[STEPS // 2 - 1]:.2f} of the variance is decided at half of the mean length of {self._mean:.0f}"
         if plan.gain < WORTH:
             self._planned = [(0.0, self._config.width)]
