@@ -11,7 +11,7 @@ from treepo_mcore.study import runs as study_runs
 from treepo_mcore.study.definition import Study, overrides, read_study
 from treepo_mcore.study.page import page
 from treepo_mcore.study.report import Interval, first_reached, markdown, ratio, table
-from treepo_mcore.study.runs import Results, outcome
+from treepo_mcore.study.runs import Results, check_warm, outcome
 
 STUDY = {
     "title": "A <study>",
@@ -62,6 +62,10 @@ def test_a_run_sets_what_all_arms_set_and_what_its_own_sets(folder):
         ({"config": "other.yaml"}, "arm flat: other.yaml: no such configuration file"),
         ({"arms": {"flat": {}, "tree": {"rollout.tree.widht": 4}}}, "arm tree: .*unknown key rollout.tree.widht"),
         ({"settings": {"trainer.eval_every": 0}}, "arm flat: expected data.eval and trainer.eval_every"),
+        (
+            {"warm": [0.15, 0.5], "settings": {"trainer.eval_every": 2, "trainer.eval_before": False}},
+            "arm flat: warm needs trainer.eval_before",
+        ),
     ],
 )
 def test_a_wrong_study_is_one_line(folder, changes, message):
@@ -152,6 +156,14 @@ def test_results_go_on_and_refuse_what_cannot_be_compared(folder, monkeypatch):
     monkeypatch.setattr(study_runs, "sources", lambda: "0")
     with pytest.raises(ConfigError, match=r"study.json: made with sources .*, now 0; move it away first"):
         Results(file, study)
+
+
+def test_a_model_that_is_not_warm_is_refused():
+    study = Study.model_validate(STUDY | {"warm": [0.15, 0.5]})
+    check_warm(study, made("flat", 0, [0.2, 0.9]))
+    for accuracy in (0.1, 0.6):
+        with pytest.raises(ConfigError, match=f"0.15 to 0.5 before training, found {accuracy:.3f}"):
+            check_warm(study, made("flat", 0, [accuracy, 0.9]))
 
 
 def test_the_table_and_the_page():

@@ -29,6 +29,7 @@ class Study(Section):
     arms: dict[str, Settings] = Field(min_length=2)
     baseline: str  # the arm that others are compared with
     target: float = Field(gt=0, lt=1)  # held-out accuracy whose time is compared
+    warm: tuple[float, float] | None = None  # between these the accuracy before training has to lie
 
     @model_validator(mode="after")
     def _names(self) -> Study:
@@ -56,6 +57,8 @@ def read_study(file: Path) -> Study:
             raise ConfigError(f"{file}: arm {arm}: {error}") from error
         if config.data.eval is None or not config.trainer.eval_every:
             raise ConfigError(f"{file}: arm {arm}: expected data.eval and trainer.eval_every, to compare accuracies")
+        if study.warm and not config.trainer.eval_before:
+            raise ConfigError(f"{file}: arm {arm}: warm needs trainer.eval_before")
     return study
 
 

@@ -67,11 +67,22 @@ class Results:
 def run_all(study: Study, results: Results, folder: Path, max_runs: int | None = None) -> None:
     """What is missing, seed by seed, so that pairs are near in time. folder: for the runs' files.
 
-    max_runs: stop after so many. Raises `ConfigError` where a run fails.
+    max_runs: stop after so many. Raises `ConfigError` where a run fails, or where the model is not a warm one.
     """
     missing = [(seed, arm) for seed in study.seeds for arm in study.arms if not results.has(arm, seed)]
     for seed, arm in missing[:max_runs]:
-        results.add(one_run(study, arm, seed, folder / f"{arm.replace(' ', '-')}-{seed}"))
+        run = one_run(study, arm, seed, folder / f"{arm.replace(' ', '-')}-{seed}")
+        check_warm(study, run)
+        results.add(run)
+
+
+def check_warm(study: Study, run: Run) -> None:
+    """Raise `ConfigError` where the model that training begins with is too weak, or too good, to compare arms with."""
+    if study.warm is None:
+        return
+    (low, high), accuracy = study.warm, run["points"][0][3]
+    if not low <= accuracy <= high:
+        raise ConfigError(f"warm: expected an accuracy of {low:g} to {high:g} before training, found {accuracy:.3f}")
 
 
 def one_run(study: Study, arm: str, seed: int, directory: Path) -> Run:
