@@ -156,6 +156,7 @@ def test_results_go_on_and_refuse_what_cannot_be_compared(folder, monkeypatch):
     monkeypatch.setattr(study_runs, "sources", lambda: "0")
     with pytest.raises(ConfigError, match=r"study.json: made with sources .*, now 0; move it away first"):
         Results(file, study)
+    assert len(Results(file, study, grows=False).runs) == 1  # to look at
 
 
 def test_a_model_that_is_not_warm_is_refused():

@@ -24,7 +24,7 @@ def study(
     from treepo_mcore.study.runs import Results, run_all
 
     definition = read_study(file)
-    results = Results(out or file.parent / "results" / f"{file.stem}.json", definition)
+    results = Results(out or file.parent / "results" / f"{file.stem}.json", definition, grows=max_runs != 0)
     if max_runs != 0:
         prepare(definition)
     run_all(definition, results, runs or Path("runs/study") / file.stem, max_runs)

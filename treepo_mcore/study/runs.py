@@ -33,15 +33,16 @@ def sources() -> str:
 class Results:
     """A JSON file that grows by a run at a time."""
 
-    def __init__(self, file: Path, study: Study) -> None:
-        """Raises `ConfigError` where the file holds another study, or was made by other versions."""
+    def __init__(self, file: Path, study: Study, grows: bool = True) -> None:
+        """grows: runs will be added. Raises `ConfigError` where those would not be comparable: other versions, other
+        settings of an arm."""
         self.file = file
         self.made_by = package_versions() | {"sources": sources(), "cores": str(os.cpu_count())}
         self.runs: list[Run] = []
         if not file.is_file():
             return
         found = json.loads(file.read_text())
-        for key, mine in self.made_by.items():
+        for key, mine in self.made_by.items() if grows else ():
             if found["made_by"].get(key) != mine:
                 raise ConfigError(
                     f"{file}: made with {key} {found['made_by'].get(key)}, now {mine}; move it away first"
