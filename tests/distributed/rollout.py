@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,12 @@ def stuck(config: dict[str, Any]) -> str:
     finally:
         trainer.close()
     return "no error"
+
+
+def restarts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A whole run, its metrics by step, and what its last checkpoint remembers."""
+    trainer = Trainer(parse_config(config))
+    trainer.run()
+    rows = [json.loads(line) for line in (trainer.config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    remembered = trainer.policy.rollout.state_dict()["rare"]["paths"]
+    return [row | {"remembered": len(remembered)} for row in rows if "actor/updates" in row]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from harness import launch
 from models import write_prompts
@@ -116,6 +118,30 @@ def test_all_ranks_of_an_engine_hear_which_prompts_go_on(model_directory, tmp_pa
     assert {len(tree.leaves) for tree in stopped} == {2}
     assert 0 < len(stopped) < len(trees) == 12
     assert max(len(tree.leaves) for tree in trees) == WIDTH
+
+
+def test_a_run_trains_on_what_starts_behind_remembered_answers(model_directory, tmp_path):
+    """Six prompts, seen in every step; half of all answers are right, and two that agree are common."""
+    config = configuration(model_directory("qwen3"), tmp_path)
+    write_prompts(tmp_path / "prompts.jsonl", 6, tokens=40)
+    tree = {"early_stop": {"leaves": 2, "min_chance": 0.0}, "contrast": {"paths": 4}}
+    config["rollout"]["tree"] |= tree | {"branching": {"factor": 1, "first": WIDTH}}
+    config["advantage"] = {"estimator": "rloo"}
+    config["trainer"] = {"steps": 6, "prompts_per_step": 6, "prompts_per_update": 6, "export": False}
+    config["trainer"] |= {"save_trees_every": 1, "eval_every": 0}
+    (rows,) = launch("rollout:restarts", 1, {"config": config})
+    assert len(rows) == 6
+    assert rows[0]["rollout/restarted_prompts"] == 0
+    assert sum(row["rollout/restarted_prompts"] for row in rows) > 0
+    assert rows[-1]["remembered"] > 0
+    assert all(math.isfinite(row["actor/loss"]) for row in rows)
+    files = sorted((tmp_path / "run" / "trees").glob("restarts_*.jsonl"))
+    grown = [tree for file in files for tree in read_trees(file)]
+    assert len(grown) == sum(row["rollout/restarted_prompts"] for row in rows)
+    for tree in grown:
+        assert tree.replayed > 0
+        assert len(tree.leaves) == 4
+        assert len(tree.nodes[0].tokens) > 40 // 2
 
 
 def test_an_engine_that_schedules_nothing_is_an_error(model_directory, tmp_path):

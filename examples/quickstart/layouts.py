@@ -1,16 +1,12 @@
-"""The quickstart's evidence: three seeds and two controls from the same warm model, one table and one JSON file.
+"""The quickstart's training in every layout: twenty steps of seed 0 from the same warm model, a table and a JSON file.
 
-    python examples/quickstart/study.py            -> benchmarks/results/quickstart.json
-    python examples/quickstart/study.py --layouts  -> benchmarks/results/quickstart_layouts.json
+    python examples/quickstart/layouts.py            -> benchmarks/results/quickstart_layouts.json
 
-shuffled: leaves that are trained on get the rewards of others; what is learned then is not learned from rewards.
-flat: independent answers instead of trees, the same number a prompt, for the same time as the tree run of seed 0.
---layouts: instead of these, twenty steps of seed 0 in every layout, from the same warm model.
+Seeds and controls are studies: `treepo-mcore study studies/trees_that_pay.yaml`, `studies/controls.yaml`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -47,15 +43,6 @@ def quickstart(name: str, *overrides: str, processes: int = 2) -> dict[str, Any]
     return summary | {"name": name}
 
 
-def seeds_and_controls() -> list[dict[str, Any]]:
-    """Five runs."""
-    rows = [quickstart(f"seed {seed}", f"run.seed={seed}") for seed in range(3)]
-    same_time = [f"trainer.max_seconds={rows[0]['train_seconds']}", "trainer.steps=1000"]
-    rows.append(quickstart("shuffled", "reward.shuffle=true"))
-    rows.append(quickstart("flat", "rollout.sampler=flat", *same_time))
-    return rows
-
-
 def layouts() -> list[dict[str, Any]]:
     """A run of each."""
     steps = f"trainer.steps={LAYOUT_STEPS}"
@@ -63,11 +50,8 @@ def layouts() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layouts", action="store_true", help="layouts instead of seeds and controls")
-    chosen = parser.parse_args().layouts
-    rows = layouts() if chosen else seeds_and_controls()
-    out = Path("benchmarks/results") / ("quickstart_layouts.json" if chosen else "quickstart.json")
+    rows = layouts()
+    out = Path("benchmarks/results/quickstart_layouts.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     versions = json.loads((Path("runs/study") / rows[-1]["name"] / "versions.json").read_text())
     out.write_text(json.dumps({"versions": versions, "runs": rows}, indent=1) + "\n")
