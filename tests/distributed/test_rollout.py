@@ -125,12 +125,12 @@ def test_a_run_trains_on_what_starts_behind_remembered_answers(model_directory, 
     config = configuration(model_directory("qwen3"), tmp_path)
     write_prompts(tmp_path / "prompts.jsonl", 6, tokens=40)
     tree = {"early_stop": {"leaves": 2, "min_chance": 0.0}, "contrast": {"paths": 4}}
-    config["rollout"]["tree"] |= tree | {"branching": {"factor": 1, "first": WIDTH}}
+    config["rollout"]["tree"] |= tree | {"width": 4, "branching": {"factor": 1, "first": 4}}
     config["advantage"] = {"estimator": "rloo"}
-    config["trainer"] = {"steps": 6, "prompts_per_step": 6, "prompts_per_update": 6, "export": False}
+    config["trainer"] = {"steps": 8, "prompts_per_step": 6, "prompts_per_update": 6, "export": False}
     config["trainer"] |= {"save_trees_every": 1, "eval_every": 0}
     (rows,) = launch("rollout:restarts", 1, {"config": config})
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert rows[0]["rollout/restarted_prompts"] == 0
     assert sum(row["rollout/restarted_prompts"] for row in rows) > 0
     assert rows[-1]["remembered"] > 0
