@@ -12,7 +12,7 @@ from treepo_mcore.study.report import ACCURACY, SECONDS, TOKENS, markdown
 from treepo_mcore.study.runs import Run
 
 COLOURS = ("#1d4b8f", "#c0392b", "#2e8b57", "#b8860b", "#6a3d9a", "#0e7c86", "#8b4513", "#555555")
-LEFT, TOP, WIDTH, HEIGHT, LEGEND = 56, 16, 640, 330, 20  # of a plot, in pixels
+LEFT, RIGHT, TOP, WIDTH, HEIGHT, LEGEND = 56, 44, 16, 640, 330, 20  # of a plot, in pixels
 STYLE = (
     "body{font-family:Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:4px 8px;text-align:left}"
@@ -43,7 +43,7 @@ def page(study: Study, runs: Sequence[Run]) -> str:
 
 def plot(study: Study, runs: Sequence[Run], axis: int, title: str) -> str:
     """Held-out accuracy of every arm over seconds or tokens, as SVG."""
-    longest = max(run["points"][-1][axis] for run in runs) or 1.0
+    longest = _round_up(max(run["points"][-1][axis] for run in runs))
     highest = max(point[ACCURACY] for run in runs for point in run["points"])
     lowest = min(point[ACCURACY] for run in runs for point in run["points"])
     low, high = max(0.0, lowest - 0.02), min(1.0, highest + 0.02)
@@ -54,9 +54,9 @@ def plot(study: Study, runs: Sequence[Run], axis: int, title: str) -> str:
     arms = [arm for arm in study.arms if any(run["arm"] == arm for run in runs)]
     total = TOP + HEIGHT + 52 + LEGEND * len(arms)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 20} {total}" font-size="13" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + RIGHT} {total}" font-size="13" '
         'font-family="Helvetica, Arial, sans-serif">',
-        f'<rect width="{LEFT + WIDTH + 20}" height="{total}" fill="#fff"/>',
+        f'<rect width="{LEFT + WIDTH + RIGHT}" height="{total}" fill="#fff"/>',
     ]
     for accuracy in np.arange(np.ceil(low * 10) / 10, high, 0.1):
         x, y = at(0, float(accuracy))
@@ -79,6 +79,12 @@ def plot(study: Study, runs: Sequence[Run], axis: int, title: str) -> str:
         parts.append(f'<text x="{LEFT + 32}" y="{y + 4}">{escape(arm)}</text>')
     parts.append(f'<text x="{LEFT + WIDTH}" y="{TOP + HEIGHT + 40}" text-anchor="end">{escape(title)}</text>')
     return "\n".join([*parts, "</svg>"])
+
+
+def _round_up(value: float) -> float:
+    """To two digits that four divides."""
+    unit = 4 * 10.0 ** (np.floor(np.log10(max(value, 1.0))) - 1)
+    return float(np.ceil(value / unit) * unit) or 1.0
 
 
 Line = list[tuple[float, float]]
