@@ -94,7 +94,8 @@ def warm_up(folder: str, model: str, out: str) -> dict[str, Any]:
     import warmup
 
     data = Path(folder)
-    arguments = Namespace(seed=0, steps=2, batch=4, lr=1e-3, until=1.0, look_every=2)
+    lengths = {"prompt_tokens": 96, "response_tokens": 80}
+    arguments = Namespace(seed=0, steps=2, batch=4, lr=1e-3, until=1.0, look_every=2, **lengths)
     config = warmup.settings(Path(model), data, Path(out), arguments)
     config.memory.offload = ["gradients", "optimizer"]
     trainer = Trainer(config)
