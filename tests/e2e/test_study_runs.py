@@ -48,7 +48,7 @@ def test_a_study_goes_on_where_it_was_and_reports(task: list[str], tmp_path: Pat
     again = study(file, "--max-runs", "0")
     assert again.stdout == whole.stdout
     assert "<svg" in file.with_suffix(".html").read_text()
-    definition["arms"] = arms | {"tree": {"rollout.tree.width": 4}}
+    definition["arms"] = arms | {"tree": {"actor.optimizer.lr": 1.0e-3}}
     file.write_text(yaml.safe_dump(definition))
     other = study(file)
     assert other.returncode == 2
