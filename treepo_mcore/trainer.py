@@ -187,6 +187,7 @@ class Trainer:
         how = "the same command" if self.config.run.resume else "run.resume=true"
         self.observers.say(f"{asked}: {done}, exit status {STOPPED}; {how} goes on")
         self.close()
+        dist.barrier()  # or torchrun, which ends the others when one has ended, would end one that still closes
         return {"stopped": asked, "steps": self.step, "seed": self.config.run.seed, "layout": self.policy.layout}
 
     def _write(self, name: str, text: str) -> None:
