@@ -62,19 +62,18 @@ def diverge(config: dict[str, Any], kind: str) -> str:
         submit(request)
 
     trainer.policy.engine.submit = other
-    try:
-        trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        trainer.close()
-    return "no error"
+    return error_of(trainer)
 
 
 def stuck(config: dict[str, Any]) -> str:
     """What is said where the engine's scheduler starts no request."""
     trainer = trainer_of(config)
     trainer.policy.engine.scheduler.max_num_running_reqs = 0
+    return error_of(trainer)
+
+
+def error_of(trainer: Trainer) -> str:
+    """What a rollout phase ends with."""
     try:
         trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
     except RuntimeError as error:
