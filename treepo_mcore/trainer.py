@@ -186,8 +186,9 @@ class Trainer:
         done = f"saved at step {self.step}" if self.step else "nothing to save yet"
         how = "the same command" if self.config.run.resume else "run.resume=true"
         self.observers.say(f"{asked}: {done}, exit status {STOPPED}; {how} goes on")
+        self.stop.end()
         self.close()
-        dist.barrier()  # or torchrun, which ends the others when one has ended, would end one that still closes
+        dist.barrier()  # none ends, and has the others ended by torchrun, before all ignore that
         return {"stopped": asked, "steps": self.step, "seed": self.config.run.seed, "layout": self.policy.layout}
 
     def _write(self, name: str, text: str) -> None:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -34,3 +35,32 @@ def test_before_the_first_step_it_ends_the_process(name):
 def test_afterwards_it_waits_for_the_steps_end(name):
     done = run(name, "stop.begin_steps()")
     assert done.stdout.split() == [str(int(getattr(signal, name)))]
+
+
+CLOSING = """
+import ctypes
+from treepo_mcore.system.signals import StopRequest
+stop = StopRequest()
+stop.listen()
+stop.begin_steps()
+{end}
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.pause, None, None)  # as libraries that take a while when Python itself is gone
+print(flush=True)
+raise SystemExit(75)
+"""
+
+
+@pytest.mark.parametrize(("end", "killed"), [("stop.end()", False), ("", True)])
+def test_a_launcher_cannot_end_a_run_that_closes(end, killed):
+    process = subprocess.Popen([sys.executable, "-c", CLOSING.format(end=end)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.terminate()
+    try:
+        status = process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        status = None
+    process.kill()
+    process.communicate()
+    assert status == (-signal.SIGTERM if killed else None)

@@ -22,15 +22,26 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0  # of the signal, 0 before there is one
         self.steps = False  # whether there is a step to finish
+        self.listens = False
 
     def listen(self) -> None:
         """From now on SIGUSR1 (a batch script, before the time limit) and SIGTERM (preemption) no longer kill."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        self.listens = True
 
     def begin_steps(self) -> None:
         """From now on a signal waits for the end of the step."""
         self.steps = True
+
+    def end(self) -> None:
+        """From now on the signals change nothing: the run ends with its status.
+
+        A launcher ends the other ranks when the first has ended. Ignored signals stay so while Python closes, which a
+        handler of Python's does not.
+        """
+        for number in STOP_SIGNALS if self.listens else ():
+            signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if not self.steps:
