@@ -22,7 +22,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0  # of the signal, 0 before there is one
         self.steps = False  # whether there is a step to finish
-        self.listens = False
+        self.listens = False  # whether the process's handlers are this one's
 
     def listen(self) -> None:
         """From now on SIGUSR1 (a batch script, before the time limit) and SIGTERM (preemption) no longer kill."""
@@ -38,7 +38,7 @@ class StopRequest:
         """From now on the signals change nothing: the run ends with its status.
 
         A launcher ends the other ranks when the first has ended. Ignored signals stay so while Python closes, which a
-        handler of Python's does not.
+        handler of Python's does not. Where nobody listened, they are left alone.
         """
         for number in STOP_SIGNALS if self.listens else ():
             signal.signal(number, signal.SIG_IGN)
