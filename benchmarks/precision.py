@@ -105,7 +105,7 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.model.files import resolve_model
     from treepo_mcore.system.placement import init_process_group
-    from treepo_mcore.tree.jsonl import read_trees
+    from treepo_mcore.tree.files import read_trees
     from treepo_mcore.tree.stats import informative
 
     config = load_config(QUICKSTART / "config.yaml", [*ACTORS[trainer], "actor.optimizer.clip_grad=1e9", *overrides])

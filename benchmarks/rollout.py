@@ -113,7 +113,7 @@ def prepare(cell: dict[str, Any]) -> tuple[Any, ...]:
     from samplers import watch
 
     from treepo_mcore.config import parse_config
-    from treepo_mcore.data.prompts import Prompt
+    from treepo_mcore.data.prepared import Prompt
     from treepo_mcore.engine.vllm.engine import VllmEngine
     from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.system.placement import init_process_group

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from vllm import SamplingParams
 
 from treepo_mcore.config import Config
-from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.data.prepared import Prompt
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.grow.branching import first_children
 from treepo_mcore.rollout.collector import Collector

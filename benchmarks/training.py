@@ -44,7 +44,7 @@ from treepo_mcore.grow.stopping import BoxDetector, RuleStopper  # noqa: E402
 from treepo_mcore.learn.loss import PolicyObjective  # noqa: E402
 from treepo_mcore.learn.packing import pack_flat, pack_trees  # noqa: E402
 from treepo_mcore.records import PackedSequence  # noqa: E402
-from treepo_mcore.tree.jsonl import read_trees, write_trees  # noqa: E402
+from treepo_mcore.tree.files import read_trees, write_trees  # noqa: E402
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree  # noqa: E402
 
 VOCAB = 2048

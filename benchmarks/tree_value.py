@@ -51,7 +51,7 @@ class Lab:
 
     def __init__(self, model: Path, data: Path) -> None:
         from treepo_mcore.config import parse_config
-        from treepo_mcore.data.prompts import load_prompts
+        from treepo_mcore.data.prepared import load_prompts
         from treepo_mcore.data.tokenizer import load_tokenizer
         from treepo_mcore.engine.vllm.engine import VllmEngine
         from treepo_mcore.model.architecture import read_architecture

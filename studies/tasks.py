@@ -48,6 +48,7 @@ class Task:
     haste: float  # the share of parts that the text jumps over
     prompt_tokens: int  # at most
     response_tokens: int  # at most
+    vocab: int  # words of the tokenizer; there are few pieces to choose from
 
 
 def sums(rng: random.Random, hard: bool) -> Problem:
@@ -77,9 +78,9 @@ def _part(rng: random.Random, numbers: int) -> tuple[int, ...]:
 
 
 TASKS = {
-    "sums": Task(sums, 0.35, 64, 128),
-    "count": Task(count, 0.7, 64, 192),
-    "context": Task(context, 0.7, 320, 64),
+    "sums": Task(sums, 0.35, 64, 160, 112),
+    "count": Task(count, 0.7, 64, 192, 128),
+    "context": Task(context, 0.7, 320, 64, 160),
 }
 
 
@@ -134,13 +135,25 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     data, tokenizer = out / "data", out / "tokenizer"
     write_data(task, data, arguments.seed, train=6000, held_out=512)
-    corpus = ["--corpus", data / "sft.jsonl", "--out", tokenizer]
+    corpus = ["--corpus", data / "sft.jsonl", "--out", tokenizer, "--vocab-size", str(task.vocab)]
     subprocess.run([sys.executable, QUICKSTART / "make_tokenizer.py", *corpus], check=True)
+    make_model = [sys.executable, QUICKSTART / "make_model.py", "--tokenizer", tokenizer, "--out", out / "start"]
+    subprocess.run([*make_model, f"--seed={arguments.seed}"], check=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    places = ["--data", data, "--tokenizer", tokenizer, "--out", out / "model"]
-    lengths = [f"--prompt-tokens={task.prompt_tokens}", f"--response-tokens={task.response_tokens}"]
-    how = [f"--seed={arguments.seed}", f"--until={arguments.until}", f"--steps={arguments.steps}", *lengths]
-    subprocess.run([*launcher, QUICKSTART / "warmup.py", *places, *how], check=True)
+    settings = [
+        f"run.dir={out / 'warmup'}",
+        f"run.seed={arguments.seed}",
+        f"model.path={out / 'start'}",
+        f"data.train={data / 'sft.jsonl'}",
+        f"data.eval.problems.path={data / 'eval.jsonl'}",
+        f"data.max_prompt_tokens={task.prompt_tokens}",
+        f"rollout.tree.segment_tokens={task.response_tokens}",
+        f"trainer.stop_at_accuracy={arguments.until}",
+        f"trainer.steps={arguments.steps}",
+    ]
+    command = [*launcher, "-m", "treepo_mcore", "sft", QUICKSTART / "warmup.yaml", *settings]
+    subprocess.run(command, check=True)
+    (out / "warmup" / "policy").rename(out / "model")
 
 
 if __name__ == "__main__":

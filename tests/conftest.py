@@ -50,10 +50,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     corpus = ["--corpus", folder / "sft.jsonl", "--out", folder / "tokenizer", "--vocab-size", "320"]
     subprocess.run([*python, quickstart / "make_tokenizer.py", *corpus], check=True)
-    make = (
-        "import sys; from pathlib import Path; from warmup import make_model; make_model(*map(Path, sys.argv[1:]), 0)"
-    )
-    subprocess.run([*python, "-c", make, folder / "tokenizer", folder / "model"], check=True, cwd=quickstart)
+    made = ["--tokenizer", folder / "tokenizer", "--out", folder / "model"]
+    subprocess.run([*python, quickstart / "make_model.py", *made], check=True)
     return [
         f"model.path={folder / 'model'}",
         f"data.train={folder / 'train.jsonl'}",

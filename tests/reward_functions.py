@@ -40,3 +40,10 @@ def last_number(response: str) -> int:
     """Of the words w4, w5, ...; 0 where there is none."""
     words = response.split()
     return int(words[-1].lstrip("w")) if words else 0
+
+
+def raises_for_one_in_ten(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
+    """And else gives a point for an even number of characters."""
+    if len(response) % 10 == 3:
+        raise ValueError("a response of so many characters is refused")
+    return float(len(response) % 2 == 0)

@@ -36,7 +36,8 @@ def main() -> None:
     from treepo_mcore.config import ActorConfig
     from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.system.placement import init_process_group
-    from treepo_mcore.weights.hf import export_directory, gather_tensors, load_pieces
+    from treepo_mcore.weights.export import export_directory
+    from treepo_mcore.weights.hf import check_weights, load_pieces
 
     arch = read_architecture(options.model)
     if options.direction == "to-hf":
@@ -49,12 +50,13 @@ def main() -> None:
         chunks = build_model(configs, arch)
         pieces, tensors = megatron_layout(chunks, arch, grid.tp_rank), megatron_tensors(chunks)
         if options.direction == "to-megatron":
-            load_pieces(options.model, arch, pieces, tensors)
+            check_weights(options.model, arch)
+            load_pieces(options.model, pieces, tensors)
             save_weights(options.out, chunks)
         else:
             load_weights(options.checkpoint, chunks)
             dtype = configs.transformer.params_dtype
-            export_directory(options.model, options.out, gather_tensors(arch, pieces, tensors, dtype, to=0))
+            export_directory(options.model, options.out, arch, pieces, tensors, dtype)
     if grid.rank == 0:
         print(f"wrote {options.out}")
 

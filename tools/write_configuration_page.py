@@ -24,7 +24,9 @@ from treepo_mcore.config import Config
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-A run is one YAML file; `key=value` on the command line overrides it. Unknown keys are errors that name the nearest key.
+A run is one YAML file; `base: other.yaml` in it takes everything from another one first, `${NAME}` stands for an
+environment variable, and `key=value` on the command line overrides both. `treepo-mcore config show` prints the result,
+`config diff` where two differ. Unknown keys are errors that name the nearest key.
 Lengths are in tokens, times in seconds. `rollout.engine.*` reaches every argument of vLLM's `EngineArgs` and
 `actor.megatron.*` every field of Megatron's `TransformerConfig`, `OptimizerConfig` and
 `DistributedDataParallelConfig`, both checked against the installed classes; keys that the trainer sets itself are

@@ -23,8 +23,8 @@ def evaluate_newest(config: Config) -> dict[str, Any]:
     result = {
         "step": checked.state["step"] if checked.state else 0,
         "checkpoint": checked.checkpoint is not None,
-        "prompts": len(checked.held_out),
-        "samples": config.trainer.eval_samples,
+        "prompts": sum(len(held_out.prompts) for held_out in checked.held_out),
+        "answers": sum(len(held_out.prompts) * held_out.samples for held_out in checked.held_out),
         **policy.evaluate(checked.held_out),
         "seed": config.run.seed,
         "layout": policy.layout,

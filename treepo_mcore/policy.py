@@ -7,28 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.costs import CONTEXT_BYTES, plain_copies, update_working
 from treepo_mcore.actor.parallel import build_grid
+from treepo_mcore.actor.saver import Keep, Saver
 from treepo_mcore.checks import Context
 from treepo_mcore.config import Config
-from treepo_mcore.data.prompts import Prompt, PromptStream
+from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.engine.costs import GRAPH_BYTES
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
 from treepo_mcore.model.shards import Stage
+from treepo_mcore.observe.guard import BadNumbersError
 from treepo_mcore.records import Batch
 from treepo_mcore.rewards.pool import RewardPool
+from treepo_mcore.rollout.evaluation import HeldOut
 from treepo_mcore.rollout.phase import Rollout
 from treepo_mcore.system.heartbeat import listen_to_nodes
 from treepo_mcore.system.machine import this_machine
 from treepo_mcore.system.phases import Phase, Phases
-from treepo_mcore.system.placement import colocated
-from treepo_mcore.weights.fp8 import quantisers
-from treepo_mcore.weights.hf import export_directory, gather_tensors
+from treepo_mcore.system.placement import colocated, limit_waits
+from treepo_mcore.weights.export import export_directory
 from treepo_mcore.weights.transfer import Push, PushReport, plan_push
 
 
@@ -41,8 +44,9 @@ class Policy:
         rank, world = dist.get_rank(), dist.get_world_size()
         self.config, self.arch, self.directory = config, arch, directory
         self.placement = placement = colocated(rank, world, config.rollout.tp)
-        self.heartbeat = listen_to_nodes(rank, world, dist.distributed_c10d._get_default_store())
+        self.heartbeat = listen_to_nodes(rank, world, dist.distributed_c10d._get_default_store(), config.comm)
         self.rewards = RewardPool(config.reward) if placement.leads_engine else None
+        self.rollbacks = 0
         self.grid = build_grid(config.actor, config.run.seed)
         self.actor = Actor(
             config.actor,
@@ -61,6 +65,19 @@ class Policy:
         with self.training():  # the push looks at the actor's parameters, which must be there for it
             self.weights = self._make_push()
         self.rollout = Rollout(config, placement, self.engine, checked.tokenizer, self.rewards)
+        if checked.learns:
+            trainer = config.trainer
+            keep = Keep(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best)
+            self.saver = Saver(config.run.checkpoints, keep, config.comm.init_timeout_seconds)
+            self.phases.before_training = self.saver.wait
+        self.limit_waits(config.comm.init_timeout_seconds)
+
+    def limit_waits(self, seconds: float) -> None:
+        """How long ranks wait for each other in a collective, but for those of an engine while it samples."""
+        limit_waits(seconds)
+        self.rollout.limit_waits()
+        if self.actor.optimizer is not None:
+            self.saver.limit_waits()
 
     def push(self) -> PushReport:
         """The actor's weights into the engine, which is awake for a rollout afterwards."""
@@ -72,11 +89,11 @@ class Policy:
         with self.phases.rollout():
             return self.rollout.collect(prompts, step)
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+    def evaluate(self, sets: Sequence[HeldOut]) -> dict[str, float]:
         """How the actor's current weights answer: `rollout.evaluation.metrics`, the same on every rank."""
         self.push()
         with self.phases.rollout():
-            return self.rollout.evaluate(prompts)
+            return self.rollout.evaluate(sets)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -89,31 +106,51 @@ class Policy:
         with self.phases.train():
             checkpoint.load(iteration, self.actor)
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """A checkpoint of this step, beside those that are kept."""
-        folder, keep = self.config.run.checkpoints, self.config.trainer.keep_checkpoints
+    def roll_back(self, error: BadNumbersError) -> str:
+        """Weights and optimizer of the newest checkpoint, for the next step has other prompts; returns what to tell.
+
+        Raises the error where there is no checkpoint, or it happens more than `trainer.max_rollbacks` times.
+        """
+        self.saver.wait()
+        self.rollbacks += 1
+        found, most = checkpoint.newest(self.config.run.checkpoints), self.config.trainer.max_rollbacks
+        if found is None or self.rollbacks > most:
+            raise error
+        self.load(found)
+        return f"{error}: back to {found.name}'s weights, and on with other prompts ({self.rollbacks} of {most})"
+
+    def save(self, step: int, state: dict[str, Any], last: bool) -> None:
+        """Begin a checkpoint of this step, which is written while the engine samples.
+
+        last: no training follows. It then loads in any layout, for which the optimizer's state is gathered.
+        """
         with self.phases.train():
-            checkpoint.save(folder, step, self.actor, state, keep)
+            self.saver.plan(step, self.actor, state, "fully_reshardable" if last else "dp_reshardable")
+        self.saver.write(self.actor.memory)
 
     def export(self, directory: Path) -> None:
         """The weights as a Hugging Face directory, with the files of the one they came from."""
         with self.training():
-            named = gather_tensors(self.arch, self.actor.pieces, self.actor.tensors, self.actor.dtype, to=0)
-            export_directory(self.directory, directory, named)
+            actor = self.actor
+            export_directory(self.directory, directory, self.arch, actor.pieces, actor.tensors, actor.dtype)
 
     @property
     def layout(self) -> str:
         """For people."""
         return f"tp{self.grid.tp} pp{self.grid.pp} dp{self.grid.dp} rollout-tp{self.config.rollout.tp}"
 
-    def who_quantises(self) -> str | None:
-        """A line about an FP8 engine's weights: by whom they are quantised; None without one."""
-        where = quantisers(self.weights.plan)
-        if not where:
-            return None
-        cut = [name for name, place in where.items() if place != "owner"]
-        some = f", the first {cut[0]}" if cut else ""
-        return f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}"
+    def metrics(self) -> dict[str, float]:
+        """What moves and checkpoints took since the last call: `Phases.metrics`, `Saver.metrics`."""
+        return self.phases.metrics() | self.saver.metrics()
+
+    def describe(self) -> list[str]:
+        """Lines for people: who quantises an FP8 engine's weights, and what is predicted of a GPU's memory."""
+        lines = []
+        if where := self.weights.quantisers:
+            cut = [name for name, place in where.items() if place != "owner"]
+            some = f", the first {cut[0]}" if cut else ""
+            lines.append(f"FP8: {len(where)} weights, {len(cut)} quantised by receivers (shards cut blocks){some}")
+        return [*lines, self.phases.describe()] if torch.cuda.is_available() else lines
 
     def close(self) -> None:
         """End the reward workers, and tell the other nodes that this one is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,15 +44,30 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
 
+# Outlines that each data-parallel rank trains on, and this rank's index among them -> its own trees, whole.
+Deliver = Callable[[Sequence[Sequence[Tree]], int], list[Tree]]
+
+
+def all_are_here(shares: Sequence[Sequence[Tree]], mine: int) -> list[Tree]:
+    """Where every rank has whole trees."""
+    return list(shares[mine])
+
+
 @dataclass
 class Batch:
-    """What one rollout gave, the same on every rank."""
+    """What one rollout gave, the same on every rank, but for `own`.
 
-    trees: list[Tree]  # complete and scored, in the order of their prompts
+    Trees are complete and scored; on all ranks they are outlines (`Tree.outline`). A whole one is on the rank that
+    leads the engine that sampled it, and `deliver` brings it to those that train on it.
+    """
+
+    trees: list[Tree]  # in the order of their prompts
     policy_version: int  # of the weights that they were sampled with: steps whose updates are in them
     counts: Counts
     # Behind remembered answers, for prompts whose tree in `trees` is all alike.
     restarts: list[Tree] = field(default_factory=list)
+    own: list[Tree] = field(default_factory=list)  # whole, of the engine that this rank leads; restarts at the end
+    deliver: Deliver = all_are_here  # collective
 
 
 class Advantage(Protocol):

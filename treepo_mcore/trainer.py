@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from treepo_mcore.actor import checkpoint
-from treepo_mcore.checks import POLICY, Context, check_and_meet, optimizer_settings
+from treepo_mcore.checks import POLICY, Context, check_and_meet
 from treepo_mcore.config import Config, dump_config
 from treepo_mcore.learn.filter import choose
 from treepo_mcore.learn.step import learn
+from treepo_mcore.observe.guard import BadNumbersError
 from treepo_mcore.observe.metrics import Clock, rollout_metrics
 from treepo_mcore.observe.observer import Observer, Observers, Wish
 from treepo_mcore.observe.usual import usual_observers
@@ -28,12 +29,9 @@ from treepo_mcore.system.versions import versions
 class Trainer:
     """A run from its configuration. Every rank makes one and calls `run`."""
 
-    def __init__(
-        self,
-        config: Config,
-        stop: StopRequest | None = None,
-        observers: Sequence[Observer] = (),
-    ) -> None:
+    supervised = False
+
+    def __init__(self, config: Config, stop: StopRequest | None = None, observers: Sequence[Observer] = ()) -> None:
         """Check everything that can be checked, then build. Raises `ConfigError` before any model is built.
 
         stop: looked at between steps; on which ranks it was asked does not matter. observers: beside the usual ones, of
@@ -41,14 +39,15 @@ class Trainer:
         """
         self.config = config
         self.stop = stop or StopRequest()
-        self.checked = Context(config)
+        self.checked = Context(config, supervised=self.supervised)
         check_and_meet(self.checked)
         self.policy = Policy(self.checked)
-        self.observers = Observers([*usual_observers(config, self.policy.placement.reports), *observers])
+        self.observers = Observers([*usual_observers(config, self.policy.placement, self.supervised), *observers])
         self.garbage = Garbage()
         self.step = 0
         self.saved: int | None = None  # step of the newest checkpoint
         self.accuracy_before: float | None = None  # before the very first step, also in a resumed run
+        self.accuracy: dict[int, float] = {}  # of the last evaluation, by its step
 
     def run(self) -> dict[str, Any]:
         """Train to the configured end; returns the summary that is also written to ``summary.json``.
@@ -64,12 +63,17 @@ class Trainer:
         begin = time.perf_counter()
         self.clock = Clock(lambda part: self.observers.part(self.step, part))
         self.garbage.begin()
-        while self.step < trainer.steps and not out_of_time(begin, trainer.max_seconds):
+        while self.step < trainer.steps and not self._is_enough(begin):
             if asked := self.stop.on_any_rank():
                 return self._stop(asked)
-            wish = self.train_step()
+            try:
+                wish = self.train_step()
+            except BadNumbersError as error:
+                self.observers.say(self.policy.roll_back(error))
+                wish = Wish.NOTHING
             self.step += 1
             self.garbage.step(self.step)
+            self.policy.limit_waits(self.config.comm.train_timeout_seconds)
             if wish is Wish.STOP:
                 return self._stop("observer")
             if self.stop.on_any_rank():
@@ -80,15 +84,17 @@ class Trainer:
             if wish is Wish.SAVE or self._due(trainer.save_every):
                 with self.clock.part("save"):
                     self._save()
-        seconds = time.perf_counter() - begin
+            if self._due(trainer.export_every):
+                with self.clock.part("export"):
+                    self.policy.export(self.config.run.dir / "policies" / f"step_{self.step:06d}")
         if asked := self.stop.on_any_rank():
             return self._stop(asked)
-        return self._finish(seconds)
+        return self._finish(time.perf_counter() - begin)
 
     def train_step(self) -> Wish:
         """One rollout and its updates; returns what the observers ask for."""
         policy, clock = self.policy, self.clock
-        policy.phases.metrics()  # what an evaluation took is not this step's
+        policy.metrics()  # what an evaluation took is not this step's
         with clock.part("push"):
             push = policy.push()
         with clock.part("rollout"):
@@ -100,7 +106,7 @@ class Trainer:
         if self.observers.sampled(step) is not Wish.SKIP:
             with clock.part("update"), policy.phases.train():
                 learn(policy.actor, step, self.config)
-        step.values |= policy.phases.metrics() | {"filter/kept": len(step.kept) / max(len(step.batch.trees), 1)}
+        step.values |= policy.metrics() | {"filter/kept": len(step.kept) / max(len(step.batch.trees), 1)}
         step.seconds = clock.look()
         with clock.part("observe"):
             return self.observers.trained(step)
@@ -110,63 +116,66 @@ class Trainer:
         self.garbage.end()
         self.policy.close()
         self.observers.close()
-
-    def _load(self) -> None:
-        """Weights, optimizer and state of the newest checkpoint, if there is one."""
-        if self.checked.checkpoint is None or self.checked.state is None:
-            return
-        self.policy.load(self.checked.checkpoint)
-        self.step = self.saved = self.checked.state["step"]
-        self.accuracy_before = self.checked.state["accuracy_before"]
-        self.policy.rollout.load_state_dict(self.checked.state["rollout"])
+        self.checked.release()
 
     def _start(self) -> None:
+        """From the newest checkpoint, if there is one; or from weights and optimizer as another run left them."""
         run = self.config.run
-        self._load()
+        if found := self.checked.checkpoint or self.checked.start:
+            self.policy.load(found)
+        if state := self.checked.state:
+            self.step = self.saved = state["step"]
+            self.accuracy_before = state["accuracy_before"]
+            self.policy.rollout.load_state_dict(state["rollout"])
         if self.policy.placement.reports and not run.resume:
             # Or a run that is cut off before it saves would be continued as the one before it.
             checkpoint.forget(run.checkpoints)
         self._write("config.yaml", dump_config(self.config))
         self._write("versions.json", json.dumps(versions(), indent=1))
         self.observers.start(self.step)
-        if told := self.policy.who_quantises():
+        where = "resumed" if self.checked.checkpoint else "start"
+        origin = f"from {self.checked.start}  " if self.checked.start else ""
+        self.observers.say(f"{where} at step {self.step}  {origin}{self.policy.layout}  -> {run.dir}")
+        for told in self.policy.describe():
             self.observers.say(told)
-        where = "resumed at" if self.checked.checkpoint else "start at"
-        self.observers.say(f"{where} step {self.step}  {self.policy.layout}  -> {run.dir}")
-        if torch.cuda.is_available():
-            self.observers.say(self.policy.phases.describe())
         dist.barrier()
 
     def _evaluate(self) -> float:
         values = self.policy.evaluate(self.checked.held_out)
         self.observers.evaluated(self.step, values)
+        self.accuracy = {self.step: values["eval/accuracy"]}
         return values["eval/accuracy"]
+
+    def _is_enough(self, begin: float) -> bool:
+        trainer = self.config.trainer
+        reached = any(found >= (trainer.stop_at_accuracy or math.inf) for found in self.accuracy.values())
+        return reached or out_of_time(begin, trainer.max_seconds)
 
     def _due(self, every: int) -> bool:
         """Between steps; the end has its own evaluation and checkpoint."""
         return every > 0 and self.step % every == 0 and self.step < self.config.trainer.steps
 
-    def _save(self) -> None:
-        """Unless this very step is saved: the tracker must not name a checkpoint that is being rewritten.
-
-        Before the first step there is nothing that the same command would not make again.
-        """
-        if self.step in (0, self.saved):
-            return
-        state = {
-            "step": self.step,
-            "accuracy_before": self.accuracy_before,
-            "prompts": self.checked.prompts.state_dict(),
-            "rollout": self.policy.rollout.state_dict(),
-            "optimizer": optimizer_settings(self.config),
-        }
-        self.policy.save(self.step, state)
-        self.saved = self.step
+    def _save(self, last: bool = False) -> None:
+        """Begin a checkpoint, if there is anything new to save; last: no step follows, and it is whole on return."""
+        if self.step not in (0, self.saved):
+            state = {
+                "step": self.step,
+                "accuracy_before": self.accuracy_before,
+                "accuracy": self.accuracy.get(self.step),
+                "prompts": self.checked.prompts.state_dict(),
+                "rollout": self.policy.rollout.state_dict(),
+            }
+            self.policy.save(self.step, state, last)
+            self.saved = self.step
+        if last:
+            self.policy.saver.wait()
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         trainer, run = self.config.trainer, self.config.run
-        self._save()  # before an evaluation that may be the one thing too many for the time a job has
-        after = self._evaluate() if trainer.eval_after and self.checked.held_out else None
+        self._save(last=True)  # before an evaluation that may be the one thing too many for the time a job has
+        after = self.accuracy.get(self.step)
+        if trainer.eval_after and self.checked.held_out and after is None:
+            after = self._evaluate()
         if trainer.export:
             self.policy.export(run.dir / POLICY)
         summary = {
@@ -182,7 +191,7 @@ class Trainer:
         return summary
 
     def _stop(self, asked: str) -> dict[str, Any]:
-        self._save()
+        self._save(last=True)
         done = f"saved at step {self.step}" if self.step else "nothing to save yet"
         how = "the same command" if self.config.run.resume else "run.resume=true"
         self.observers.say(f"{asked}: {done}, exit status {STOPPED}; {how} goes on")
@@ -194,5 +203,4 @@ class Trainer:
     def _write(self, name: str, text: str) -> None:
         """A file of run.dir, by the rank that reports."""
         if self.policy.placement.reports:
-            self.config.run.dir.mkdir(parents=True, exist_ok=True)
             (self.config.run.dir / name).write_text(text)

@@ -57,7 +57,7 @@ def measure(cell: tuple[str, str]) -> dict[str, Any]:
     from samplers import Trace, watch
 
     from treepo_mcore.config import parse_config
-    from treepo_mcore.data.prompts import Prompt
+    from treepo_mcore.data.prepared import Prompt
     from treepo_mcore.engine.vllm.engine import VllmEngine, engine_arguments
     from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.system.placement import init_process_group

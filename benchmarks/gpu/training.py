@@ -82,7 +82,7 @@ def configuration(fp8: str, directory: Path) -> dict[str, Any]:
     return {"model": {"path": str(directory)}, "data": {"train": "none"}, "actor": actor}
 
 
-def fill(directory: Path, arch: Any, pieces: Any, tensors: dict[str, Any]) -> None:
+def fill(directory: Path, pieces: Any, tensors: dict[str, Any]) -> None:
     """Random weights of the size that training has; ones in norms."""
     for tensor in tensors.values():
         if tensor.dim() == 1:

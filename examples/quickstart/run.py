@@ -22,7 +22,12 @@ from treepo_mcore.system.environment import prepare_environment
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(".cache/quickstart")
-MADE_BY = ("make_data.py", "make_tokenizer.py", "warmup.py")  # a change of these makes the cache stale
+MADE_BY = (
+    "make_data.py",
+    "make_tokenizer.py",
+    "make_model.py",
+    "warmup.yaml",
+)  # a change of these makes the cache stale
 
 
 def torchrun(nproc: int, *command: str) -> None:
@@ -49,8 +54,10 @@ def prepare(nproc: int) -> float:
     corpus = data / "sft.jsonl"
     subprocess.run([sys.executable, HERE / "make_tokenizer.py", "--corpus", corpus, "--out", tokenizer], check=True)
     print("quickstart: warming a small model up by supervised training", flush=True)
-    places = ["--data", str(data), "--tokenizer", str(tokenizer), "--out", str(CACHE / "model")]
-    torchrun(nproc, str(HERE / "warmup.py"), *places)
+    make_model = [sys.executable, HERE / "make_model.py", "--tokenizer", tokenizer, "--out", CACHE / "start"]
+    subprocess.run(make_model, check=True)
+    torchrun(nproc, "-m", "treepo_mcore", "sft", str(HERE / "warmup.yaml"))
+    (CACHE / "warmup" / "policy").rename(CACHE / "model")
     seconds = time.perf_counter() - begin
     stamp.write_text(json.dumps({"sha256": digest, "warmup_seconds": round(seconds, 1)}))
     return seconds

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from answers import greedy
 from layouts import mini_batches, noise
 
 from treepo_mcore.config import parse_config
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 from treepo_mcore.tree.tree import Tree
-from treepo_mcore.weights.hf import export_directory, gather_tensors
+from treepo_mcore.weights import export
+from treepo_mcore.weights.export import export_directory
+from treepo_mcore.weights.hf import gather_tensors
 
 from log_probs import no_advantages  # isort: skip
 from treepo_mcore.learn.packing import pack_trees  # isort: skip
@@ -37,6 +40,9 @@ def run(config: dict[str, Any], trees: str, rounds: int, tokens: int, out: str) 
     return result
 
 
+export.SHARD_BYTES = 100_000  # so that all ranks have files to write
+
+
 def step(trainer: Trainer, batch: list[Any]) -> None:
     """A real one; the rate is high enough to change every answer."""
     trainer.policy.actor.set_step(0)
@@ -46,17 +52,24 @@ def step(trainer: Trainer, batch: list[Any]) -> None:
 
 def prompts(trainer: Trainer) -> list[list[int]]:
     """Token ids, the same on all ranks."""
-    return [prompt.tokens for prompt in trainer.checked.held_out]
+    return [prompt.tokens for prompt in trainer.checked.held_out[0].prompts]
 
 
 def push_and_answer(trainer: Trainer, tokens: int, folder: Path) -> list[list[int]]:
     """The engine's greedy answers with the actor's weights, which are exported as well."""
     actor = trainer.policy.actor
     trainer.policy.engine.wake(gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, torch.float32))
-    answers = trainer.policy.engine.greedy(prompts(trainer), tokens)
+    answers = greedy(trainer.policy.engine, prompts(trainer), tokens)
     trainer.policy.engine.sleep()
-    named = gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, torch.float32, to=0)
-    export_directory(trainer.checked.directory, folder, named)
+    export_directory(
+        trainer.checked.directory,
+        folder,
+        trainer.checked.arch,
+        actor.pieces,
+        actor.tensors,
+        torch.float32,
+        writers=list(range(dist.get_world_size()))[::-1],
+    )
     return answers
 
 
@@ -67,7 +80,7 @@ def stopped(trainer: Trainer, answers: list[list[int]], tokens: int) -> dict[str
     trainer.policy.push()
     with trainer.policy.phases.rollout():
         trainer.policy.engine.eos_ids = before + ends
-        found = trainer.policy.engine.greedy(prompts(trainer), tokens)
+        found = greedy(trainer.policy.engine, prompts(trainer), tokens)
         trainer.policy.engine.eos_ids = before
     return {"ends": ends, "answers": found}
 
@@ -77,9 +90,10 @@ def sampled(trainer: Trainer, out: Path) -> dict[str, Any]:
     trainer.policy.push()
     with trainer.policy.phases.rollout():
         batch = trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
+    trees = batch.deliver([batch.trees], 0)
     if dist.get_rank() == 0:
-        write_trees(out / "trees.jsonl", batch.trees)
-    return {"gap": gap(trainer, batch.trees), "counts": vars(batch.counts)}
+        write_trees(out / "trees.jsonl", trees)
+    return {"gap": gap(trainer, trees), "counts": vars(batch.counts)}
 
 
 def gap(trainer: Trainer, trees: list[Tree]) -> float:

@@ -16,7 +16,7 @@ from treepo_mcore.learn.advantage import LeafAdvantage
 from treepo_mcore.learn.packing import pack_flat, pack_trees
 from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.system.placement import colocated, init_process_group
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.files import read_trees
 from treepo_mcore.tree.tree import Tree
 
 GRIDS: dict[tuple[int | None, ...], Grid] = {}  # the one there is

@@ -17,7 +17,7 @@ from treepo_mcore.config import Config, parse_config
 from treepo_mcore.learn.step import learn
 from treepo_mcore.observe.guard import MismatchGuard
 from treepo_mcore.records import PackedSequence
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.files import read_trees
 
 TEMPERATURE = 0.7
 # Nothing moves: every mini-batch sees the weights that were loaded.
@@ -68,8 +68,8 @@ def run(directory: str, trees: str, cases: dict[str, Any], layouts: dict[str, An
     """Rank 0 saves {(case, layout): result}."""
     results = {
         (case, layout): one_case(directory, trees, settings, how)
+        for layout, how in layouts.items()  # outside: every change of layout leaves gloo threads behind
         for case, settings in cases.items()
-        for layout, how in layouts.items()
     }
     if dist.get_rank() == 0:
         torch.save(results, out)

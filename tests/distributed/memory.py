@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,11 @@ from megatron.core.distributed import DistributedDataParallel
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.memory import storages
-from treepo_mcore.config import ActorConfig
+from treepo_mcore.actor.saver import save
+from treepo_mcore.config import ActorConfig, parse_config
 from treepo_mcore.learn.loss import PolicyObjective
-from treepo_mcore.trainer import Trainer
+from treepo_mcore.supervised import SupervisedTrainer
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 EVERYTHING = {"parameters", "gradients", "optimizer"}
 
 
@@ -49,7 +46,7 @@ def updates(
         old = [o[0] + noise(s) for s, o in zip(batch, actor.log_probs(batch), strict=True)]
         actor.update(batch, old, PolicyObjective(actor.config))
         if number == 1:
-            checkpoint.save(out, 2, actor, {}, keep=1)
+            save(out, 2, actor, {}, keep=1)
             newest = checkpoint.newest(out)
             assert newest is not None
             checkpoint.load(newest, actor)
@@ -70,7 +67,7 @@ def weights_alone(directory: str, trees: str, out: str) -> dict[str, Any]:
     actor = make_actor(Path(directory), {})
     (batch,) = mini_batches(actor, trees, 100, "tree")
     actor.update(batch, [o[0] for o in actor.log_probs(batch)], PolicyObjective(actor.config))
-    checkpoint.save(Path(out), 1, actor, {}, keep=1)
+    save(Path(out), 1, actor, {}, keep=1)
     newest = checkpoint.newest(Path(out))
     assert newest is not None
     settings = {"temperature": 1.0, "total_steps": 1, "learns": False}
@@ -88,22 +85,12 @@ def weights_alone(directory: str, trees: str, out: str) -> dict[str, Any]:
     }
 
 
-def warm_up(folder: str, model: str, out: str) -> dict[str, Any]:
-    """The quickstart's, two steps of it, with gradients and optimizer away between them as by default on a GPU."""
-    sys.path.insert(0, str(QUICKSTART))
-    import warmup
-
-    data = Path(folder)
-    lengths = {"prompt_tokens": 96, "response_tokens": 80}
-    arguments = Namespace(seed=0, steps=2, batch=4, lr=1e-3, until=1.0, look_every=2, **lengths)
-    config = warmup.settings(Path(model), data, Path(out), arguments)
-    config.memory.offload = ["gradients", "optimizer"]
-    trainer = Trainer(config)
+def warm_up(config: dict[str, Any]) -> dict[str, Any]:
+    """Supervised steps, with gradients and optimizer away between them as by default on a GPU."""
+    trainer = SupervisedTrainer(parse_config(config))
     before = {name: tensor.clone() for name, tensor in trainer.policy.actor.tensors.items()}
-    rows = [json.loads(line) for line in (data / "sft.jsonl").read_text().splitlines()[:8]]
-    warmup.warm_up(trainer, rows, arguments)
+    trainer.run()
     after = trainer.policy.actor.tensors
-    trainer.close()
     gone = [sum(s.nbytes() for s in storages(tensors)) for tensors in held(trainer.policy.actor)[1:]]
     return {"gone": gone, "changed": [name for name in before if not torch.equal(before[name], after[name])]}
 

@@ -33,7 +33,7 @@ def run(config: dict[str, Any], gpus_per_node: int, staging: int) -> dict[str, A
     )
     push = Push(plan, actor.tensors, parameters, staging_bytes=staging)
     return {
-        "plan": [asdict(transfer) for transfer in push.plan],
+        "plan": [transfer._asdict() for transfer in push.plan],
         "groups": created,
         "grid": asdict(actor.grid),
         "sent": push.sent_bytes,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answers import greedy
 from layouts import mini_batches, noise
 from log_probs import engine_rank, make_actor
 from models import EOS_IDS
@@ -22,8 +23,9 @@ from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.engine.vllm.layout import fp8_shapes, vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
-from treepo_mcore.weights.fp8 import FP8, SCALE, quantise, quantisers, scale_shape
-from treepo_mcore.weights.hf import export_directory, gather_tensors
+from treepo_mcore.weights.export import export_directory
+from treepo_mcore.weights.fp8 import FP8, SCALE, quantise, scale_shape
+from treepo_mcore.weights.hf import gather_tensors
 from treepo_mcore.weights.layout import box
 from treepo_mcore.weights.transfer import Push, TransferError, plan_push
 
@@ -62,13 +64,13 @@ def run(
             result["reports"].append(vars(push.run()))
         result["made"].append(made.peak)
         engine.wake_cache()
-        result["answers"].append(engine.greedy(prompts, tokens))
+        result["answers"].append(greedy(engine, prompts, tokens))
         direct = {name: tensor.clone() for name, tensor in engine.parameters().items()}
         spoil(engine.parameters())
         engine.sleep()
         engine.wake(named(actor))
         result["different"] += different(direct, engine.parameters())
-        export_directory(source, Path(out) / f"round_{number}", named(actor))
+        export_directory(source, Path(out) / f"round_{number}", actor.arch, actor.pieces, actor.tensors, torch.float32)
     result["moved"] = sum(tensor.data_ptr() != addresses[n] for n, tensor in engine.parameters().items())
     result["damage"] = [damaged(push, scale) for scale in (False, True)]
     return result
@@ -154,7 +156,7 @@ def described(push: Push) -> dict[str, Any]:
             cut[t.target_local] |= set(itertools.product(*spans))
     return {
         "plain_bytes": push.dtype.itemsize * sum(t.numel for t in mine if not t.local and t.target == push.rank),
-        "quantisers": quantisers(push.plan),
+        "quantisers": push.quantisers,
         "boxes": sum(len(message.parts) for r in push.rounds for message in (*r.sends, *r.receives)),
         "cut_bytes": BLOCK**2 * push.dtype.itemsize * max(map(len, cut.values()), default=0),
         "strip": max((t.numel for t in mine if t.form == "blocks"), default=0),

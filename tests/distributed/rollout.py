@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from treepo_mcore.config import parse_config
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 
 def trainer_of(config: dict[str, Any]) -> Trainer:
@@ -34,8 +38,9 @@ def collect(config: dict[str, Any], out: str) -> dict[str, Any]:
 
     engine.step = watched
     batch = trainer.policy.rollout.collect(trainer.checked.prompts, trainer.step)
+    whole = batch.deliver([batch.trees], 0)
     if trainer.policy.placement.rank == 0:
-        write_trees(Path(out), batch.trees)
+        write_trees(Path(out), whole)
     trainer.close()
     return {
         "free": free,
@@ -90,3 +95,10 @@ def restarts(config: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (trainer.config.run.dir / "metrics.jsonl").read_text().splitlines()]
     remembered = trainer.policy.rollout.state_dict()["rare"]["paths"]
     return [row | {"remembered": len(remembered)} for row in rows if "actor/updates" in row]
+
+
+def killed(config: dict[str, Any]) -> None:
+    """Every rank ends where it cannot clean up behind itself."""
+    trainer_of(config)
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 MODELS = {

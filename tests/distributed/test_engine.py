@@ -11,7 +11,7 @@ from harness import launch
 from models import EOS_IDS, YARN, Reference, write_prompts
 from trees import path_of, random_tree
 
-from treepo_mcore.tree.jsonl import read_trees, write_trees
+from treepo_mcore.tree.files import read_trees, write_trees
 from treepo_mcore.tree.tree import EOS, FINISHED
 
 TEMPERATURE = 0.7
@@ -31,7 +31,7 @@ def configuration(directory, folder, actor, rollout_tp):
     return {
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(directory)},
-        "data": {"train": str(prompts), "eval": str(prompts), "max_prompt_tokens": 64},
+        "data": {"train": str(prompts), "eval": str(prompts), "overlap": "keep", "max_prompt_tokens": 64},
         "rollout": {
             "tp": rollout_tp,
             "dtype": "float32",

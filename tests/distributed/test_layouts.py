@@ -14,7 +14,7 @@ from harness import launch
 from models import YARN
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 MODELS = {
     "qwen2": ("qwen2", {"rope_parameters": YARN}),
@@ -168,14 +168,13 @@ def relative(a, b):
 
 
 def test_ranks_with_unequal_shares(directories, tmp_path):
-    """None steps on a gradient that is no number, all stop; under delayed scaling all have as many micro-batches."""
+    """None steps on a gradient that is no number; under delayed scaling all have as many micro-batches."""
     write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=4) for seed in range(8)])
     arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl")}
     one, two = launch("layouts:shares_of_two_ranks", 2, arguments)
     assert (one["counts"], two["counts"]) == ([1, 2], [2, 2])
     for rank in (one, two):
-        assert rank["said"].startswith("the gradient's norm is nan, 3 times in a row (actor.max_skipped)")
-        assert rank["skipped"] == [1, 1, 0, 1, 1]
+        assert rank["skipped"] == [1, 1, 0]
         assert not rank["moved"]
         assert rank["moved at last"]
         assert rank["finite"]

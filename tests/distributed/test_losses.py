@@ -18,7 +18,7 @@ from models import Reference
 from trees import path_of, random_tree
 
 from treepo_mcore.learn.advantage import advantages
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 CASES = {
     "token mean": {},

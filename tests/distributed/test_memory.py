@@ -5,7 +5,7 @@ from pathlib import Path
 from harness import launch
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 OPTIMIZER = {"lr": 1e-3, "eps": 1e-5}
 LAYOUTS = {
@@ -52,9 +52,17 @@ def test_an_actor_that_only_answers_holds_weights_alone(model_directory, tmp_pat
     assert (found["changed"], found["equal"]) == (True, True)
 
 
-def test_the_warm_up_of_the_quickstart_with_state_away_between_steps(task, tmp_path):
+def test_supervised_steps_with_state_away_between_them(task, tmp_path):
     model = Path(next(override for override in task if override.startswith("model.path=")).split("=")[1])
-    arguments = {"folder": str(model.parent), "model": str(model), "out": str(tmp_path / "out")}
-    (found,) = launch("memory:warm_up", 1, arguments)
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(model)},
+        "data": {"train": str(model.parent / "sft.jsonl"), "answer_key": "solution", "max_prompt_tokens": 96},
+        "rollout": {"dtype": "float32", "tree": {"segment_tokens": 80, "max_depth": 1}},
+        "actor": {"dtype": "float32", "micro_batch_tokens": 2048},
+        "memory": {"offload": ["gradients", "optimizer"]},
+        "trainer": {"steps": 2, "prompts_per_update": 4, "export": False},
+    }
+    (found,) = launch("memory:warm_up", 1, {"config": config})
     assert found["gone"] == [0, 0]
     assert found["changed"]

@@ -68,10 +68,10 @@ def both(request, model_directory):
 
 def test_plans_are_equal_transfer_by_transfer(both):
     job, live = both
-    paper = json.loads(json.dumps([asdict(transfer) for transfer in job.plan()]))
+    paper = json.loads(json.dumps([transfer._asdict() for transfer in job.plan()]))
     assert len(paper) > 50
-    for rank in live:
-        assert rank["plan"] == paper
+    for rank, found in enumerate(live):  # each keeps what is its own
+        assert found["plan"] == [transfer for transfer in paper if rank in (transfer["source"], transfer["target"])]
 
 
 def test_process_groups_and_places_are_equal(both):

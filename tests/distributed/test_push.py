@@ -9,7 +9,7 @@ from harness import launch
 from models import LLAMA3, VOCAB, Reference
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 from treepo_mcore.weights.fp8 import dequantise, quantise
 
 ROUNDS = 3

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from harness import launch
+from harness import LaunchError, launch
 from models import YARN, write_prompts
 from safetensors.torch import load_file
 from test_engine import configuration
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import read_trees, write_trees
+from treepo_mcore.tree.files import read_trees, write_trees
 
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5}
 LAYOUTS = {
@@ -102,12 +103,46 @@ def test_observers_ask_and_all_ranks_do(model_directory, tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward/mean" in row]
     assert [row["step"] for row in steps if "actor/loss" in row] == [0, 2]
-    assert len(list((run / "trees").glob("step_*.jsonl"))) == 3
+    assert len(list((run / "trees").glob("step_*/engine_0000?.parquet"))) == 6
     parts = ("push", "rollout", "choose", "update", "observe", "save")
     for row in steps:
         assert sum(row.get(f"time/{part}", 0.0) for part in parts) <= row["time/step"]
     assert "time/save" in steps[1]
     assert "time/save" not in steps[2]
+
+
+def test_bad_numbers_lead_back_to_the_newest_checkpoint(model_directory, tmp_path):
+    """Once, with the prompts that come next; the second time is one too many."""
+    config = configuration(model_directory("qwen2"), tmp_path, {"optimizer": OPTIMIZER}, 1)
+    config["data"]["train"] = str(write_prompts(tmp_path / "train.jsonl", 40, tokens=40, seed=1))
+    config["trainer"] |= {
+        "steps": 9,
+        "prompts_per_step": 4,
+        "prompts_per_update": 2,
+        "save_every": 1,
+        "max_rollbacks": 1,
+        "eval_every": 0,
+    }
+    one, two = launch("resume:roll_back", 2, {"config": config})
+    assert one == two
+    assert len(one["weights"]) == 5
+    assert one["weights"][0] != one["weights"][1] != one["weights"][2]
+    assert one["weights"][3] == one["weights"][2]  # what step 2 learnt is gone
+    assert one["weights"][4] != one["weights"][3]
+    assert not set(one["prompts"][3]) & set(one["prompts"][2])
+
+
+def test_a_rank_that_is_stuck_ends_the_job_with_the_stacks_of_all(model_directory, tmp_path):
+    config = configuration(model_directory("qwen2"), tmp_path, {}, 1)
+    config["trainer"] |= {"steps": 9, "eval_before": False, "eval_every": 0}
+    config["comm"] = {"stuck_seconds": 20}
+    with pytest.raises(LaunchError) as caught:
+        launch("resume:get_stuck", 2, {"config": config}, limit=120)
+    output = str(caught.value)
+    assert "exit status 1" in output
+    assert re.search(r"error: rank 1 on .*: step 1, choose: nothing happened for 20 s \(comm.stuck_seconds\)", output)
+    assert re.search(r"error: rank 0 on .*: step 1, choose: nothing happened for 20 s", output)
+    assert re.search(r'resume.py", line \d+ in sampled', output)
 
 
 @pytest.mark.long
@@ -138,7 +173,7 @@ def test_a_resumed_run_is_bit_identical(model_directory, tmp_path):
     config["run"]["dir"] = str(resumed)
     launch("resume:train", 1, {"config": config})
     for step in (2, 3):
-        one, other = (list(read_trees(d / "trees" / f"step_{step:06d}.jsonl")) for d in (whole / "run", resumed))
+        one, other = (list(read_trees(d / "trees" / f"step_{step:06d}")) for d in (whole / "run", resumed))
         assert [tree.to_json() for tree in one] == [tree.to_json() for tree in other]
     assert equal_files(whole / "run" / "policy", resumed / "policy")
     assert not equal_files(whole / "run" / "policy", model_directory("qwen2", rope_parameters=YARN))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 
 import pytest
-from harness import launch
+from harness import LaunchError, launch
 from models import write_prompts
 
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.engine.vllm.cpu import SHARED, remove_leftovers
+from treepo_mcore.tree.files import read_trees
 
 WIDTH = 8
 
@@ -127,6 +129,8 @@ def test_a_run_trains_on_what_starts_behind_remembered_answers(model_directory, 
     tree = {"early_stop": {"leaves": 2, "min_chance": 0.0}, "contrast": {"paths": 4}}
     config["rollout"]["tree"] |= tree | {"width": 4, "branching": {"factor": 1, "first": 4}}
     config["advantage"] = {"estimator": "rloo"}
+    form = {"function": "format", "weight": 0.5, "options": {"pattern": ".*"}}
+    config["reward"]["components"] = {"form": form}
     config["trainer"] = {"steps": 8, "prompts_per_step": 6, "prompts_per_update": 6, "export": False}
     config["trainer"] |= {"save_trees_every": 1, "eval_every": 0}
     (rows,) = launch("rollout:restarts", 1, {"config": config})
@@ -135,7 +139,9 @@ def test_a_run_trains_on_what_starts_behind_remembered_answers(model_directory, 
     assert sum(row["rollout/restarted_prompts"] for row in rows) > 0
     assert rows[-1]["remembered"] > 0
     assert all(math.isfinite(row["actor/loss"]) for row in rows)
-    files = sorted((tmp_path / "run" / "trees").glob("restarts_*.jsonl"))
+    assert all(row["reward/form/mean"] == 1 for row in rows)
+    assert all(row["reward/mean"] == pytest.approx(row["reward/accuracy"] + 0.5) for row in rows)
+    files = sorted((tmp_path / "run" / "trees").glob("restarts_*"))
     grown = [tree for file in files for tree in read_trees(file)]
     assert len(grown) == sum(row["rollout/restarted_prompts"] for row in rows)
     for tree in grown:
@@ -149,6 +155,28 @@ def test_an_engine_that_schedules_nothing_is_an_error(model_directory, tmp_path)
     config = configuration(model_directory("qwen3"), tmp_path)
     (said,) = launch("rollout:stuck", 1, {"config": config}, limit=100)
     assert said.startswith("vLLM has scheduled nothing in 101 steps: ")
+
+
+def test_what_a_killed_job_left_in_shared_memory_is_removed_and_nothing_else(model_directory, tmp_path):
+    """The next job calls `remove_leftovers` when it starts; here it is called alone, beside a job that lives."""
+    before = set(SHARED.glob("treepo_mcore-*.job"))
+    config = configuration(model_directory("qwen3"), tmp_path, tp=2)
+    with pytest.raises(LaunchError):
+        launch("rollout:killed", 2, {"config": config}, limit=100)
+    (job,) = set(SHARED.glob("treepo_mcore-*.job")) - before
+    # Where vLLM's kernels are built without AVX-512, it has no segment of its own.
+    name = job.stem.removeprefix("treepo_mcore-")
+    (SHARED / f"cpushm-{name}").touch()
+    left = set(SHARED.glob(f"*{name}*"))
+    assert len(left) >= 2
+    lives = SHARED / "treepo_mcore-lives.job"
+    with lives.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        remove_leftovers()
+        assert not {path for path in left if path.exists()}
+        assert lives.exists()
+    remove_leftovers()
+    assert not lives.exists()
 
 
 @pytest.mark.parametrize("kind", ["seed", "length"])

@@ -19,10 +19,11 @@ from reward_functions import last_number
 
 from treepo_mcore.actor.model import megatron_configs
 from treepo_mcore.config import ActorConfig, ConfigError, OptimizerConfig, load_config
-from treepo_mcore.data.prompts import Prompt, PromptStream
+from treepo_mcore.data.prepared import Prompt
+from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.model.architecture import read_architecture
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.files import read_trees
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -207,6 +208,22 @@ def test_prompt_files(config, tmp_path, content, words):
         assert words in text
 
 
+def test_prompts_that_are_held_out_too(config, tmp_path):
+    rows = [json.dumps({"prompt": f"w4 w{5 + n}", "answer": "1"}) + "\n" for n in range(3)]
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    train.write_text("".join(rows))
+    held_out.write_text("".join(rows[1:]))
+    said = f"{train}: 2 of 3 prompts are held out, too, in {held_out}"
+    files = [f"data.train={train}", f"data.eval={held_out}"]
+    assert refused(config, *files, "data.overlap=error") == f"{said}; expected none (data.overlap: error)"
+    train.write_text("".join(rows[1:]))
+    assert refused(config, *files).endswith(
+        f"2 of 2 prompts are held out, too, in {held_out}; no prompts are left; data.overlap: keep trains on them"
+    )
+    sets = f"data.train={{a: {{path: {train}}}, b: {{path: {tmp_path / 'gone.jsonl'}}}}}"
+    assert refused(config, sets) == f"{tmp_path / 'gone.jsonl'}: no such file"
+
+
 def test_a_token_that_the_model_does_not_have(config, tmp_path):
     directory = make_model(tmp_path / "small", "qwen2", vocab_size=300)  # its tokenizer knows 330 words
     prompts = tmp_path / "words.jsonl"
@@ -240,26 +257,33 @@ def test_a_run_continued_with_other_prompts(config):
     write_state(checkpoint, prompts=stream.state_dict())
     what = "cannot resume the prompts: run.seed: found 0, the checkpoint has 7; put it back, or start a new run.dir"
     assert refused(config) == what
-    assert "rows of data.train, by hash: found" in refused(config, "run.seed=7")
+    assert "rows and weights of data.train, by hash: found" in refused(config, "run.seed=7")
 
 
-@pytest.mark.parametrize(("name", "before", "now"), [("lr", 1e-6, 2e-6), ("betas", [0.9, 0.999], [0.9, 0.95])])
-def test_a_run_continued_with_another_optimizer(config, name, before, now):
+@pytest.mark.parametrize("start", [False, True])
+def test_a_run_continued_with_another_optimizer_or_layout(config, start):
     checkpoint = config.parent / "run" / "checkpoints" / "iter_0000003"
     write_state(checkpoint)
-    text = refused(config, f"actor.optimizer.{name}={now}")
-    assert text.startswith(f"actor.optimizer.{name}: found {now}, {checkpoint} was made with {before}")
+    more = [f"run.start_from={checkpoint}", f"run.dir={config.parent / 'other'}"] if start else []
+    text = refused(config, "actor.optimizer.betas=[0.9,0.95]", *more)
+    assert text.startswith(f"actor.optimizer.betas: found [0.9, 0.95], {checkpoint} was made with [0.9, 0.999]")
+    write_state(checkpoint, layout={"form": "dp_reshardable", "tp": 2, "pp": 1})
+    text = refused(config, *more)
+    assert text.startswith(f"actor.tp, actor.pp: found 1, 1; {checkpoint} was written while the run went on, and loads")
+    assert "`treepo-mcore checkpoint reshard` with these" in text
+
+
+def test_a_start_that_is_no_checkpoint(config, tmp_path):
+    assert f"{tmp_path / 'trainer_state.json'}: not the state of a run" in refused(config, f"run.start_from={tmp_path}")
 
 
 def write_state(checkpoint, **more):
     """What a checkpoint of step 3 says of its run, which had the default optimizer."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("3")
-    names = {"distributed", "lr", "min_lr", "betas", "eps"}
-    optimizer = OptimizerConfig().model_dump(mode="json", include=names)
-    (checkpoint / "trainer_state.json").write_text(
-        json.dumps({"step": 3, "rollout": {}, "prompts": {}, "optimizer": optimizer} | more)
-    )
+    layout = {"form": "fully_reshardable", "tp": 1, "pp": 1}
+    state = {"step": 3, "rollout": {}, "prompts": {}, "optimizer": OptimizerConfig().model_dump(mode="json")}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"layout": layout} | more))
 
 
 def test_damaged_checkpoints(config):
@@ -391,7 +415,7 @@ def test_rewards_that_raise_hang_or_die_are_contained_and_counted(config):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     run = config.parent / "run"
-    leaves = [leaf for tree in read_trees(run / "trees" / "step_000000.jsonl") for leaf in tree.leaves]
+    leaves = [leaf for tree in read_trees(run / "trees" / "step_000000") for leaf in tree.leaves]
     failed = [leaf for leaf in leaves if last_number(leaf.text) % 4 != 3]
     assert len(leaves) == 16
     assert 0 < len(failed) < 16

@@ -13,7 +13,7 @@ import yaml
 from models import make_model, write_prompts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.files import read_trees
 
 TESTS = Path(__file__).resolve().parents[1]
 WIDTH = 4
@@ -34,6 +34,7 @@ def run(tmp_path_factory) -> Path:
         "data": {
             "train": str(folder / "prompts.jsonl"),
             "eval": str(folder / "prompts.jsonl"),
+            "overlap": "keep",
             "max_prompt_tokens": 16,
         },
         "rollout": {"dtype": "float32", "tree": {"width": WIDTH, "segment_tokens": 8, "max_depth": 2}},
@@ -80,12 +81,14 @@ def logged(folder: Path) -> list[dict]:
 def test_eval_of_a_run(run: Path) -> None:
     command("train", run, processes=2)
     before, after = (row for row in logged(run) if "eval/accuracy" in row)
-    measured = ["eval/accuracy", "eval/score", "eval/best"]  # a custom function has no majority
-    assert list(before)[1:] == list(after)[1:] == measured
+    measured = ["eval/accuracy", "eval/score", "eval/pass@2", "eval/best"]  # a custom function has no majority
+    shares = [[name for name in row if not name.endswith(("_low", "_high"))][1:] for row in (before, after)]
+    assert [sorted(names) for names in shares] == [sorted(measured)] * 2
+    assert before["eval/best_low"] <= before["eval/best"] <= before["eval/best_high"]
     assert before["eval/score"] != after["eval/score"]
     there = contents(run / "run")
     again = command("eval", run, processes=2)
-    assert (again["step"], again["checkpoint"], again["samples"], again["prompts"]) == (1, True, 3, 5)
+    assert (again["step"], again["checkpoint"], again["answers"], again["prompts"]) == (1, True, 15, 5)
     assert [again[name] for name in measured] == [after[name] for name in measured]
     now = contents(run / "run")
     assert json.loads(now.pop(run / "run" / "eval.json")) == again
@@ -96,14 +99,15 @@ def test_eval_alone_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
     """One process, one greedy answer."""
     new = ("trainer.eval_samples=1", f"run.dir={tmp_path / 'new'}", "data.train=not_needed.jsonl")
     result = command("eval", run, *new)
-    assert (result["step"], result["checkpoint"], result["samples"]) == (0, False, 1)
-    assert [name for name in result if name.startswith("eval/")] == ["eval/accuracy", "eval/score"]
+    assert (result["step"], result["checkpoint"], result["answers"]) == (0, False, 5)
+    names = [name for name in result if name.startswith("eval/")]
+    assert names == ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/score"]
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["eval.json"]
 
 
 def test_rewards_of_a_function_that_reads_the_row(run: Path) -> None:
     """After the test above, in its run."""
-    trees = list(read_trees(run / "run" / "trees" / "step_000000.jsonl"))
+    trees = list(read_trees(run / "run" / "trees" / "step_000000"))
     for tree in trees:
         scale = 1 + int(tree.prompt_id.rsplit("-")[-1])
         assert {abs(leaf.reward) for leaf in tree.leaves} == {0.25 * scale}
@@ -138,4 +142,4 @@ def test_eval_without_held_out_prompts_is_one_line(run: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: data.eval: found null, eval needs a file of held-out prompts\n"
+    assert done.stderr == "error: data.eval: found no held-out prompts, which are what eval answers\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "precision.py"
 spec = importlib.util.spec_from_file_location("precision_benchmark", SCRIPT)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from treepo_mcore.config import load_config
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.files import read_trees
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -27,18 +30,18 @@ LAYOUTS = {
 }
 
 
-def start(processes: int, overrides: list[str]) -> subprocess.Popen[str]:
-    """The quickstart's configuration under torchrun."""
+def start(processes: int, overrides: list[str], words: str = "train") -> subprocess.Popen[str]:
+    """A command on the quickstart's configuration under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, "-m", "treepo_mcore", "train", str(QUICKSTART / "config.yaml"), *overrides]
+    command = [*launcher, "-m", "treepo_mcore", *words.split(), str(QUICKSTART / "config.yaml"), *overrides]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def train(processes: int, overrides: list[str]) -> str:
+def train(processes: int, overrides: list[str], words: str = "train") -> str:
     """Run to the end; returns what was printed."""
-    process = start(processes, overrides)
+    process = start(processes, overrides, words)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-4000:]
     return output
@@ -46,15 +49,19 @@ def train(processes: int, overrides: list[str]) -> str:
 
 def test_train_then_the_same_command_continues(task: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = [*task, f"run.dir={run}", "trainer.save_trees_every=1"]
+    overrides = [*task, f"run.dir={run}", "trainer.save_trees_every=1", "trainer.profile_steps=[1]"]
     first = train(2, [*overrides, "trainer.steps=2"])
     assert json.loads(first.strip().splitlines()[-1]) == json.loads((run / "summary.json").read_text())
     assert "start at step 0" in first
     config = load_config(run / "config.yaml")
     assert config.trainer.steps == 2
-    trees = list(read_trees(run / "trees" / "step_000001.jsonl"))
+    trees = list(read_trees(run / "trees" / "step_000001"))
     assert [len(tree.leaves) for tree in trees] == [8] * 4
     assert all(leaf.reward is not None and leaf.text is not None for tree in trees for leaf in tree.leaves)
+    (trace,) = (run / "profile").iterdir()
+    assert trace.name == "step_000001_rank_0.json.gz"
+    ranges = {event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert ranges >= {"push", "rollout", "choose", "update", "aten::mm"}
     second = train(2, [*overrides, "trainer.steps=3"])
     assert "resumed at step 2" in second
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -62,6 +69,19 @@ def test_train_then_the_same_command_continues(task: list[str], tmp_path: Path) 
     # The log-probs of engine and actor are of the same float32 weights.
     assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in steps) < 1e-4
     _check_policy(run / "policy")
+    assert not undocumented(name for row in steps for name in row)
+
+
+def undocumented(names: Iterable[str]) -> set[str]:
+    """Of metrics.jsonl, that docs/metrics.md does not have."""
+    known = re.findall(r"`([a-z]+/[^`]+)`", (ROOT / "docs" / "metrics.md").read_text())
+    places = {"NAME": r"[\w.-]+", "K": r"\d+", "REASON": r"\w+", "PHASE": r"\w+"}
+    patterns = [re.sub("NAME|REASON|PHASE|K", lambda match: places[match[0]], re.escape(name)) for name in known]
+    patterns += [
+        f"eval/(?:[\\w.-]+/)?{name.removeprefix('eval/')}(?:_low|_high)?" for name in patterns if "eval/" in name
+    ]
+    anything = re.compile("|".join(patterns))
+    return {name for name in names if name != "step" and not anything.fullmatch(name)}
 
 
 def _check_policy(directory: Path) -> None:
@@ -107,6 +127,10 @@ def test_a_killed_rank_ends_the_job_and_the_command_continues(task: list[str], t
     assert process.returncode != 0
     assert time.monotonic() - killed < 60
     done = int(tracker.read_text())
+    state = tmp_path / "checkpoints" / f"iter_{done:07d}" / "trainer_state.json"
+    assert json.loads(state.read_text())["layout"]["form"] == "dp_reshardable"
+    train(2, overrides, "checkpoint reshard")
+    assert json.loads(state.read_text())["layout"]["form"] == "fully_reshardable"
     output = train(2, [*overrides, f"trainer.steps={done + 1}"])
     assert f"resumed at step {done}" in output
 
@@ -140,6 +164,27 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_command_continues(task: list[
 
 
 @pytest.mark.long
+def test_a_sick_run_is_told_what_it_has(task: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short answers of a model that knows nothing, in a cache for too few of them, graded by a function that fails."""
+    settings = {
+        "run.dir": tmp_path / "run",
+        "trainer.steps": 12,
+        "trainer.prompts_per_step": 16,
+        "rollout.tree.segment_tokens": 24,
+        "rollout.tree.max_depth": 2,
+        "rollout.engine.num_gpu_blocks_override": 60,
+        "reward.function": "reward_functions:raises_for_one_in_ten",
+        "trainer.eval_after": "false",
+        "trainer.eval_before": "false",
+        "trainer.export": "false",
+    }
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    output = train(1, [*task, *(f"{key}={value}" for key, value in settings.items())])
+    told = {line.split(": ")[2] for line in output.splitlines() if "observe.health: step" in line}
+    assert told >= {"cut answers", "reward calls fail", "key-value cache too small"}, told
+
+
+@pytest.mark.long
 def test_demo_learns(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, QUICKSTART / "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1500
@@ -149,6 +194,7 @@ def test_demo_learns(tmp_path: Path) -> None:
     assert 0.2 <= summary["accuracy_before"] <= 0.5
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.15
     assert summary["seconds"] > summary["warmup_seconds"] > 0
+    assert "treepo_mcore.observe.health" not in result.stdout + result.stderr  # a healthy run is silent
     held_out = tmp_path / ".cache" / "quickstart" / "data" / "eval.jsonl"
     solved = _solved_by_vllm(tmp_path / "runs" / "quickstart" / "policy", held_out, 64)
     assert solved / 64 > summary["accuracy_after"] - 0.2  # of other problems: three standard errors
@@ -162,7 +208,7 @@ from vllm import LLM, SamplingParams
 from treepo_mcore.rewards.math import boxed_answer
 policy, held_out, count = sys.argv[1:]
 rows = [json.loads(line) for line in open(held_out)][: int(count)]
-llm = LLM(policy, dtype="float32", max_model_len=160, enforce_eager=True)
+llm = LLM(policy, dtype="float32", max_model_len=160, enforce_eager=True, kv_cache_memory_bytes=1 << 28)
 answers = llm.generate([row["prompt"] for row in rows], SamplingParams(temperature=0, max_tokens=80), use_tqdm=False)
 print(sum(boxed_answer(a.outputs[0].text) == row["answer"] for a, row in zip(answers, rows)))
 """

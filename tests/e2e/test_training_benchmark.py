@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from trees import random_tree
 
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training.py"
 KEYS = ("speedup_update", "speedup_logprob", "logical_over_unique")

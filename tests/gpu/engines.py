@@ -12,14 +12,15 @@ from torch import Tensor
 from trees import step_of
 
 from treepo_mcore.actor import checkpoint
+from treepo_mcore.actor.saver import save
 from treepo_mcore.config import parse_config
 from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.learn.step import learn
 from treepo_mcore.records import PackedSequence
 from treepo_mcore.trainer import Trainer
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 from treepo_mcore.tree.tree import Tree
-from treepo_mcore.weights.hf import export_directory, gather_tensors
+from treepo_mcore.weights.export import export_directory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
@@ -39,7 +40,10 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
             export_directory(
                 trainer.checked.directory,
                 folder / f"round_{number}",
-                gather_tensors(trainer.checked.arch, actor.pieces, actor.tensors, torch.float32),
+                trainer.checked.arch,
+                actor.pieces,
+                actor.tensors,
+                torch.float32,
             )
         trees = sample(trainer)
         same.append([tree.to_json() for tree in trees] == [tree.to_json() for tree in sample(trainer)])
@@ -52,7 +56,7 @@ def run(config: dict[str, Any], rounds: int, out: str) -> dict[str, Any]:
             learn(actor, step_of(trees, number), trainer.config)
     with trainer.policy.phases.train():
         before = log_probs(trainer, sequences)
-        checkpoint.save(folder / "checkpoints", rounds, actor, {}, keep=1)
+        save(folder / "checkpoints", rounds, actor, {}, keep=1)
         learn(actor, step_of(trees, rounds), trainer.config)
         later = log_probs(trainer, sequences)
         newest = checkpoint.newest(folder / "checkpoints")
@@ -72,7 +76,8 @@ def sample(trainer: Trainer) -> list[Tree]:
     """A push and a rollout phase over the same prompts with the same seeds, however often it is called."""
     state = trainer.checked.prompts.state_dict()
     trainer.policy.push()
-    trees = trainer.policy.collect(trainer.checked.prompts, 0).trees
+    batch = trainer.policy.collect(trainer.checked.prompts, 0)
+    trees = batch.deliver([batch.trees], 0)
     trainer.checked.prompts.load_state_dict(state)
     return trees
 

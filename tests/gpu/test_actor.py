@@ -9,7 +9,7 @@ from models import write_prompts
 from trees import random_tree
 
 from treepo_mcore.system.machine import has_module
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
@@ -73,7 +73,7 @@ def test_two_steps_with_a_real_engine(model_directory, tmp_path):
     config = {
         "run": {"dir": str(tmp_path / "run")},
         "model": {"path": str(model_directory("llama"))},
-        "data": {"train": str(prompts), "eval": str(prompts), "max_prompt_tokens": 64},
+        "data": {"train": str(prompts), "eval": str(prompts), "overlap": "keep", "max_prompt_tokens": 64},
         "rollout": {
             "tree": {"width": 8, "segment_tokens": 16, "max_depth": 4, "stopping": {"repetition_count": 0}},
             "engine": {"kv_cache_memory_bytes": 1 << 30},  # a share of the GPU would be millions of blocks

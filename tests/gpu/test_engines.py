@@ -14,7 +14,7 @@ import torch
 from models import Reference, write_prompts
 from trees import path_of
 
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.files import read_trees
 from treepo_mcore.weights.fp8 import dequantise, quantise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

@@ -19,12 +19,13 @@ from treepo_mcore.checks import HOST_SHARE
 from treepo_mcore.cli.app import app
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.launch.preflight import GIB
-from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_of, seconds_seen
+from treepo_mcore.launch.render import SlurmJob, TorchrunJob, render, seconds_seen
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.files import resolve_model
 from treepo_mcore.plan.hardware import make_cluster
 from treepo_mcore.plan.plan import plan_run
 from treepo_mcore.plan.workload import Assumptions
+from treepo_mcore.system.time_limit import seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"

@@ -227,18 +227,20 @@ def test_a_checkpoint_is_that_of_plain_parameters(kind, alone, tmp_path):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
-    from treepo_mcore.actor import checkpoint
     from treepo_mcore.actor.cpu import megatron_device
     from treepo_mcore.actor.parallel import build_grid
+    from treepo_mcore.actor.sharded import sharded_state
 
     build_grid(ActorConfig(), seed=0)
     chunks, optimizer, loaded = made_model(kind, tmp_path / "model")
     with megatron_device():
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             part.init_state_fn(part.optimizer, part.config)  # moments, which come with the first step
-        state = checkpoint._sharded_state(SimpleNamespace(chunks=chunks, optimizer=optimizer), loading=False)
+        actor = SimpleNamespace(chunks=chunks, optimizer=optimizer)
+        state = sharded_state(actor, "fully_reshardable", loading=False)
         force_all_tensors_to_non_fp8(state)
-        checkpoint._write(tmp_path / "saved", state)
+        (tmp_path / "saved").mkdir()
+        dist_checkpointing.save(state, str(tmp_path / "saved"))
         found = dist_checkpointing.load_plain_tensors(str(tmp_path / "saved"))
     for name, (weight, values) in loaded.items():
         number = int(name.split(".")[2])

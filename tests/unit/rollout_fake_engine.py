@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from treepo_mcore.config import Config, parse_config
-from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.data.prepared import Prompt
 from treepo_mcore.engine.protocol import Chunk
 from treepo_mcore.grow.sampler import Request, stable_seed
 from treepo_mcore.rewards.pool import Result
@@ -101,9 +101,6 @@ class FakeEngine:
                 victim.blocks = 0
         return need <= self.free_blocks()
 
-    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        raise NotImplementedError
-
     def sleep(self) -> None:
         raise NotImplementedError
 
@@ -145,7 +142,7 @@ class FakeRewards:
 
 
 def make_prompts(count: int, tokens: int = 5) -> list[Prompt]:
-    return [Prompt(f"p{i}", [7] * tokens, f"prompt {i}", "1") for i in range(count)]
+    return [Prompt(f"p{i}", [7] * tokens, f"prompt {i}", "1", index=i) for i in range(count)]
 
 
 def make_config(rollout: dict, **sections) -> Config:

@@ -13,7 +13,7 @@ from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.model.architecture import ask_transformers, read_architecture
 from treepo_mcore.model.decoder import Q_NORM, QKV_BIAS
 from treepo_mcore.model.families import parts_of
-from treepo_mcore.model.files import resolve_model, weight_files
+from treepo_mcore.model.files import resolve_model, weight_files, weight_headers
 from treepo_mcore.weights.hf import check_weights
 
 
@@ -38,6 +38,10 @@ def refused(function, *arguments):
 
 
 # What config.json says.
+
+
+def headers_of(directory):
+    return weight_headers(weight_files(directory))
 
 
 def test_sizes(directory):
@@ -117,7 +121,7 @@ def test_files_that_hold_something_else(directory):
     assert refused(read_architecture, directory) == f"{directory}/config.json: expected a JSON object, found list"
     index = directory / "model.safetensors.index.json"
     index.write_text("{}")
-    assert refused(weight_files, directory) == f"{index}: expected a weight_map from tensors to files, found None"
+    assert refused(headers_of, directory) == f"{index}: expected a weight_map from tensors to files, found None"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_truncated(directory):
     content = file.read_bytes()
     for size, words in ((len(content) - 10, f"expected {len(content)}"), (100, "header alone"), (3, "truncated")):
         file.write_bytes(content[:size])
-        text = refused(weight_files, directory)
+        text = refused(headers_of, directory)
         assert f"{file}: truncated safetensors file" in text
         assert words in text
 
@@ -228,7 +232,7 @@ def test_truncated(directory):
 def test_header_that_is_no_json(directory):
     file = directory / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 16) + b"x" * 64)
-    assert refused(weight_files, directory).startswith(f"{file}: not a safetensors file")
+    assert refused(headers_of, directory).startswith(f"{file}: not a safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +247,7 @@ def test_header_that_is_no_json(directory):
 def test_header_of_another_form(directory, header, words):
     raw = json.dumps(header).encode()
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + b"0000")
-    assert words in refused(weight_files, directory)
+    assert words in refused(headers_of, directory)
 
 
 @pytest.mark.parametrize("offsets", [[0, 3], [4, 4], [8, 0]])
@@ -257,9 +261,7 @@ def test_a_header_whose_offsets_do_not_fit(directory, offsets):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_what_git_lfs_leaves_in_the_place_of_a_file(directory, name):
     (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
-    reader = {"model.safetensors": weight_files, "config.json": read_architecture, "tokenizer.json": load_tokenizer}[
-        name
-    ]
+    reader = {"model.safetensors": headers_of, "config.json": read_architecture, "tokenizer.json": load_tokenizer}[name]
     assert (
         refused(reader, directory)
         == f"{directory / name}: a pointer of git-lfs, not the file; fetch it with: git lfs pull"
@@ -269,13 +271,13 @@ def test_what_git_lfs_leaves_in_the_place_of_a_file(directory, name):
 def test_a_single_file_beside_an_index_that_does_not_name_it(sharded):
     (sharded / "model.safetensors").write_bytes(next(sharded.glob("model-*.safetensors")).read_bytes())
     assert "both model.safetensors and model.safetensors.index.json, which does not name it" in refused(
-        weight_files, sharded
+        headers_of, sharded
     )
 
 
 def test_missing(directory):
     (directory / "model.safetensors").unlink()
-    assert "neither model.safetensors nor model.safetensors.index.json" in refused(weight_files, directory)
+    assert "neither model.safetensors nor model.safetensors.index.json" in refused(headers_of, directory)
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ def sharded(directory):
 def test_index_that_names_a_missing_file(sharded):
     gone = sorted(sharded.glob("model-*.safetensors"))[1]
     gone.unlink()
-    assert refused(weight_files, sharded) == f"{gone}: missing weight file"
+    assert refused(headers_of, sharded) == f"{gone}: missing weight file"
 
 
 def test_index_that_places_a_tensor_wrongly(sharded):
@@ -300,7 +302,7 @@ def test_index_that_places_a_tensor_wrongly(sharded):
     other = next(f for f in index["weight_map"].values() if f != holder)
     index["weight_map"][name] = other
     file.write_text(json.dumps(index))
-    assert f"{sharded / other}: the index places {name} here" in refused(weight_files, sharded)
+    assert f"{sharded / other}: the index places {name} here" in refused(headers_of, sharded)
 
 
 def test_shape_that_config_json_does_not_imply(directory):

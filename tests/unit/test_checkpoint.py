@@ -1,6 +1,7 @@
 """What Megatron's optimizers need around saving and loading, and the rate that a run ends with."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from models import make_model
 
 from treepo_mcore.actor.actor import _scheduler
-from treepo_mcore.actor.checkpoint import _any_adam, check_same
+from treepo_mcore.actor.checkpoint import check_same
 from treepo_mcore.actor.saved import check_saved
+from treepo_mcore.actor.sharded import any_adam
 from treepo_mcore.config import ActorConfig, ConfigError
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.families import parts_of
@@ -26,7 +28,7 @@ def test_every_kind_of_adam_has_state_before_its_first_step():
     parameter = torch.nn.Parameter(torch.ones(3))
     plain = SimpleNamespace(optimizer=torch.optim.AdamW([parameter]))
     nothing = SimpleNamespace(optimizer=None)
-    with _any_adam(SimpleNamespace(chained_optimizers=[fused, plain, nothing])):
+    with any_adam(SimpleNamespace(chained_optimizers=[fused, plain, nothing])):
         assert filled == [(fused.optimizer, fused.config)]
         assert set(plain.optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
 
@@ -101,6 +103,13 @@ def test_a_damaged_checkpoint_is_told_before_a_model_is_built(saved, sizes, name
         check_saved(saved, sizes)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_checkpoint_that_somebody_else_wrote(saved, sizes):
+    os.chown(saved / ".metadata", 12345, -1)
+    with pytest.raises(ConfigError, match=r"\.metadata: belongs to user 12345, expected 0: loading .* runs code"):
+        check_saved(saved, sizes)
 
 
 def test_a_checkpoint_of_another_model(saved, sizes):

@@ -160,6 +160,7 @@ def test_pages_show_what_the_command_prints():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.long
 def test_pictures_are_drawn_from_this_planner():
     check = [sys.executable, ROOT / "tools" / "plot_scaling.py", "--check"]
     result = subprocess.run(check, capture_output=True, text=True)

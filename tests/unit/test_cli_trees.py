@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from treepo_mcore.cli.app import app
 from treepo_mcore.config import ConfigError
 from treepo_mcore.learn.advantage import ESTIMATORS, tree_from_plain
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 from treepo_mcore.tree.tree import EOS, Tree
 
 CASES = json.loads((Path(__file__).parent / "data" / "advantage_cases.json").read_text())

@@ -1,10 +1,14 @@
 """Configuration: errors that name the key, overrides, and a dump that reads back."""
 
+import json
+
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from treepo_mcore.cli.app import app
 from treepo_mcore.config import AdvantageConfig, Config, ConfigError, dump_config, load_config, parse_config
 
 SMALL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
@@ -159,6 +163,41 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "not valid YAML" in message(path)
 
 
+def test_sets_of_held_out_prompts(file):
+    """What a set does not say is taken from the run; a resolved configuration reads back to an equal one."""
+    sets = "data.eval={math: {path: a.jsonl, samples: 4}, hard: {path: b.jsonl, max_response_tokens: 9}}"
+    config = load_config(file, [sets, "rollout.temperature=0.7"])
+    assert {name: (s.samples, s.temperature, s.max_response_tokens) for name, s in config.held_out.items()} == {
+        "math": (4, 0.7, config.rollout.tree.response_tokens),
+        "hard": (1, 0.0, 9),
+    }
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert list(load_config(file, ["data.eval=one.jsonl"]).held_out) == [""]
+    longer = "data.eval={long: {path: a.jsonl, max_response_tokens: 9999999}}"
+    assert load_config(file, [longer]).longest_response == 9999999
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.eval={math: {path: a.jsonl, sampels: 4}}", "unknown key data.eval.math.sampels"),
+        ("data.eval={math: {samples: 4}}", "missing key data.eval.math.path"),
+        ("data.eval={'a/b': {path: a.jsonl}}", "data.eval.a/b"),
+        ("data.eval={math: {path: a.jsonl, samples: 0}}", "data.eval.math.samples: "),
+        (
+            "data.eval={math: {path: a.jsonl, samples: 4, temperature: 0}}",
+            "data.eval.math.temperature: 0 gives the same answer 4 times",
+        ),
+        ("comm.train_timeout_seconds=1801", "train_timeout_seconds: 1801 is more than init_timeout_seconds = 1800"),
+        ("comm.engine_timeout_seconds=601", "engine_timeout_seconds: 601 is more than train_timeout_seconds = 600"),
+        ("comm.silence_seconds=1", "comm.silence_seconds: input should be greater than or equal to 5, found 1"),
+    ],
+)
+def test_held_out_sets_and_time_limits_that_cannot_be(file, override, words):
+    assert words in message(file, override)
+
+
+@settings(deadline=None)
 @given(
     st.integers(1, 64),
     st.floats(0.1, 2, allow_nan=False),
@@ -207,3 +246,66 @@ def test_weights_and_trees_that_subtree_cannot_have(file, overrides, words):
     wrong = ["advantage.estimator=subtree", "rollout.tree.branching.schedule=[[0, 4], [0.5, 16]]"]
     load_config(file, [*wrong, "actor.micro_batch_tokens=16384"])
     assert words in message(file, *["advantage.estimator=subtree", *overrides])
+
+
+def written(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_files_build_on_others(tmp_path):
+    """Sections are merged, lists and values replaced; the base is named from the file's own folder."""
+    (tmp_path / "bases").mkdir()
+    written(
+        tmp_path / "bases",
+        first="model: {path: m}\ndata: {train: t}\nrollout: {tree: {width: 4, segment_tokens: 64}}\nactor: {tp: 2}\n",
+        second="base: first.yaml\nrollout: {tree: {width: 8}}\n",
+    )
+    written(tmp_path, run="base: bases/second.yaml\nactor: {pp: 2}\n")
+    config = load_config(tmp_path / "run.yaml", ["rollout.tree.max_depth=3"])
+    tree = config.rollout.tree
+    assert (tree.width, tree.segment_tokens, tree.max_depth) == (8, 64, 3)
+    assert (config.actor.tp, config.actor.pp) == (2, 2)
+
+
+def test_environment_variables_in_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", "/models")
+    written(tmp_path, run="model: {path: '${WHERE}/qwen'}\ndata: {train: t}\n")
+    assert load_config(tmp_path / "run.yaml").model.path == "/models/qwen"
+    assert load_config(tmp_path / "run.yaml", ["model.path=a-${WHERE}-b"]).model.path == "a-/models-b"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: run.yaml\n", "run.yaml: base: builds on itself, by way of run.yaml"),
+        ("base: 3\n", "run.yaml: base: expected the name of a file, found 3"),
+        ("base: gone.yaml\n", "gone.yaml: no such configuration file"),
+        (
+            "model: {path: '${NOT_THERE}/qwen'}\ndata: {train: t}\n",
+            "run.yaml: model: path: the environment has no variable NOT_THERE, which '${NOT_THERE}/qwen' needs",
+        ),
+    ],
+)
+def test_bases_and_variables_that_are_not_there(tmp_path, text, words):
+    written(tmp_path, run=text)
+    assert words in message(tmp_path / "run.yaml")
+
+
+def test_the_command_shows_and_compares(tmp_path):
+    written(
+        tmp_path,
+        one="model: {path: m}\ndata: {train: t}\nrollout: {engine: {max_num_seqs: 8}}\n",
+        other="base: one.yaml\nactor: {optimizer: {lr: 0.1}}\nrollout: {engine: {block_size: 32}}\n",
+    )
+    one, other = str(tmp_path / "one.yaml"), str(tmp_path / "other.yaml")
+    shown = CliRunner().invoke(app, ["config", "show", other, "trainer.steps=7"])
+    assert shown.exit_code == 0
+    config = parse_config(yaml.safe_load(shown.output))
+    assert (config.trainer.steps, config.actor.optimizer.lr) == (7, 0.1)
+    same, differs = (CliRunner().invoke(app, ["config", "diff", one, second, "--json"]) for second in (one, other))
+    assert (same.exit_code, same.output) == (0, "{}\n")
+    assert differs.exit_code == 1
+    found = json.loads(differs.output)
+    assert found == {"rollout.engine.block_size": [None, 32], "actor.optimizer.lr": [1e-06, 0.1]}

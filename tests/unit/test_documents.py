@@ -40,6 +40,19 @@ def test_nothing_cites_a_document_that_is_not_here():
     assert not links, links
 
 
+def test_every_anchor_that_is_linked_exists():
+    """As GitHub and mkdocs make them of headings."""
+    missing = []
+    for file in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", file.read_text()):
+            text = (file.parent / target if target else file).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+            known = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if anchor not in known:
+                missing.append(f"{file.relative_to(ROOT)}: {target}#{anchor}")
+    assert not missing, missing
+
+
 def test_every_file_that_is_named_exists():
     """In documents, comments and docstrings: `learn/loss.py` is a path of the repository or of the package."""
     named = re.compile(r"(?<![\w/.{}-])((?:[a-z_]+/)+[a-z_]+\.py)\b")

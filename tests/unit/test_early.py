@@ -79,6 +79,10 @@ def test_the_memory_is_saved_and_fades():
     assert a < b
 
 
+def remember(rare, trees):
+    rare.look([found for tree in trees if (found := rare.found_in(tree))])
+
+
 def remembering(memory: int = 1000) -> RarePaths:
     return RarePaths(ContrastConfig(paths=4, cut=0.5, memory=memory))
 
@@ -94,14 +98,14 @@ def answered(prompt: str, right: int, of: int) -> Tree:
 
 def test_the_newest_rare_answer_of_the_last_prompts_is_remembered():
     rare = remembering(memory=2)
-    rare.look([answered("a", 1, 8), answered("b", 7, 8), answered("c", 4, 8), answered("d", 8, 8)])
+    remember(rare, [answered("a", 1, 8), answered("b", 7, 8), answered("c", 4, 8), answered("d", 8, 8)])
     assert rare.contradicts("a", False)
     assert not rare.contradicts("a", True)  # the answer that is known of it was right, too
     assert rare.contradicts("b", True)
     assert not rare.contradicts("c", True)  # neither outcome was rare
     assert not rare.contradicts("d", True)
     assert rare.replay("a") == [5, 6]
-    rare.look([answered("a", 7, 8), answered("e", 1, 8)])
+    remember(rare, [answered("a", 7, 8), answered("e", 1, 8)])
     assert rare.contradicts("a", True)  # a newer one
     assert not rare.contradicts("b", True)  # forgotten
     other = remembering()
@@ -112,5 +116,5 @@ def test_the_newest_rare_answer_of_the_last_prompts_is_remembered():
 def test_an_answer_too_short_to_cut_is_of_no_use():
     rare = remembering()
     tree = tree_of(1.0, 0.0, 0.0, 0.0)
-    rare.look([tree])
+    remember(rare, [tree])
     assert not rare.contradicts("p", False)

@@ -130,7 +130,7 @@ def test_a_name_that_is_wrong_is_one_line(section, message, page, tmp_path):
 
 
 def test_a_tracker_that_does_not_exist(tmp_path):
-    with pytest.raises(ConfigError, match=r"run.trackers: expected tensorboard, wandb or .*; did you mean wandb?"):
+    with pytest.raises(ConfigError, match=r"run.trackers: expected .*, prometheus or .*; did you mean wandb?"):
         open_trackers(config(tmp_path, run={"trackers": ["wandbb"]}), 0)
 
 

@@ -36,7 +36,7 @@ def run(code):
     return done.stdout.split()[-1]
 
 
-@pytest.mark.parametrize(("missing", "found"), [(True, "cpu"), (False, "none")])
+@pytest.mark.parametrize(("missing", "found"), [(True, "cpu"), pytest.param(False, "none", marks=pytest.mark.long)])
 def test_vllm_without_its_device_plans_as_on_a_cpu(missing, found):
     assert run(PLATFORM.format(missing=missing)) == found
 

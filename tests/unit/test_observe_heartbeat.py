@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from treepo_mcore.config import CommConfig
 from treepo_mcore.system import heartbeat
 from treepo_mcore.system.heartbeat import ALIVE, DONE, _join, _serve, _Watch, listen_to_nodes
 
@@ -16,11 +17,10 @@ from treepo_mcore.system.heartbeat import ALIVE, DONE, _join, _serve, _Watch, li
 @pytest.fixture
 def watch(monkeypatch):
     """A watch of node n2, the other end of its connection, and the pipe from its own rank."""
-    monkeypatch.setattr(heartbeat, "SILENCE_SECONDS", 0.3)
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
-    yield _Watch({ours: "n2"}, read), theirs, write
+    yield _Watch({ours: "n2"}, read, 0.3), theirs, write
     for end in (ours, theirs):
         end.close()
     os.close(read)
@@ -70,7 +70,7 @@ def test_a_rank_that_died_takes_the_watch_along(watch):
 @pytest.mark.parametrize(("local", "rank"), [("4", 0), ("2", 1)])
 def test_one_node_or_not_its_first_rank(monkeypatch, local, rank):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert listen_to_nodes(rank, 4, store=None) is None
+    assert listen_to_nodes(rank, 4, store=None, limits=CommConfig()) is None
 
 
 def test_what_is_heard_is_not_answered(watch):
@@ -99,13 +99,13 @@ def test_strangers_are_not_taken_for_nodes(monkeypatch):
     said: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(heartbeat, "print", lambda text, flush: said.put(text), raising=False)
     with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(_serve, 1)
+        serving = pool.submit(_serve, 1, 10.0)
         meeting = said.get(timeout=10)
         where = ("127.0.0.1", int(meeting.partition("/")[0]))
         strangers = [socket.create_connection(where) for _ in range(3)]
         strangers[0].sendall(b"GET / HTTP/1.1\r\n")
         strangers[2].close()
-        joined = _join(f"127.0.0.1:{meeting}")
+        joined = _join(f"127.0.0.1:{meeting}", 10.0)
         heard = serving.result(timeout=10)
     assert list(heard.values()) == ["n2"]
     assert list(joined.values()) == ["127.0.0.1"]

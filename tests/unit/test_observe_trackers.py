@@ -1,12 +1,15 @@
 """Trackers: event files read back, a stand-in for wandb, and what is said when a package is missing."""
 
 import json
+import socket
 import sys
+import time
+import urllib.request
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from treepo_mcore.config import ConfigError, parse_config
+from treepo_mcore.config import ConfigError, RunConfig, parse_config
 from treepo_mcore.observe.trackers import check_trackers, open_trackers
 
 # Keeps what it is told in a list beside itself.
@@ -74,8 +77,34 @@ def test_no_trackers_write_nothing(tmp_path):
 def test_a_missing_package_is_one_line(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError) as caught:
-        check_trackers([name])
+        check_trackers(RunConfig(trackers=[name]))
     assert str(caught.value) == f"run.trackers: {name} is not installed here; pip install {name}, or leave it out"
+
+
+def test_a_prometheus_server_reads_the_newest_numbers(tmp_path):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    settings = config(tmp_path, "prometheus")
+    settings.run.prometheus_port = port
+    check_trackers(settings.run)
+    (tracker,) = open_trackers(settings, 3)
+    tracker.write(3, {"actor/loss": 0.5, "eval/pass@2": 0.25, "text": "no number", "filter/kept": None})
+    tracker.write(4, {"actor/loss": 0.75})
+    with pytest.raises(ConfigError, match=f"run.prometheus_port: {port} cannot be listened at: Address already in use"):
+        check_trackers(settings.run)
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    found = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    written = float(found.pop("treepo_mcore_written_timestamp_seconds"))
+    assert time.time() - 60 < written <= time.time()
+    assert {name.removeprefix("treepo_mcore_"): float(value) for name, value in found.items()} == {
+        "steps": settings.trainer.steps,
+        "step": 4,
+        "actor_loss": 0.75,
+        "eval_pass_2": 0.25,
+    }
+    tracker.close()
+    check_trackers(settings.run)
 
 
 @pytest.fixture
@@ -92,7 +121,7 @@ def told(tmp_path, monkeypatch):
 
 def test_a_resumed_run_keeps_its_wandb_id_and_a_new_one_gets_its_own(tmp_path, monkeypatch, told):
     settings = config(tmp_path, "wandb")
-    check_trackers(["wandb"])
+    check_trackers(settings.run)
     write(settings, 0, 1, 0.5).close()
     write(settings, 1, 2, 0.5).close()
     monkeypatch.setenv("WANDB_PROJECT", "mine")

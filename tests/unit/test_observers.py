@@ -10,7 +10,8 @@ from treepo_mcore.observe.metrics import Clock
 from treepo_mcore.observe.observer import Observer, Observers, Wish
 from treepo_mcore.observe.progress import Progress
 from treepo_mcore.observe.trees import TreeWriter
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.system.placement import colocated
+from treepo_mcore.tree.files import read_trees
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +38,29 @@ def test_the_greatest_wish_counts(order):
 
 def test_trees_are_written_whole_and_behind_the_run(tmp_path):
     trees = [random_tree(seed) for seed in range(3)]
-    writer = TreeWriter(tmp_path, 2)
+    for index, tree in enumerate(trees):
+        tree.meta["number"] = index
+    writers = [TreeWriter(tmp_path, 2, colocated(rank, 2, 1)) for rank in range(2)]
+    (tmp_path / "trees" / "step_000004").mkdir(parents=True)  # of an attempt that got further
+    for writer in writers:
+        writer.start(0)
     for number in range(3):
-        writer.trained(step_of(trees, number))
-    writer.close()
-    assert sorted(file.name for file in (tmp_path / "trees").iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
-    found = list(read_trees(tmp_path / "trees" / "step_000002.jsonl"))
+        for writer, own in zip(writers, (trees[1:], trees[:1]), strict=True):
+            step = step_of(trees, number)
+            step.batch.own = own
+            writer.trained(step)
+    for writer in writers:
+        writer.close()
+    assert sorted(file.name for file in (tmp_path / "trees").iterdir()) == ["step_000000", "step_000002"]
+    found = list(read_trees(tmp_path / "trees" / "step_000002"))
     assert [tree.to_json() for tree in found] == [tree.to_json() for tree in trees]
 
 
 def test_trees_that_cannot_be_written_end_the_run(tmp_path):
     (tmp_path / "trees").write_text("a file where a folder should be")
-    writer = TreeWriter(tmp_path, 1)
+    writer = TreeWriter(tmp_path, 1, colocated(0, 1, 1))
     writer.trained(step_of([random_tree(0)]))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         writer.close()
 
 

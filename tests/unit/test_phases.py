@@ -76,7 +76,7 @@ def test_a_step_moves_everything_in_order(made):
         "keep ",
     ]
     assert phases.phase is Phase.IDLE
-    assert set(phases.metrics()) == {"time/sleep", "time/wake", "time/offload"}
+    assert set(phases.metrics()) == {"time/sleep", "time/wake", "time/offload", "time/save_wait"}
     assert phases.metrics() == {}
 
 

@@ -133,7 +133,7 @@ def test_trees_grow_like_those_of_the_sampler(first):
     assert logical == pytest.approx(planned.logical, rel=0.08)
 
 
-@pytest.mark.parametrize(("first", "more"), [((2, 8), 0.09), ((2, 2), 0.18)])
+@pytest.mark.parametrize(("first", "more"), [pytest.param((2, 8), 0.09, marks=pytest.mark.long), ((2, 2), 0.18)])
 def test_tokens_that_repeat_where_trees_are_split_are_as_many_as_the_page_says(first, more):
     """docs/planning.md, for the 7B recipe: the plan leaves them out."""
     stopping = StoppingConfig(boxed="none", repetition_count=0)

@@ -50,6 +50,7 @@ def test_fitted_runs_come_out_as_published():
             assert row["predicted"] == pytest.approx(row["measured"], rel=2e-3)
 
 
+@pytest.mark.long
 def test_constants_are_those_of_the_fit(monkeypatch):
     spec = importlib.util.spec_from_file_location("fit_planner", TOOL)
     tool = importlib.util.module_from_spec(spec)

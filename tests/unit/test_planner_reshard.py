@@ -38,7 +38,7 @@ def job(sources, targets, nodes, numel):
 
 
 def test_bytes_by_link_direction_and_rank():
-    plan = [move(0, 0, 1), move(0, 1, 2), move(1, 2, 3), replace(move(1, 3, 4), form="blocks")]
+    plan = [move(0, 0, 1), move(0, 1, 2), move(1, 2, 3), move(1, 3, 4)._replace(form="blocks")]
     table = traffic(plan, NODES, 2)
     assert table[0].tolist() == [[20, 0, 0, 0], [20, 0, 0, 0]]
     assert table[1].tolist() == [[40, 0, 0, 0], [0, 40, 0, 0]]

@@ -167,3 +167,23 @@ def test_answers_that_only_their_own_characters_meet_are_told_once(caplog):
         assert tell_unreadable(Path("train.jsonl"), answers) == ["b", "g"]
     assert r"2 of 6 answers looked at are read neither as mathematics nor as text, such as" in caplog.text
     assert [record.name for record in caplog.records] == ["treepo_mcore.rewards.answers"]
+
+
+def test_boxes_without_end_are_read_in_one_pass():
+    """A model that repeats itself; looked at box by box this would take hours, in the trainer's own process."""
+    assert quick_verdict(r"\boxed{" * 200_000, "7") is False
+    assert quick_verdict(r"\boxed{7} " + r"\boxed{" * 200_000, "7") is True
+
+
+@pytest.mark.parametrize(
+    ("found", "answer", "verdict"),
+    [
+        ("{" * 30 + "7" + "}" * 30, "7", False),  # so deep that a parser would not come back
+        ("{" * 10 + "7" + "}" * 10, "7", None),
+        ("x+" * 2_000 + "x", "x", False),
+        ("x+" * 2_000 + "x", "y+" * 2_000 + "y", None),  # as long as the answer
+        ("9^{9^{9}}", "7", None),
+    ],
+)
+def test_what_is_far_longer_or_deeper_than_the_answer_is_wrong(found, answer, verdict):
+    assert quick_verdict(rf"\boxed{{{found}}}", answer) is verdict

@@ -40,6 +40,15 @@ def score(response, answer, prompt, row):
 def graded(response, answer, prompt, row):
     return row.pop("weights")[response]["value"]
 
+def starts_a_loop(response, answer, prompt, row):
+    import asyncio
+
+    async def later():
+        await asyncio.sleep(0)
+        return 0.5
+
+    return asyncio.run(later())
+
 def without_row(response, answer, prompt):
     return 1.0
 
@@ -75,6 +84,11 @@ def test_scores_of_a_custom_function(functions):
     assert [(results[key].score, results[key].correct) for key in range(2)] == [(3.0, True), (0.0, False)]
     assert sorted(results) == list(range(1000))
     assert counts == {"calls": 1000, "quick": 0, "raised": 0, "timed_out": 0, "died": 0}
+
+
+def test_a_function_may_start_an_event_loop_of_its_own(functions):
+    results, _ = run(RewardConfig(function="pool_functions:starts_a_loop"), ["a", "b"])
+    assert [(result.score, result.error) for result in results.values()] == [(0.5, None)] * 2
 
 
 def test_other_numbers_of_a_mapping_come_along(functions):
@@ -194,7 +208,7 @@ def test_math_sends_the_rest_to_a_worker():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", "reward.function: expected \"math\" or package.module:name, found 'maths'"),
+        ("maths", "reward.function: expected math, exact, choice, numeric, format, code, judge or package.module:name"),
         ("no_such_module_here:f", "reward.function: cannot import 'no_such_module_here:f': ModuleNotFoundError"),
         ("pool_functions:missing", "reward.function: cannot import 'pool_functions:missing': AttributeError"),
         ("pool_functions:constant", "reward.function: 'pool_functions:constant' is not callable"),

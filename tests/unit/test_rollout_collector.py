@@ -1,9 +1,11 @@
-"""The collector on a fake engine: admission, the streaming filter, the tail, failures, host time."""
+"""The collector on a fake engine: admission, the streaming filter, the tail, failures, calls of a token."""
 
 import logging
 import math
 import random
-import time
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.grow.contrast import RarePaths
 from treepo_mcore.grow.sampler import stable_seed
 from treepo_mcore.rewards.math import final_answer
-from treepo_mcore.rollout.collector import Collection, Collector
+from treepo_mcore.rollout import queue as queue_module
+from treepo_mcore.rollout.collection import Collection
+from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
 from treepo_mcore.tree.stats import informative
 
@@ -446,7 +450,59 @@ def test_an_engine_failure_loses_only_its_prompt():
 # Two engines.
 
 
-def test_two_engines_share_one_counter():
+@pytest.fixture
+def looks_always(monkeypatch):
+    """What another engine did is seen at once."""
+    monkeypatch.setattr(queue_module, "LOOKS_PER_SECOND", float("inf"))
+
+
+class CountingStore:
+    """A store that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.store, self.asked = dist.HashStore(), 0
+
+    def __getattr__(self, name):
+        self.asked += 1
+        return getattr(self.store, name)
+
+
+def test_idle_engines_do_not_hammer_the_store(monkeypatch):
+    """A thousand looks in a row within one pause are one request, and a new one shows what has changed meanwhile."""
+    monkeypatch.setattr(queue_module, "LOOKS_PER_SECOND", 2 / 60)  # a minute for two engines
+    store = CountingStore()
+    idle, busy = (SharedQueue(store, engine, 2, 2, 8) for engine in range(2))
+    assert [idle.draw(), busy.draw()] == [0, 1]
+    idle.report(rejected=False)
+    store.asked = 0
+    for _ in range(1000):
+        assert (idle.draw(), idle.closed(), idle.held_back()) == (None, False, False)
+    assert store.asked <= 1
+    busy.report(rejected=True)
+    idle._next = 0.0  # the minute is over
+    assert idle.draw() == 2
+
+
+def test_engines_that_draw_at_once_share_the_numbers_out(looks_always):
+    """Sixteen threads, each an engine: every number once, replacements included, and all see the end."""
+    store, barrier = dist.HashStore(), threading.Barrier(16)
+
+    def engine(index):
+        queue, drawn = SharedQueue(store, index, 16, 200, 230), []
+        barrier.wait()
+        while not queue.closed():
+            number = queue.draw()
+            if number is not None:
+                drawn.append(number)
+                queue.report(rejected=number < 30)
+        return drawn
+
+    with ThreadPoolExecutor(16) as pool:
+        everyone = list(pool.map(engine, range(16)))
+    assert sorted(number for drawn in everyone for number in drawn) == list(range(230))
+
+
+def test_two_engines_share_one_counter(looks_always):
     store = dist.HashStore()
     queues = [SharedQueue(store, engine, 2, 5, 8) for engine in range(2)]
     drawn = [queues[i % 2].draw() for i in range(5)]
@@ -463,7 +519,7 @@ def test_two_engines_share_one_counter():
     assert queues[1].closed()
 
 
-def test_no_engine_takes_more_than_its_share_at_a_time():
+def test_no_engine_takes_more_than_its_share_at_a_time(looks_always):
     store = dist.HashStore()
     fast, slow = (SharedQueue(store, engine, 2, 5, 8) for engine in range(2))
     assert [fast.draw() for _ in range(4)] == [0, 1, 2, None]
@@ -475,7 +531,7 @@ def test_no_engine_takes_more_than_its_share_at_a_time():
     assert [fast.draw(), slow.draw(), slow.draw()] == [5, 6, None]  # the queue is empty, or the share is held
 
 
-def test_no_replacement_after_a_tail_was_cut():
+def test_no_replacement_after_a_tail_was_cut(looks_always):
     store = dist.HashStore()
     queues = [SharedQueue(store, engine, 2, 2, 8) for engine in range(2)]
     assert [queue.draw() for queue in queues] == [0, 1]
@@ -486,34 +542,34 @@ def test_no_replacement_after_a_tail_was_cut():
     assert queues[1].closed()
 
 
-# Host time.
+# What a token costs the host. Calls are counted, not seconds, so that a busy machine cannot fail it; seconds are in
+# benchmarks/host_time.py.
 
 
 @pytest.mark.parametrize("boxed", ["none", "boxed_and_eos", "boxed"])
-def test_host_time_of_a_step(boxed):
-    """At most 2 ms for 384 live requests with one token each, the engine's own time left out."""
+def test_calls_of_a_token(boxed):
+    """384 live requests with one token a step each, 16 steps: no look at all requests for one of them."""
     config = make_config(
         {"tree": {"width": 16, "segment_tokens": 512, "branching": {"first": 16}, "stopping": {"boxed": boxed}}}
     )
     engine = FakeEngine(lambda request, position: 5 + position % 97)
-    begin, host = [time.thread_time()], []
-    original = engine.step
+    original, steps, calls = engine.step, [], []
 
     def step():
-        host.append(time.thread_time() - begin[0])
-        if len(host) == 330:
+        sys.setprofile(None)
+        steps.append(len(engine.requests))
+        if len(steps) == 50:
             raise KeyboardInterrupt
-        assert len(engine.requests) == 384
         chunks = original()
-        begin[0] = time.thread_time()
+        if len(steps) >= 34:
+            sys.setprofile(lambda frame, event, argument: calls.append(event) if event.endswith("call") else None)
         return chunks
 
     engine.step = step
     with pytest.raises(KeyboardInterrupt):
         collect(engine, make_prompts(24), config, FakeRewards(verdict))
-    # Looks for repetition come every 16 tokens: the mean of such a stretch, of the best one.
-    stretches = np.array(host[1:321]).reshape(-1, 16).mean(axis=1)
-    assert stretches.min() < 0.002, f"{stretches.min() * 1e3:.2f} ms"
+    assert steps[1:] == [384] * 49
+    assert len(calls) / (16 * 384) < 30  # 23 when this was written
 
 
 def test_a_step_is_not_over_while_numbers_wait_to_be_drawn():

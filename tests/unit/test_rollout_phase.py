@@ -1,5 +1,6 @@
 """A whole rollout phase, and an evaluation, around a fake engine."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,15 +19,19 @@ from rollout_fake_engine import (
 )
 
 from treepo_mcore.data.prompts import PromptStream
-from treepo_mcore.grow.sampler import stable_seed
+from treepo_mcore.grow.sampler import TreeSampler, stable_seed
+from treepo_mcore.grow.shape import sampled_shape
+from treepo_mcore.grow.stopping import RuleStopper
 from treepo_mcore.learn.filter import choose
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout import queue as queue_module
-from treepo_mcore.rollout.collector import Collection, Collector
-from treepo_mcore.rollout.evaluation import majority, sample
+from treepo_mcore.rollout.collection import Collection
+from treepo_mcore.rollout.collector import Collector
+from treepo_mcore.rollout.evaluation import HeldOut, interval, majority
 from treepo_mcore.rollout.phase import Rollout
 from treepo_mcore.rollout.queue import LockstepQueue
 from treepo_mcore.system.placement import colocated
+from treepo_mcore.tree.tree import Tree
 
 PLACEMENT = colocated(rank=0, world=1, rollout_tp=1)
 
@@ -184,7 +189,7 @@ def test_shuffled_rewards_keep_their_scores_and_the_prompts_that_are_trained_on(
         return [(leaf.reward, leaf.score, leaf.correct) for tree in trees for leaf in tree.leaves]
 
     plain, shuffled = chosen(False), chosen(True)
-    assert {tree.meta["prompt"] for tree in plain} <= odd
+    assert {tree.prompt_id for tree in plain} <= {prompt.id for prompt in make_prompts(30)[1::2]}
     assert [tree.prompt_id for tree in plain] == [tree.prompt_id for tree in shuffled]
     assert leaves(plain) != leaves(shuffled)
     assert sorted(leaves(plain)) == sorted(leaves(shuffled))
@@ -197,44 +202,102 @@ def boxing_tokenizer():
     return tokenizer
 
 
+def held_out(config, prompts, name=""):
+    return HeldOut(name, prompts, config.held_out[name])
+
+
+def answer_length(prompt, sample, config):
+    """Of the fake engine's answer, from its seeds alone."""
+    tree = Tree(f"{prompt.id}/{sample}", prompt.tokens)
+    shape = sampled_shape(config.rollout)
+    sampler = TreeSampler(tree, shape, RuleStopper(shape.stopping, None), (0, stable_seed(tree.prompt_id)), 0.0)
+    (request,) = sampler.start().submit
+    draw = hazard_draw(0.3)
+    return next((n + 1 for n in range(20) if draw(request, n) == EOS_TOKEN), 20)
+
+
 def test_evaluation_with_several_samples():
     """Against the same sums taken from the answers themselves; half of the prompts ask for 2."""
     prompts = [replace(prompt, answer=str(2 + 2 * (i % 2))) for i, prompt in enumerate(make_prompts(60))]
-    config = make_config({}, trainer={"eval_samples": 5})
+    config = make_config({}, data={"train": "t", "eval": "held_out.jsonl"}, trainer={"eval_samples": 5})
     engine, tokenizer = FakeEngine(hazard_draw(0.3)), boxing_tokenizer()
     with RewardPool(config.reward) as rewards:
         rollout = Rollout(config, PLACEMENT, engine, tokenizer, rewards)
-        values = rollout.evaluate(prompts)
-        assert rollout.evaluate(prompts[::-1]) == values  # draws belong to prompts
-    lengths = [len(answer) for answer in sample(FakeEngine(hazard_draw(0.3)), prompts, 5, 20, 0)]
+        values = rollout.evaluate([held_out(config, prompts)])
+        assert {request.temperature for request in engine.submitted} == {1.0}
+        assert rollout.evaluate([held_out(config, prompts[::-1])]) == values  # draws belong to prompts
     assert len({request.seed for request in engine.submitted}) == 300
-    expected = {"eval/accuracy": 0.0, "eval/majority": 0.0, "eval/best": 0.0}
+    sampling = held_out(config, prompts).sampling(config)
+    lengths = [answer_length(prompt, k, sampling) for prompt in prompts for k in range(5)]
+    expected = dict.fromkeys(("eval/accuracy", "eval/majority", "eval/pass@2", "eval/pass@4", "eval/best"), 0.0)
     for i, prompt in enumerate(prompts):
         mine = lengths[5 * i : 5 * i + 5]
         boxed = [length for length in mine if length % 2 == 0]
         right = mine.count(int(prompt.answer))
         expected["eval/accuracy"] += right / 300
         expected["eval/best"] += (right > 0) / 60
+        for k in (2, 4):  # of all ways to choose k of the five, those that have a right one
+            chosen = list(itertools.combinations(mine, k))
+            expected[f"eval/pass@{k}"] += sum(int(prompt.answer) in some for some in chosen) / len(chosen) / 60
         expected["eval/majority"] += bool(boxed and max(boxed, key=boxed.count) == int(prompt.answer)) / 60
-    assert values == pytest.approx(expected)
+    assert shares(values) == pytest.approx(expected)
+    assert all(values[f"{name}_low"] < share < values[f"{name}_high"] for name, share in expected.items())
     assert 0 < values["eval/accuracy"] < values["eval/majority"] < values["eval/best"] < 1
 
 
 def test_evaluation_with_a_custom_function_has_scores_and_no_majority():
-    config = make_config({}, trainer={"eval_samples": 4}, reward={"function": "m:f"})
+    data = {"train": "t", "eval": "held_out.jsonl"}
+    config = make_config({}, data=data, trainer={"eval_samples": 4}, reward={"function": "m:f"})
     rewards = FakeRewards(lambda text, prompt: 0.75 if prompt == "prompt 1" else -0.25)
     rollout = Rollout(config, PLACEMENT, FakeEngine(hazard_draw(0.3)), FakeTokenizer(), rewards)
-    assert rollout.evaluate(make_prompts(4)) == {"eval/accuracy": 0.25, "eval/score": 0.0, "eval/best": 0.25}
+    values = rollout.evaluate([held_out(config, make_prompts(4))])
+    assert shares(values) == {"eval/accuracy": 0.25, "eval/score": 0.0, "eval/pass@2": 0.25, "eval/best": 0.25}
 
 
-def test_evaluation_with_one_sample_is_greedy():
-    config = make_config({})
-    engine, tokenizer = FakeEngine(hazard_draw(0.3)), boxing_tokenizer()
-    engine.greedy = lambda prompts, max_tokens: [[1, 2] if prompt == [3] else [1] * 4 for prompt in prompts]
-    prompts = [replace(prompt, tokens=[i], answer="2") for i, prompt in enumerate(make_prompts(8))]
-    with RewardPool(config.reward) as rewards:
-        assert Rollout(config, PLACEMENT, engine, tokenizer, rewards).evaluate(prompts) == {"eval/accuracy": 0.125}
-    assert engine.submitted == []
+def test_sets_of_held_out_prompts_have_settings_and_metrics_of_their_own():
+    sets = {"short": {"path": "a.jsonl", "max_response_tokens": 2}, "hard": {"path": "b.jsonl", "temperature": 0.5}}
+    config = make_config({}, data={"train": "t", "eval": sets})
+    engine = FakeEngine(lambda request, position: 7)  # never ends by itself
+    rewards = FakeRewards(lambda text, prompt: float(len(text.split()) == 2 or prompt == "prompt 0"))
+    rollout = Rollout(config, PLACEMENT, engine, FakeTokenizer(), rewards)
+    values = rollout.evaluate([held_out(config, make_prompts(4), name) for name in sets])
+    assert shares(values) == {"eval/accuracy": 0.625, "eval/short/accuracy": 1.0, "eval/hard/accuracy": 0.25}
+    assert [request.temperature for request in engine.submitted] == [0.0] * 4 + [0.5] * 4
+    assert engine.requests == {}
+
+
+def test_an_answer_that_its_engine_loses_is_wrong_and_counted():
+    config = make_config({}, data={"train": "t", "eval": "held_out.jsonl"})
+    engine = FakeEngine(hazard_draw(0.3))
+    engine.submit = lambda request: (engine.fail.add(request.id), FakeEngine.submit(engine, request))
+    rewards = FakeRewards(lambda text, prompt: 1.0)
+    rollout = Rollout(config, PLACEMENT, engine, FakeTokenizer(), rewards)
+    assert shares(rollout.evaluate([held_out(config, make_prompts(4))])) == {"eval/accuracy": 0.0, "eval/lost": 4}
+
+
+def shares(values):
+    """Without the intervals."""
+    return {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
+
+
+@pytest.mark.parametrize(
+    ("of_prompts", "low", "high"),
+    [
+        ([1.0] * 8 + [0.0] * 2, 0.4902, 0.9433),  # Wilson's interval of 8 in 10, by R's binom::binom.wilson
+        ([0.0] * 10, 0.0, 0.2775),
+        ([1.0] * 10, 0.7225, 1.0),
+        ([1.0, 0.0], 0.0945, 0.9055),
+        ([0.5] * 10, 0.5, 0.5),
+        ([1.0], 0.2065, 1.0),
+    ],
+)
+def test_intervals(of_prompts, low, high):
+    assert interval(of_prompts) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_prompts_that_differ_less_than_right_and_wrong_have_a_narrower_interval():
+    low, high = interval([0.5, 0.6, 0.4, 0.5] * 5)
+    assert 0.46 < low < 0.5 < high < 0.54
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """What a signal does before there is a step to finish, and after."""
 
+import math
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from treepo_mcore.system.signals import StopRequest
+from treepo_mcore.system.time_limit import TimeLimit
 
 CODE = """
 import os, signal, time
@@ -64,3 +68,23 @@ def test_a_launcher_cannot_end_a_run_that_closes(end, killed):
     process.kill()
     process.communicate()
     assert status == (-signal.SIGTERM if killed else None)
+
+
+def test_a_time_limit_leaves_room_for_a_step_and_a_checkpoint(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limit = TimeLimit(60)
+    assert not limit.near()
+    for later, near in ((10, False), (15, False), (5, False), (3, True)):  # 60 - 33 are less than twice 15
+        now[0] += later
+        assert limit.near() is near
+    assert not TimeLimit(math.inf).near()
+
+
+def test_a_run_that_is_short_of_time_is_asked_to_stop(group, monkeypatch):
+    stop = StopRequest(limit_seconds=60)
+    assert stop.on_any_rank() is None
+    monkeypatch.setattr(stop.limit, "near", lambda: True)
+    assert stop.on_any_rank() == "time limit"
+    stop.number = signal.SIGUSR1
+    assert stop.on_any_rank() == "SIGUSR1"

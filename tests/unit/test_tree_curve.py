@@ -16,7 +16,7 @@ from treepo_mcore.config import ConfigError
 from treepo_mcore.observe.metrics import rollout_metrics
 from treepo_mcore.records import Batch, Counts
 from treepo_mcore.tree.curve import REPLICATES, CurveSums, Point, decided_at, monotone
-from treepo_mcore.tree.jsonl import write_trees
+from treepo_mcore.tree.files import write_trees
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree
 
 DECISIVE = (1, 4, 7)  # tokens that all have to be right, of 8
@@ -61,7 +61,7 @@ def exact(depth):
     return square / sum(ease**all_of_them - ease ** (2 * all_of_them) for ease in EASE)
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("stops", [pytest.param(False, marks=pytest.mark.long), True])
 def test_it_agrees_with_the_exact_curve(stops):
     inside, estimates = [], defaultdict(list)
     for seed in range(25):

@@ -1,5 +1,7 @@
 """Packing: tree edges equal flat edges, the mask is the ancestor relation, splits keep every edge once."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from trees import with_turns
 
 from treepo_mcore.config import AdvantageConfig, TreeConfig
 from treepo_mcore.learn.advantage import LeafAdvantage, advantages, tree_from_plain
-from treepo_mcore.learn.deal import balance, tree_work
+from treepo_mcore.learn.deal import balance, forward_flops, tree_work
 from treepo_mcore.learn.packing import pack_flat, pack_trees, split_leaves
+from treepo_mcore.model.architecture import read_sizes
+from treepo_mcore.model.shards import matrix_parameters
 from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.tree import EOS, Tree
 
@@ -253,3 +257,23 @@ def test_turns_of_the_environment_have_no_edges_and_arrays_lie_with_their_tokens
     del tree.nodes[2].arrays["version"]
     with pytest.raises(ValueError, match="prompt turns: a node without the array 'version'"):
         pack_trees([tree], [worth], 100)
+
+
+MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
+
+
+def test_flops_of_a_chain_and_of_what_a_tree_saves():
+    """Two a weight and token, four a pair of query and key and element of all heads."""
+    sizes = read_sizes(MODELS / "Llama-3.1-70B")
+    prompt, answer = 2, 5
+    chain = by_hand([(0, answer)], [1])
+    tokens = prompt + answer
+    pairs = tokens * (tokens + 1) // 2
+    layer = 2 * tokens * matrix_parameters(sizes) + 4 * pairs * sizes.heads * sizes.head_dim
+    expected = sizes.layers * layer + 2 * answer * sizes.vocab * sizes.hidden
+    assert forward_flops([chain], sizes) == pytest.approx(expected)
+    assert forward_flops([chain, chain], sizes) == pytest.approx(2 * expected)
+    forked = by_hand([(0, 3), (1, 2), (1, 2)], [2, 3])  # two such answers that share three tokens
+    saved = 2 * expected - forward_flops([forked], sizes)
+    shared = by_hand([(0, 3)], [1])
+    assert saved == pytest.approx(forward_flops([shared], sizes))

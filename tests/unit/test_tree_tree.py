@@ -1,8 +1,11 @@
 """The node table: growing, splitting, reading, JSONL."""
 
 import json
+import pickle
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tree_fake_engine import grow, keyed_draw
@@ -13,7 +16,8 @@ from treepo_mcore.learn.advantage import ESTIMATORS, advantages
 from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.observe.metrics import rollout_metrics
 from treepo_mcore.records import Batch, Counts
-from treepo_mcore.tree.jsonl import read_trees, write_trees
+from treepo_mcore.tree.files import read_trees, write_trees
+from treepo_mcore.tree.stats import tree_stats
 from treepo_mcore.tree.tree import EOS, Tree
 
 
@@ -127,6 +131,65 @@ def test_jsonl_round_trip_is_exact(tmp_path):
         for one, other in zip(tree.canonical().nodes, back.nodes, strict=True):
             assert one == other
         assert tree.canonical().leaves == back.leaves
+
+
+def test_parquet_round_trip_is_exact(tmp_path):
+    """Also trees with turns, arrays and no leaf; more than a row group."""
+    config = TreeConfig.model_validate({"width": 8, "segment_tokens": 3, "fallback": {"cut": "min_logprob_token"}})
+    trees = [fork(), with_turns()] + [grow(config, keyed_draw(seed, 0.3), order=seed)[0] for seed in range(40)]
+    leaf = trees[2].leaves[0]
+    leaf.reward, leaf.score, leaf.correct, leaf.text, leaf.failed = 0.5, 0.75, True, "ä\n", True
+    trees[3].leaves[0].components = {"format": 0.5}
+    trees[3].meta = {"row": {"text": "\ud83d", "list": [1, None]}}
+    for node in trees[1].nodes:
+        node.arrays = {"experts": np.arange(2 * len(node.tokens), dtype=np.int16).reshape(-1, 2)}
+    file = tmp_path / "trees.parquet"
+    write_trees(file, trees)
+    for tree, back in zip(trees, read_trees(file), strict=True):
+        assert back.to_json() == tree.to_json()
+        for one, other in zip(tree.canonical().nodes, back.nodes, strict=True):
+            assert one.logprobs == other.logprobs
+        assert tree.canonical().leaves == back.leaves
+    write_trees(file, [])
+    assert list(read_trees(file)) == []
+
+
+def test_a_row_that_is_no_tree_is_named(tmp_path):
+    file = tmp_path / "trees.parquet"
+    write_trees(file, [fork(), fork()])
+    columns = pyarrow.parquet.read_table(file).to_pydict()
+    schema = pyarrow.parquet.read_schema(file)
+    for name, value, message in [
+        ("node_parent", [0, 2, 1], r":2: node 2: expected a parent in 0..1, found 2"),
+        ("node_tokens", [1, 1, 1], r":2: 3 tokens in nodes, "),
+        ("meta", None, r":2: meta: found null"),
+    ]:
+        bad = columns | {name: [columns[name][0], value]}
+        pyarrow.parquet.write_table(pyarrow.table(bad, schema=schema), file)
+        trees = read_trees(file)
+        with pytest.raises(ValueError, match=message):
+            list(trees)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"]}), file)
+    with pytest.raises(ValueError, match="expected columns of saved trees, missing prompt_id, meta, "):
+        list(read_trees(file))
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"trees\.parquet: not valid parquet"):
+        list(read_trees(file))
+
+
+def test_an_outline_is_small_and_has_the_shape():
+    config = TreeConfig.model_validate({"width": 8, "segment_tokens": 30})
+    tree = grow(config, keyed_draw(0, 0.01))[0]
+    tree.meta = {"prompt": "long", "answer": "7", "number": 3}
+    for index, leaf in enumerate(tree.leaves):
+        leaf.reward, leaf.score, leaf.correct, leaf.text = float(index % 2), float(index % 2), index % 2 == 1, "text"
+    outline = tree.outline()
+    assert outline.meta == {"number": 3}
+    assert tree_stats([outline]) == tree_stats([tree])
+    for one, other in zip(advantages([outline], AdvantageConfig()), advantages([tree], AdvantageConfig()), strict=True):
+        assert one.along(outline, 0).tolist() == other.along(tree, 0).tolist()
+    assert [leaf.text for leaf in outline.leaves] == [None] * 8
+    assert len(pickle.dumps(outline)) < len(pickle.dumps(tree)) / 2
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,13 @@ def deviations(shape, **estimator):
 
 @pytest.mark.parametrize(
     ("shape", "baseline"),
-    [(shape, "mean") for shape in SHAPES]
+    [(shape, "mean") for shape in ("flat", "fallback", "budget transfer")]
     + [
         pytest.param(*case, marks=pytest.mark.long)
-        for case in product(["fork once", "budget transfer"], ["kin", "sibling", "blup"])
+        for case in [
+            *product(["fork once", "late forks", "heaviest", "uneven"], ["mean"]),
+            *product(["fork once", "budget transfer"], ["kin", "sibling", "blup"]),
+        ]
     ],
 )
 def test_subtree_is_the_policy_gradient(shape, baseline):

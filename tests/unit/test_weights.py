@@ -14,8 +14,9 @@ from treepo_mcore.actor.layout import parameter_pieces
 from treepo_mcore.config import ConfigError
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.model.architecture import read_architecture
-from treepo_mcore.weights import hf
-from treepo_mcore.weights.hf import check_weights, export_directory, gather_tensors, load_pieces
+from treepo_mcore.weights import export
+from treepo_mcore.weights.export import export_directory, plan_shards
+from treepo_mcore.weights.hf import check_weights, gather_tensors, load_pieces
 from treepo_mcore.weights.layout import Piece, hf_shapes
 
 FAMILIES = {"qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "llama": {"num_key_value_heads": 1}, "phi3": {}}
@@ -73,13 +74,13 @@ def test_ranks_hold_every_element_once(directory, tp):
 
 @pytest.mark.parametrize("shard_bytes", [None, 300_000])
 def test_export_of_what_was_loaded(directory, group, tmp_path, monkeypatch, shard_bytes):
-    monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes or hf.SHARD_BYTES)
+    monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes or export.SHARD_BYTES)
     arch = read_architecture(directory)
     tensors = {name: torch.full(shape, torch.nan) for name, shape in local_shapes(arch, 1).items()}
     pieces = pieces_of(arch, 1, 0)
-    load_pieces(directory, arch, pieces, tensors)
+    load_pieces(directory, pieces, tensors)
     target = tmp_path / "exported"
-    export_directory(directory, target, gather_tensors(arch, pieces, tensors, torch.float32, to=0))
+    export_directory(directory, target, arch, pieces, tensors, torch.float32)
     source = load_file(directory / "model.safetensors")
     files = sorted(target.glob("*.safetensors"))
     assert (len(files) > 1) == bool(shard_bytes)
@@ -102,7 +103,7 @@ def test_an_export_has_every_file_of_the_tokenizer_and_can_be_written_again(dire
     tensors = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
     target = tmp_path / "out"
     for _ in range(2):
-        export_directory(directory, target, gather_tensors(arch, pieces_of(arch, 1, 0), tensors, torch.float32))
+        export_directory(directory, target, arch, pieces_of(arch, 1, 0), tensors, torch.float32)
     for file in (named, directory / "merges.txt", directory / "chat_template.jinja"):
         assert (target / file.relative_to(directory)).read_text() == file.name
     assert all(file.stat().st_mode & 0o200 for file in target.rglob("*"))
@@ -121,8 +122,8 @@ def test_export_in_half_precision_says_so(directory, group, tmp_path):
     arch = read_architecture(directory)
     tensors = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
     pieces = pieces_of(arch, 1, 0)
-    load_pieces(directory, arch, pieces, tensors)
-    export_directory(directory, tmp_path / "out", gather_tensors(arch, pieces, tensors, torch.bfloat16))
+    load_pieces(directory, pieces, tensors)
+    export_directory(directory, tmp_path / "out", arch, pieces, tensors, torch.bfloat16)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     source = load_file(directory / "model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
@@ -136,14 +137,14 @@ def test_a_second_export_replaces_the_first(directory, group, tmp_path, monkeypa
     pieces = pieces_of(arch, 1, 0)
     target = tmp_path / "exported"
     target.mkdir()
-    (target / "part-1.safetensors").touch()
+    (target / "model.safetensors.part").touch()
     for value, shard_bytes in zip((1.0, 2.0), sizes, strict=True):
         with monkeypatch.context() as patch:
-            patch.setattr(hf, "SHARD_BYTES", shard_bytes or hf.SHARD_BYTES)
+            patch.setattr(export, "SHARD_BYTES", shard_bytes or export.SHARD_BYTES)
             tensors = {name: torch.full(shape, value) for name, shape in local_shapes(arch, 1).items()}
-            export_directory(directory, target, gather_tensors(arch, pieces, tensors, torch.float32))
+            export_directory(directory, target, arch, pieces, tensors, torch.float32)
     found = {name: torch.zeros(shape) for name, shape in local_shapes(arch, 1).items()}
-    load_pieces(target, arch, pieces, found)
+    load_pieces(target, pieces, found)
     assert all((piece.of_local(found) == 2.0).all() for piece in pieces)
     files = sorted(file.name for file in target.glob("*.safetensors*"))
     if sizes[1] is None:
@@ -153,10 +154,27 @@ def test_a_second_export_replaces_the_first(directory, group, tmp_path, monkeypa
         assert set(files[:-1]) == set(json.loads((target / files[-1]).read_text())["weight_map"].values())
 
 
+def test_writers_take_turns_and_every_tensor_is_in_one_file(directory, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    shapes = hf_shapes(read_architecture(directory))
+    shards = plan_shards(shapes, 4, [0, 8, 16])
+    assert [name for shard in shards for name in shard.names] == list(shapes)
+    assert [shard.writer for shard in shards][:4] == [0, 8, 16, 0]
+    assert len({shard.file for shard in shards}) == len(shards) > 4
+    assert all(shard.size <= 100_000 or len(shard.names) == 1 for shard in shards)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(directory, group, tmp_path):
+    arch, place = read_architecture(directory), tmp_path / "a file" / "policy"
+    place.parent.write_text("")
+    with pytest.raises(ConfigError, match=r"policy: cannot be written by rank 0: Not a directory"):
+        export_directory(directory, place, arch, [], {}, torch.float32)
+
+
 def test_the_model_itself_is_no_target(directory, group, tmp_path):
     (tmp_path / "link").symlink_to(directory)
     with pytest.raises(ConfigError, match=r"link: found the model's own directory as the target of an export"):
-        export_directory(directory, tmp_path / "link", iter(()))
+        export_directory(directory, tmp_path / "link", read_architecture(directory), [], {}, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
@@ -201,5 +219,5 @@ def test_loading_another_shape_names_the_tensor(directory):
     raw = json.loads((directory / "config.json").read_text()) | {"intermediate_size": 64}
     (directory / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=r"tensor model\.layers\.0\.mlp\.gate(_up)?_proj\.weight has shape"):
-        load_pieces(directory, read_architecture(directory), [], {})
+        check_weights(directory, read_architecture(directory))
     assert arch.ffn == 256

@@ -58,14 +58,13 @@ class Actor:
         """
         self.config, self.arch, self.grid = config, arch, grid
         self.temperature = temperature
-        self.skipped = 0  # updates in a row whose gradient was not finite
         self.dtype = DTYPES[config.dtype]
         configs = megatron_configs(config, arch)
         bare = build_model(configs, arch)
         self.pieces: list[Piece] = megatron_layout(bare, arch, grid.tp_rank)
         self.copies = PlainCopies(megatron_parameters(bare))
         self.tensors: dict[str, Tensor] = megatron_tensors(bare) | self.copies.tensors
-        load_pieces(directory, arch, self.pieces, self.tensors)
+        self._read_weights(directory)
         self.copies.write()
         self.megatron = configs.transformer
         self.implementation = choose_attention(config.attention, torch.cuda.is_available())
@@ -89,6 +88,16 @@ class Actor:
             self.set_aside = HostTensors(self.tensors)  # while the reference is in
         # Otherwise the first forward pass would begin with a gather, which ranks without trees do not take part in.
         self.finish_updates()
+
+    @torch.no_grad()
+    def _read_weights(self, directory: Path) -> None:
+        """One replica reads the files and the others get its weights: a file system serves every byte once a job."""
+        if self.grid.dp_rank == 0:
+            load_pieces(directory, self.pieces, self.tensors)
+        if self.grid.dp > 1:
+            group = parallel_state.get_data_parallel_group()
+            for name in sorted({piece.local for piece in self.pieces}):
+                dist.broadcast(self.tensors[name], dist.get_global_rank(group, 0), group=group)
 
     @on_megatron_device
     @torch.no_grad()
@@ -136,8 +145,7 @@ class Actor:
 
         The loss is the sum over all edges of all ranks divided by the normaliser, by default the sum of their weights:
         with weights of one the mean over logical tokens. Returns metrics, the same on every rank. Call `finish_updates`
-        behind the last one. Where the gradient is not finite nothing is stepped and `skipped` is 1.0; raises
-        RuntimeError, on all ranks together, when that happens more than `actor.max_skipped` times in a row.
+        behind the last one. Where the gradient is not finite nothing is stepped, on any rank, and `skipped` is 1.0.
         old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for an objective that takes no ratios.
         """
         batches = self._micro_batches(sequences, old_logp, reference_logp, least=self._most(len(sequences)))
@@ -154,12 +162,6 @@ class Actor:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         skips = not math.isfinite(grad_norm)
-        self.skipped = self.skipped + 1 if skips else 0
-        if self.skipped > self.config.max_skipped:
-            raise RuntimeError(
-                f"the gradient's norm is {grad_norm}, {self.skipped} times in a row (actor.max_skipped); the weights "
-                "are as they were before"
-            )
         if not skips:
             self.optimizer.step()
         return objective.means(self._totals(outputs, objective)) | {"grad_norm": grad_norm, "skipped": float(skips)}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
-import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,19 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.model import unwrap
+from treepo_mcore.actor.saved import ADVICE
+from treepo_mcore.actor.saver import SHARED, STATE
+from treepo_mcore.actor.sharded import any_adam, rates_while_loading, sharded_state, sharded_weights
+from treepo_mcore.actor.sums import differences, read_sums
 from treepo_mcore.config import NEWEST_CHECKPOINT, ConfigError
 
-STATE = "trainer_state.json"
-STATE_PARTS = {"step": int, "prompts": dict, "rollout": dict, "optimizer": dict}  # that the trainer goes on from
-SHARED = "it has to be one directory, on a file system that all nodes share"
+# What the trainer goes on from, and how the tensors lie.
+STATE_PARTS = {"step": int, "prompts": dict, "rollout": dict, "optimizer": dict, "layout": dict}
 
 
 def newest(directory: Path) -> Path | None:
@@ -57,31 +56,23 @@ def check_same(run_dir: Path, found: Path | None) -> None:
             )
 
 
-@on_megatron_device
-def save(directory: Path, step: int, actor: Actor, state: dict[str, Any], keep: int) -> None:
-    """Write ``iter_<step>`` and then move the tracker to it; a job killed in between finds the previous one.
+def check_sums(checkpoint: Path) -> None:
+    """Raise `ConfigError` on all ranks where a file is not as it was written; each reads a share. Collective."""
+    sums = read_sums(checkpoint)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, differences(checkpoint, sums, sorted(sums)[dist.get_rank() :: len(everyone)]))
+    if found := [line for lines in everyone for line in lines]:
+        more = f" ({len(found) - 1} more, see treepo-mcore checkpoint verify)" if len(found) > 1 else ""
+        raise ConfigError(f"{found[0]}{more}; {ADVICE}")
 
-    state must be JSON; it comes back from `read_state`. Collective.
-    """
-    target = directory / f"iter_{step:07d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)  # left behind by a job that died while it wrote
-    with _any_adam(actor.optimizer):  # without state, if no step so far had an informative prompt
-        sharded = _sharded_state(actor, loading=False)
-    _write(target, sharded)
-    if dist.get_rank() == 0:
-        (target / STATE).write_text(json.dumps(state, indent=1))
-        tracker = directory / NEWEST_CHECKPOINT
-        temporary = tracker.with_suffix(".tmp")
-        temporary.write_text(str(step))
-        temporary.replace(tracker)
-        # Later ones belong to a run that was not continued; they say nothing about what to keep of this one.
-        upto = sorted(old for old in directory.glob("iter_*") if old.name <= target.name)
-        for old in upto[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    if NEWEST_CHECKPOINT not in os.listdir(directory):
-        raise RuntimeError(f"{directory}: what rank 0 has saved is not here on {socket.gethostname()}; {SHARED}")
+
+def check_layout(checkpoint: Path, layout: dict[str, Any], tp: int, pp: int) -> None:
+    """Raise `ConfigError` where the optimizer's state lies as it did in another layout. layout: of `read_state`."""
+    if layout["form"] == "dp_reshardable" and (layout["tp"], layout["pp"]) != (tp, pp):
+        raise ConfigError(
+            f"actor.tp, actor.pp: found {tp}, {pp}; {checkpoint} was written while the run went on, and loads with "
+            f"{layout['tp']}, {layout['pp']} alone; `treepo-mcore checkpoint reshard` with these makes it load with any"
+        )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -104,16 +95,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 @on_megatron_device
 def load(checkpoint: Path, actor: Actor) -> None:
-    """Fill the model, and the optimizer where the actor has one. The layout may differ from the one that saved."""
+    """Fill the model, and the optimizer where the actor has one, which keeps the learning rates it was made with.
+
+    The layout may be another, see `check_layout`. Raises `ConfigError` on all ranks where a file was changed.
+    """
+    check_sums(checkpoint)
     if actor.optimizer is None:
         load_weights(checkpoint, actor.chunks)
         return
-    with _any_adam(actor.optimizer):
+    state = json.loads((checkpoint / STATE).read_text())
+    form, rates = state["layout"]["form"], rates_while_loading(actor.optimizer, state["optimizer"])
+    with any_adam(actor.optimizer), rates, torch.no_grad():  # which Megatron forgets for dp_reshardable
         # Every replica wants all of its shard: each reads a part, and they exchange them. Otherwise the file system
         # would be read as often as there are replicas.
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
-        loaded = dist_checkpointing.load(_sharded_state(actor, loading=True), str(checkpoint), strategy)
+        loaded = dist_checkpointing.load(sharded_state(actor, form, loading=True), str(checkpoint), strategy)
         for index, chunk in enumerate(actor.chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
         actor.optimizer.load_state_dict(loaded["optimizer"])
@@ -121,86 +118,16 @@ def load(checkpoint: Path, actor: Actor) -> None:
 
 def save_weights(directory: Path, chunks: list[nn.Module]) -> None:
     """The model alone, in a new directory. Collective; within `megatron_device`."""
-    _write(directory, _sharded_weights(chunks))
-
-
-def load_weights(checkpoint: Path, chunks: list[nn.Module]) -> None:
-    """Fill the model; what else is in the checkpoint is left alone. Collective; within `megatron_device`."""
-    loaded = dist_checkpointing.load(_sharded_weights(chunks), str(checkpoint))
-    for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
-
-
-def _write(directory: Path, state: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
     # Megatron would start a server process for a queue that, saving synchronously, only this thread uses.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(directory))
+    dist_checkpointing.save(sharded_weights(chunks), str(directory))
 
 
-def _sharded_weights(chunks: list[nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    # The data-parallel wrapper would put its own "module." before every name.
-    metadata = metadata or {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
-
-
-def _sharded_state(actor: Actor, loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # Gathered in host memory on the first data-parallel rank. Otherwise Megatron brings the whole optimizer state
-        # of a stage onto every GPU, which has no room for it.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    models = _sharded_weights(actor.chunks, metadata)
-    optimizer = actor.optimizer.sharded_state_dict(
-        models if len(models) > 1 else models["model0"], is_loading=loading, metadata=metadata
-    )
-    return {**models, "optimizer": optimizer}
-
-
-class _any_adam:
-    """Lets Megatron 0.19.2's distributed optimizer save and load any Adam at any time.
-
-    A fresh optimizer has no state, which Megatron reads all the same. And torch's AdamW, which stands in for the fused
-    ones of apex and TransformerEngine, differs from them: the step is a tensor in every parameter's state, and loading
-    gives all of them one and the same tensor.
-    """
-
-    def __init__(self, optimizer: Any) -> None:
-        parts = getattr(optimizer, "chained_optimizers", [optimizer])
-        self.parts = [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
-        self.fused = [part for part in parts if part not in self.parts and part.optimizer is not None]
-
-    def __enter__(self) -> None:
-        self.original = DistributedOptimizer._set_main_param_and_optimizer_states
-        original = self.original
-
-        def set_states(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-            original(optimizer, model_param, {"step": None, **tensors})
-
-        DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-        for part in self.parts:
-            _fill_state(part.optimizer)
-        for part in self.fused:
-            part.init_state_fn(part.optimizer, part.config)  # fills what is empty
-
-    def __exit__(self, *exc: object) -> None:
-        DistributedOptimizer._set_main_param_and_optimizer_states = self.original
-        for part in self.parts:
-            for state in part.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = state["step"].clone()
-
-
-def _fill_state(adam: torch.optim.Optimizer) -> None:
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if not adam.state[parameter]:
-                adam.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+def load_weights(checkpoint: Path, chunks: list[nn.Module]) -> None:
+    """Fill the model; what else is in the checkpoint is left alone. Collective; within `megatron_device`."""
+    loaded = dist_checkpointing.load(sharded_weights(chunks), str(checkpoint))
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"])

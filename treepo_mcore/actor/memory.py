@@ -8,7 +8,7 @@ a CPU the same is done with ordinary memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -79,6 +79,12 @@ class HostCopy:
         for storage, _, _ in self.moved:
             storage.resize_(0)
 
+    def values(self) -> dict[int, Tensor]:
+        """Bytes on the host by storage (its `_cdata`), of what was moved."""
+        if self.buffer is None:
+            return {}
+        return {storage._cdata: self.buffer.bytes[place : place + size] for storage, size, place in self.moved}
+
     def back(self) -> None:
         """Undo `out`."""
         for storage, size, place in self.moved:
@@ -146,6 +152,24 @@ class ActorMemory:
             if holder in holders and holder in self.absent:
                 self._back(holder)
                 self.absent.discard(holder)
+
+    def lasting(self) -> Callable[[Tensor], Tensor]:
+        """Turns a tensor into its values in host memory, which stay until the optimizer is needed again.
+
+        No copy is made of what the optimizer has there, nor of tensors on the host that are not the actor's.
+        """
+        waiting, aside = self.copies["optimizer"].values(), self.copies["parameters"].values()
+        own = {s._cdata for s in storages([*self._parameter_tensors(), *self._optimizer_state()])}
+
+        def values(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()._cdata
+            if storage in waiting:
+                return _alone(_view(waiting[storage], tensor))
+            if storage in aside:
+                return _view(aside[storage], tensor).clone()  # they come and go with every push
+            return tensor.clone() if storage in own and tensor.device.type == "cpu" else tensor.cpu()
+
+        return values
 
     def _out(self, holder: Holder) -> None:
         if holder == "gradients":
@@ -218,6 +242,18 @@ def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
+
+
+def _view(content: Tensor, like: Tensor) -> Tensor:
+    """What `like` would show if its storage had this content (bytes)."""
+    values = content.view(like.dtype)
+    return values.as_strided(like.shape, like.stride(), values.storage_offset() + like.storage_offset())
+
+
+def _alone(view: Tensor) -> Tensor:
+    """The same memory, but as a storage of its own: torch.save writes a whole storage for each view of it."""
+    flat = view.contiguous().view(-1).view(torch.uint8)
+    return torch.from_numpy(flat.numpy()).view(view.dtype).view(view.shape)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import defaultdict
 from pathlib import Path
@@ -19,15 +20,27 @@ ADVICE = "name an older one in latest_checkpointed_iteration.txt, or begin anew 
 
 
 def check_saved(checkpoint: Path, sizes: Sizes) -> None:
-    """Raise `ConfigError` where a file of it is missing or cut short, or its tensors are of another model."""
+    """Raise `ConfigError` where a file of it is missing, cut short or somebody else's, or it is of another model."""
     if not checkpoint.is_dir():
         raise ConfigError(f"{checkpoint}: no such checkpoint; {ADVICE}")
+    _check_owner(checkpoint)
     backend = read_json(checkpoint / "metadata.json").get("sharded_backend")
     if backend != "torch_dist":
         raise ConfigError(f"{checkpoint / 'metadata.json'}: expected sharded_backend torch_dist, found {backend!r}")
     metadata = _metadata(checkpoint)
     _check_files(checkpoint, metadata)
     _check_shapes(checkpoint, metadata, sizes)
+
+
+def _check_owner(checkpoint: Path) -> None:
+    """Torch unpickles a checkpoint, and that runs whatever its writer put there."""
+    for file in sorted(checkpoint.iterdir()):
+        owner = file.stat().st_uid
+        if owner != os.geteuid():
+            raise ConfigError(
+                f"{file}: belongs to user {owner}, expected {os.geteuid()}: loading a checkpoint runs code from it. If "
+                "you trust its writer, copy the directory, which makes it yours"
+            )
 
 
 def _metadata(checkpoint: Path) -> Metadata:

@@ -8,27 +8,46 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from treepo_mcore.cli import checkpoint as checkpoint_command
+from treepo_mcore.cli import config as config_command
 from treepo_mcore.cli import launch, plan, trees
+from treepo_mcore.cli.compare import compare
+from treepo_mcore.cli.health import health
+from treepo_mcore.cli.report import report
 from treepo_mcore.cli.study import study
 from treepo_mcore.config import ConfigError, load_config
 from treepo_mcore.observe.logs import set_up_logging
 from treepo_mcore.system.environment import prepare_environment
 from treepo_mcore.system.signals import STOPPED, StopRequest
+from treepo_mcore.system.time_limit import seconds_of
+
+if TYPE_CHECKING:
+    from treepo_mcore.trainer import Trainer
 
 OTHERS_WAIT_SECONDS = 10
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(config_command.app, name="config")
+app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(trees.app, name="trees")
 app.add_typer(plan.app, name="plan")
 app.add_typer(launch.app, name="launch")
 app.command()(study)
+app.command()(report)
+app.command()(compare)
+app.command()(health)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like")]
+
+
+TimeLimit = Annotated[
+    str, typer.Option(help="of this job, as sbatch takes it: it saves in time and exits with status 75")
+]
 
 
 @app.callback()
@@ -45,6 +64,7 @@ def train(
     ] = False,
     nodes: Annotated[int | None, typer.Option(min=1, help="with --dry-run: of the cluster; 1 unless told")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="with --dry-run; 8 unless told")] = None,
+    time_limit: TimeLimit = "UNLIMITED",
 ) -> None:
     """Train a policy, on every process of: torchrun --nproc-per-node N -m treepo_mcore train CONFIG [key=value]...
 
@@ -59,14 +79,29 @@ def train(
         return
     if nodes or gpus_per_node:
         raise ConfigError("--nodes, --gpus-per-node: only with --dry-run; torchrun says how many processes train")
-    stop = StopRequest()
+    stop = StopRequest(seconds_of(time_limit, "--time-limit"))
     stop.listen()
     from treepo_mcore.trainer import Trainer
 
-    summary = Trainer(settings, stop).run()
-    _print(summary)
-    if "stopped" in summary:
-        sys.exit(STOPPED)
+    _run(Trainer(settings, stop))
+
+
+@app.command()
+def sft(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    time_limit: TimeLimit = "UNLIMITED",
+) -> None:
+    """Teach a model by example: the answer column of data.train is what it is to say. Started, stopped and continued as
+    train is; trainer.prompts_per_update rows a step.
+    """
+    settings = load_config(config, overrides)
+    set_up_logging(settings.run.log_level)
+    stop = StopRequest(seconds_of(time_limit, "--time-limit"))
+    stop.listen()
+    from treepo_mcore.supervised import SupervisedTrainer
+
+    _run(SupervisedTrainer(settings, stop))
 
 
 @app.command("eval")
@@ -78,8 +113,8 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     settings = load_config(config, overrides)
     set_up_logging(settings.run.log_level)
-    if settings.data.eval is None:
-        raise ConfigError("data.eval: found null, eval needs a file of held-out prompts")
+    if not settings.held_out:
+        raise ConfigError("data.eval: found no held-out prompts, which are what eval answers")
     from treepo_mcore.evaluator import evaluate_newest
 
     _print(evaluate_newest(settings))
@@ -98,6 +133,13 @@ def doctor(
     facts = examination.examine()
     print(json.dumps(examination.as_json(facts), indent=1) if as_json else examination.table(facts))
     raise typer.Exit(0 if examination.can_start(facts) else 1)
+
+
+def _run(trainer: Trainer) -> None:
+    summary = trainer.run()
+    _print(summary)
+    if "stopped" in summary:
+        sys.exit(STOPPED)
 
 
 def _print(result: dict[str, Any]) -> None:

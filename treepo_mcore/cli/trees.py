@@ -1,4 +1,4 @@
-"""`treepo-mcore trees`: advantages and statistics of a JSONL file, without an engine or a trainer."""
+"""`treepo-mcore trees`: advantages and statistics of saved trees, without an engine or a trainer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treepo_mcore.cli.curve import curve_picture
 from treepo_mcore.config import AdvantageConfig, ConfigError, parse_section
 from treepo_mcore.learn import advantage
+from treepo_mcore.report.curve import curve_picture, curve_row
 from treepo_mcore.rewards.math import boxed_answer
-from treepo_mcore.tree.curve import CurveSums, decided_at, monotone
-from treepo_mcore.tree.jsonl import read_trees
+from treepo_mcore.tree.curve import CurveSums
+from treepo_mcore.tree.files import read_trees
 from treepo_mcore.tree.stats import informative, tree_stats
 from treepo_mcore.tree.tree import Tree
 
 app = typer.Typer(no_args_is_help=True, help="Advantages, statistics and the decidedness curve of saved trees.")
 
-File = Annotated[Path, typer.Argument(help="JSONL: saved trees, or one prompt a line in the plain form")]
+SAVED = "saved trees: a step's folder under run.dir/trees, parquet or JSONL"
+File = Annotated[Path, typer.Argument(help=f"{SAVED}; or JSONL with one prompt a line in the plain form")]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 
@@ -95,7 +96,7 @@ def stats(file: File, as_json: Json = False) -> None:
 
 @app.command()
 def curve(
-    files: Annotated[list[Path], typer.Argument(help="JSONL: saved trees; those of several steps count together")],
+    files: Annotated[list[Path], typer.Argument(help=f"{SAVED}; those of several steps count together")],
     picture: Annotated[Path | None, typer.Option(help="draw it: a name that ends in .svg")] = None,
     as_json: Json = False,
 ) -> None:
@@ -124,21 +125,6 @@ def curve(
     if picture is not None:
         picture.write_text(curve_picture(row))
     print(json.dumps(row) if as_json else _curve_table(row))
-
-
-def curve_row(sums: CurveSums) -> dict[str, Any]:
-    """The curve and what it was measured on; None where it is not known."""
-    points = sums.points()
-    rising = [point.decided for point in monotone(points)]
-    return {
-        "trees": sums.trees,
-        "mean_response_tokens": sums.mean_length,
-        "decided_at_half": decided_at(points, 0.5),
-        "points": [
-            asdict(point) | {"tokens": point.share * sums.mean_length, "monotone": value}
-            for point, value in zip(points, rising, strict=True)
-        ],
-    }
 
 
 def _check_picture(file: Path) -> None:
@@ -195,7 +181,7 @@ def _read(file: Path, *needed: str, plain: bool = True) -> list[Tree]:
 
     Raises `ConfigError` with the line's number.
     """
-    if not file.is_file():
+    if not file.exists():
         raise ConfigError(f"{file}: no such file")
     try:
         trees = list(read_trees(file, partial(_tree, needed=needed, plain=plain)))

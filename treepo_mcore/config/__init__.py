@@ -6,7 +6,14 @@ Every section is a pydantic model, so a field's comment and type are its documen
 
 from treepo_mcore.config.actor import ActorConfig, OptimizerConfig
 from treepo_mcore.config.base import ConfigError, IntRange, Section, did_you_mean
-from treepo_mcore.config.files import apply_override, dump_config, load_config, parse_config, parse_section
+from treepo_mcore.config.files import (
+    apply_override,
+    differences,
+    dump_config,
+    load_config,
+    parse_config,
+    parse_section,
+)
 from treepo_mcore.config.learn import OF_TREEPO, AdvantageConfig, Aggregation, FilterConfig, LossConfig
 from treepo_mcore.config.rewards import RewardConfig
 from treepo_mcore.config.rollout import (
@@ -21,12 +28,16 @@ from treepo_mcore.config.rollout import (
 )
 from treepo_mcore.config.run import (
     NEWEST_CHECKPOINT,
+    CommConfig,
     DataConfig,
+    HeldOutConfig,
     Holder,
     MemoryConfig,
     ModelConfig,
+    PromptsConfig,
     RunConfig,
     TrainerConfig,
+    TrainingSetConfig,
 )
 from treepo_mcore.config.whole import Config, check_grid
 
@@ -37,6 +48,7 @@ __all__ = [
     "AdvantageConfig",
     "Aggregation",
     "BranchingConfig",
+    "CommConfig",
     "Config",
     "ConfigError",
     "ContrastConfig",
@@ -44,12 +56,14 @@ __all__ = [
     "EarlyStopConfig",
     "FallbackConfig",
     "FilterConfig",
+    "HeldOutConfig",
     "Holder",
     "IntRange",
     "LossConfig",
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PromptsConfig",
     "PruningConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -57,10 +71,12 @@ __all__ = [
     "Section",
     "StoppingConfig",
     "TrainerConfig",
+    "TrainingSetConfig",
     "TreeConfig",
     "apply_override",
     "check_grid",
     "did_you_mean",
+    "differences",
     "dump_config",
     "load_config",
     "parse_config",

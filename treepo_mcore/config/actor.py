@@ -67,8 +67,9 @@ class ActorConfig(Section):
     # at, with a bound that rounding explains: 0.01 in float32, 0.1 in half precision, 0.5 in FP8 (of the key-value
     # cache, too), over rollout.temperature where that is below 1.
     max_mismatch: float | None = Field(None, gt=0)
-    # An update whose gradient is not finite is left out; the run stops after more than so many in a row.
+    # An update whose gradient is not finite is left out; the step is bad after more than so many in a row.
     max_skipped: int = Field(2, ge=0)
+    min_entropy: float | None = Field(None, gt=0)  # nats a token, mean of a step; below it the policy has collapsed
     # The policy at the start of the run, for loss.kl_coef. host: its weights wait in host memory, the actor's size
     # once more, and change places with the actor's (another such copy) for its log-probs.
     reference: Literal["none", "host"] = "none"

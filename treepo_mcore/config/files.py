@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,72 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply ``a.b.c=value`` overrides (values are YAML), validate.
+    """Read a YAML file and those that it builds on, apply ``a.b.c=value`` overrides (values are YAML), validate.
 
-    Relative paths are taken from the current directory. Raises `ConfigError` with one line.
+    `base: other.yaml` in a file takes everything from that one, named from the file's own folder, and changes what the
+    file says. ${NAME} in a value stands for an environment variable. Relative paths are taken from the current
+    directory. Raises `ConfigError` with one line.
     """
     file = Path(path)
-    raw = read_yaml(file)
+    raw = _with_base(file, ())
     for override in overrides or []:
         apply_override(raw, override)
-    return parse_config(raw, where=str(file))
+    return parse_config(_with_environment(raw, str(file)), where=str(file))
+
+
+def _with_base(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's mapping over that of its base. above: the files that led here."""
+    if file.resolve() in above:
+        raise ConfigError(f"{file}: base: builds on itself, by way of {', '.join(path.name for path in above)}")
+    raw = read_yaml(file)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: base: expected the name of a file, found {base!r}")
+    return _merged(_with_base(file.parent / base, (*above, file.resolve())), raw)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections within sections; anything else takes the place of what was there."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _with_environment(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_environment(item, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_environment(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def found(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(f"{where}: the environment has no variable {name}, which {value!r} needs")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", found, value)
+
+
+def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, and both values as JSON ones; None where a mapping has no such key."""
+    return _differences(one.model_dump(mode="json"), other.model_dump(mode="json"), "")
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys([*one, *other]):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -174,8 +174,8 @@ class RolloutConfig(Section):
     tail_steps: int | None = Field(None, ge=0)
     # carry: such prompts come first in the next step, sampled anew, and are then left to finish.
     unfinished: Literal["carry", "drop"] = "carry"
-    # Engine steps between two meetings: ranks of an engine compare what they sampled and look for new prompts; under
-    # run.deterministic, engines wait for outstanding rewards and share what they know.
+    # Engine steps between two looks for new prompts of an engine of several ranks, where the last one found none; under
+    # run.deterministic, engines wait so often for outstanding rewards and share what they know.
     agreement_every: int = Field(16, ge=1)
     # Buffer of the pushes of weights on every rank, in MiB: both directions and both halves together. Only what is used
     # is taken; 64 hold a row of FP8 blocks of the widest models.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import model_validator
 
 from treepo_mcore.config.actor import ActorConfig
@@ -9,7 +11,15 @@ from treepo_mcore.config.base import ConfigError, Section
 from treepo_mcore.config.learn import AdvantageConfig, FilterConfig
 from treepo_mcore.config.rewards import RewardConfig
 from treepo_mcore.config.rollout import RolloutConfig
-from treepo_mcore.config.run import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainerConfig
+from treepo_mcore.config.run import (
+    CommConfig,
+    DataConfig,
+    HeldOutConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    TrainerConfig,
+)
 
 
 class Config(Section):
@@ -23,6 +33,7 @@ class Config(Section):
     advantage: AdvantageConfig = AdvantageConfig()
     actor: ActorConfig = ActorConfig()
     memory: MemoryConfig = MemoryConfig()
+    comm: CommConfig = CommConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -47,12 +58,37 @@ class Config(Section):
                 f"advantage.estimator: {estimator} gives no value to tokens that all leaves share; expected two first "
                 f"paths or more, found {self._first_paths}"
             )
+        for name, held_out in self.held_out.items():
+            if held_out.temperature == 0 and held_out.samples != 1:
+                raise ValueError(f"data.eval.{name}.temperature: 0 gives the same answer {held_out.samples} times")
         early = self.rollout.tree.early_stop.leaves
         if early is not None and self.rollout.sampler == "tree" and early > self._first_paths:
             raise ValueError(
                 f"rollout.tree.early_stop.leaves: {early} is more than a prompt's first paths, {self._first_paths}"
             )
         return self
+
+    @property
+    def held_out(self) -> dict[str, HeldOutConfig]:
+        """The sets of held-out prompts by name, with nothing left to a default; the name of a single file is empty."""
+        given = self.data.eval
+        sets = {"": HeldOutConfig(path=given)} if isinstance(given, Path) else given or {}
+        return {name: self._filled(held_out) for name, held_out in sets.items()}
+
+    def _filled(self, held_out: HeldOutConfig) -> HeldOutConfig:
+        samples = held_out.samples or self.trainer.eval_samples
+        temperature = held_out.temperature
+        if temperature is None:
+            temperature = self.rollout.temperature if samples > 1 else 0.0
+        longest = held_out.max_response_tokens or self.rollout.tree.response_tokens
+        given = {"samples": samples, "temperature": temperature, "max_response_tokens": longest}
+        return held_out.model_copy(update=given)
+
+    @property
+    def longest_response(self) -> int:
+        """In tokens, of training and evaluation."""
+        lengths = [held_out.max_response_tokens or 0 for held_out in self.held_out.values()]
+        return max([self.rollout.tree.response_tokens, *lengths])
 
     @property
     def _first_paths(self) -> int:

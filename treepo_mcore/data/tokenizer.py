@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _SENTENCEPIECE_FILE = "tokenizer.model"
+_SMALL = (".json", ".model", ".txt", ".jinja")  # ends of the files beside the weights
 
 
 class Tokenizer(Protocol):
@@ -29,6 +31,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str, start: bool = False) -> list[int]:
         """Token ids of `text` as it stands; `start` puts the tokenizer's BOS in front, where it uses one."""
         ...
+
+    def encode_many(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        """What `encode` gives for each of them, on all cores where the library can."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """A hash of the files that it is made from."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens, and ids from `vocab_size` on, are left out."""
@@ -80,12 +90,22 @@ class HuggingFaceTokenizer:
         self.eos_ids = _eos_ids(folder, self.inner.eos_token_id)
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        ids: list[int] = self.inner.encode(text, add_special_tokens=False)
+        return self.encode_many([text], [start])[0]
+
+    def encode_many(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        encoded = self.inner(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
         bos = self.inner.bos_token_id
         # Asked of the tokenizer, because having a BOS token does not mean using it (Qwen); its EOS is never wanted.
-        uses_bos = start and bos is not None and self.inner.encode("", add_special_tokens=True)[:1] == [bos]
+        uses_bos = bos is not None and self.inner.encode("", add_special_tokens=True)[:1] == [bos]
         # A text that was rendered elsewhere may begin with it already.
-        return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+        return [
+            [bos, *ids] if uses_bos and start and ids[:1] != [bos] else ids
+            for ids, start in zip(encoded, starts, strict=True)
+        ]
+
+    @property
+    def identity(self) -> str:
+        return _hash_of(self.folder)
 
     @property
     def template(self) -> Any:
@@ -118,9 +138,16 @@ class SentencePieceTokenizer:
         self.eos_ids = _eos_ids(folder, _defined(self.inner.eos_id()))
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        ids: list[int] = self.inner.encode(text)
+        return self.encode_many([text], [start])[0]
+
+    def encode_many(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
         bos = _defined(self.inner.bos_id())
-        return [bos, *ids] if start and bos is not None else ids
+        encoded = self.inner.encode(list(texts))
+        return [[bos, *ids] if start and bos is not None else ids for ids, start in zip(encoded, starts, strict=True)]
+
+    @property
+    def identity(self) -> str:
+        return _hash_of(self.folder)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode([token for token in ids if token < self.vocab_size]))
@@ -131,6 +158,13 @@ class SentencePieceTokenizer:
 
     def render_chat(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         raise _no_template(self.folder)
+
+
+def _hash_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(file for end in _SMALL for file in folder.glob(f"*{end}")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _class_of(folder: Path) -> Any:

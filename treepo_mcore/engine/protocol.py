@@ -45,9 +45,6 @@ class Engine(Protocol):
     def preemptions(self) -> int:
         """Times that a running request lost its blocks and had to start over, since the engine was built."""
 
-    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        """The most likely answer to each prompt, EOS included."""
-
     def sleep(self) -> None:
         """Give the device's memory to the trainer."""
 

@@ -8,6 +8,8 @@ from typing import Any
 from treepo_mcore.config import BranchingConfig, ContrastConfig, EarlyStopConfig, FallbackConfig, TreeConfig
 from treepo_mcore.tree.tree import Tree
 
+Rare = tuple[str, bool, list[int]]  # a prompt's id, whether the answer was right, its tokens
+
 RARE = 0.25  # of a tree's leaves at most have the rarer outcome
 
 
@@ -18,18 +20,23 @@ class RarePaths:
         self._config = config
         self._paths: dict[str, tuple[bool, list[int]]] = {}  # prompt -> right, response; the newest at the end
 
-    def look(self, trees: Sequence[Tree]) -> None:
-        """Take a step's trees in."""
+    def found_in(self, tree: Tree) -> Rare | None:
+        """What a whole tree has to remember."""
         if self._config.paths is None:
-            return
-        for tree in trees:
-            known = [index for index, leaf in enumerate(tree.leaves) if not leaf.failed]
-            right = [index for index in known if tree.leaves[index].correct]
-            wrong = [index for index in known if not tree.leaves[index].correct]
-            rare = min(right, wrong, key=len)
-            if 0 < len(rare) <= RARE * len(known):
-                self._paths.pop(tree.prompt_id, None)
-                self._paths[tree.prompt_id] = bool(tree.leaves[rare[0]].correct), tree.response(rare[0])
+            return None
+        known = [index for index, leaf in enumerate(tree.leaves) if not leaf.failed]
+        right = [index for index in known if tree.leaves[index].correct]
+        wrong = [index for index in known if not tree.leaves[index].correct]
+        rare = min(right, wrong, key=len)
+        if not 0 < len(rare) <= RARE * len(known):
+            return None
+        return tree.prompt_id, bool(tree.leaves[rare[0]].correct), tree.response(rare[0])
+
+    def look(self, found: Sequence[Rare]) -> None:
+        """Take a step's in, in the order of their prompts."""
+        for prompt, right, tokens in found:
+            self._paths.pop(prompt, None)
+            self._paths[prompt] = right, tokens
         for prompt in list(self._paths)[: max(0, len(self._paths) - self._config.memory)]:
             del self._paths[prompt]
 

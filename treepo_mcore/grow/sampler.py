@@ -35,6 +35,7 @@ class Request:
     context: list[int]
     max_tokens: int
     seed: int  # 63 bits
+    temperature: float = 1.0  # 0: the most likely tokens
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from treepo_mcore.config import NEWEST_CHECKPOINT, Config, ConfigError, check_grid, load_config
 from treepo_mcore.system.signals import STOPPED
+from treepo_mcore.system.time_limit import seconds_of
 
 REFUSED = 2  # status of the command where a configuration or a file cannot be used
 EARLY_SECONDS = 60  # by which Slurm's --signal may come before the time it is asked for
@@ -145,22 +146,8 @@ def seconds_seen(run_dir: Path) -> tuple[float, float]:
             continue
         between = sum(values.get(f"time/{part}", 0.0) for part in ("save", "evaluate"))
         step = max(step, values.get("time/step", 0.0) - between)
-        save = max(save, values.get("time/save", 0.0))
+        save = max(save, values.get("time/save", 0.0), values.get("save/seconds", 0.0))
     return step, save
-
-
-def seconds_of(limit: str) -> float:
-    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0, infinite and UNLIMITED are none."""
-    if limit.lower() in ("infinite", "unlimited", "0"):
-        return math.inf
-    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", limit):
-        raise ConfigError(f"--time: expected MINUTES, H:M:S, D-H:M:S or UNLIMITED, found {limit!r}")
-    days, dash, rest = limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if not dash and len(parts) < 3:
-        parts = [0, *parts]
-    hours, minutes, seconds = parts + [0] * (3 - len(parts))
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def command_line(job: SlurmJob | TorchrunJob, launcher: str) -> str:

@@ -38,6 +38,13 @@ def tree_work(tree: Tree, token_work: float) -> float:
     return work
 
 
+def forward_flops(trees: Sequence[Tree], sizes: Sizes) -> float:
+    """Of one pass over packed trees: layers for every unique token, the output layer for those that are predicted."""
+    pairs = sum(tree_work(tree, token_work(sizes)) for tree in trees)
+    predicted = sum(tree.unique_tokens for tree in trees)
+    return 4 * pairs * sizes.heads * sizes.head_dim * sizes.layers + 2 * predicted * sizes.vocab * sizes.hidden
+
+
 def token_work(sizes: Sizes) -> float:
     """Query-key pairs that take as many multiplications as one token in the linear layers: 52,000 in Llama 70B."""
     return matrix_parameters(sizes) / (2 * sizes.heads * sizes.head_dim)

@@ -12,7 +12,7 @@ from treepo_mcore.tree.tree import Tree
 def check_signal(config: Config, shape: TreeConfig) -> None:
     """Raise `ConfigError` where nothing could be learned. shape: what the sampler makes of `rollout.tree`."""
     reward, filtering, name = config.reward, config.filter.enabled, config.advantage.estimator
-    if not reward.custom and reward.correct <= reward.wrong:
+    if reward.verdict and reward.correct <= reward.wrong:
         raise ConfigError(
             f"reward.correct: {reward.correct:g} is not more than reward.wrong = {reward.wrong:g}: a right answer "
             "would earn nothing"

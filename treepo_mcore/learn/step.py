@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,10 +16,10 @@ from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
 from treepo_mcore.learn.advantage import advantages
 from treepo_mcore.learn.correction import find_correction, leaf_factors
-from treepo_mcore.learn.deal import balance, token_work
+from treepo_mcore.learn.deal import balance, forward_flops, token_work
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.learn.packing import find_packing
-from treepo_mcore.records import Advantage, PackedSequence, Step
+from treepo_mcore.records import Advantage, Deliver, PackedSequence, Step, all_are_here
 from treepo_mcore.tree.tree import Tree
 
 
@@ -33,15 +34,16 @@ class MiniBatch:
 
 
 def learn(actor: Actor, step: Step, config: Config) -> None:
-    """Optimizer steps over mini-batches of the whole prompts that the step kept. Every rank gets all trees.
+    """Optimizer steps over mini-batches of the whole prompts that the step kept, whose trees go to who trains on them.
 
     Old log-probs are those before the first of these steps. Writes the step's advantages, mini-batches, updates and
-    values, which are equal on all ranks.
+    values, which are equal on all ranks, but for the rank's own `time/tflops`.
     """
+    begin = time.perf_counter()
     actor.set_step(step.number)
     step.advantages = advantages(step.kept, config.advantage, config.actor.loss.aggregation)
     step.mini_batches = mini_batch_sizes(len(step.kept), config.trainer.prompts_per_update)
-    batches = mini_batches(step.kept, step.advantages, config, actor.grid, token_work(actor.arch))
+    batches = mini_batches(step.kept, step.advantages, config, actor.grid, token_work(actor.arch), step.batch.deliver)
     sequences = [sequence for batch in batches for sequence in batch.sequences]
     old = iter(_old_log_probs(actor, sequences, config))
     reference = iter(actor.reference_log_probs(sequences) if config.actor.reference == "host" else ())
@@ -63,6 +65,11 @@ def learn(actor: Actor, step: Step, config: Config) -> None:
     actor.finish_updates()
     step.values |= _step_metrics(step.updates, config)
     step.values |= {"actor/lr": actor.learning_rate, "actor/updates": len(step.updates)}
+    # An update is a forward pass and twice as much backward; what recomputation repeats is not counted.
+    passes = 3 + (config.actor.old_logprobs == "recompute") + (config.actor.reference == "host")
+    flops = passes * forward_flops(step.kept, actor.arch)
+    ranks = actor.grid.tp * actor.grid.pp * actor.grid.dp
+    step.values["time/tflops"] = flops / (time.perf_counter() - begin) / ranks / 1e12
 
 
 def mini_batch_sizes(trees: int, most: int) -> list[int]:
@@ -73,16 +80,29 @@ def mini_batch_sizes(trees: int, most: int) -> list[int]:
 
 
 def mini_batches(
-    trees: Sequence[Tree], worth: Sequence[Advantage], config: Config, grid: Grid, work: float
+    trees: Sequence[Tree],
+    worth: Sequence[Advantage],
+    config: Config,
+    grid: Grid,
+    work: float,
+    deliver: Deliver = all_are_here,
 ) -> list[MiniBatch]:
-    """This data-parallel rank's share of every mini-batch. worth: of each tree; work: see `deal.token_work`."""
-    batches, begin = [], 0
+    """This data-parallel rank's share of every mini-batch. worth: of each tree; work: see `deal.token_work`.
+
+    trees may be outlines, where `deliver` brings whole ones; it is called once.
+    """
+    begin, deals = 0, []  # of each mini-batch, the indices of every data-parallel rank
     for number, size in enumerate(mini_batch_sizes(len(trees), config.trainer.prompts_per_update)):
-        part, values = trees[begin : begin + size], worth[begin : begin + size]
-        mine = balance(part, grid.dp, work, first=number)[grid.dp_rank]
-        my_trees, my_worth = [part[i] for i in mine], [values[i] for i in mine]
-        batches.append(MiniBatch(my_trees, my_worth, _pack(my_trees, my_worth, config), _normaliser(values, config)))
+        part = balance(trees[begin : begin + size], grid.dp, work, first=number)
+        deals.append([[begin + index for index in share] for share in part])
         begin += size
+    mine = iter(deliver([[trees[i] for deal in deals for i in deal[rank]] for rank in range(grid.dp)], grid.dp_rank))
+    batches = []
+    for deal in deals:
+        my_worth = [worth[i] for i in deal[grid.dp_rank]]
+        my_trees = [next(mine) for _ in my_worth]
+        everyone = [worth[i] for i in sorted(i for share in deal for i in share)]
+        batches.append(MiniBatch(my_trees, my_worth, _pack(my_trees, my_worth, config), _normaliser(everyone, config)))
     return batches
 
 

@@ -13,28 +13,36 @@ from treepo_mcore.config import ConfigError, ModelConfig
 POINTER = b"version https://git-lfs"
 
 
-def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
+def is_hub_name(path: str) -> bool:
+    """Whether a model's path is no directory. Raises `ConfigError` where it is no hub name either."""
+    if Path(path).is_dir():
+        return False
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path: {path}: no such directory (and not a hub name like org/model)")
+    return True
+
+
+def resolve_model(config: ModelConfig, weights: bool = True, asks: bool = True) -> Path:
     """The local directory of a model: the path itself, or a hub name's snapshot through huggingface_hub.
 
-    weights: have the hub's weights too, not only what describes them. Honours HF_HUB_OFFLINE and the hub's cache.
-    Raises `ConfigError` when neither is there.
+    weights: have the hub's weights too, not only what describes them. asks: may ask the hub, else its cache must have
+    everything. Honours HF_HUB_OFFLINE. Raises `ConfigError` when neither is there.
     """
-    directory = Path(config.path)
-    if directory.is_dir():
-        return directory
-    if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
-        raise ConfigError(f"model.path: {config.path}: no such directory (and not a hub name like org/model)")
+    if not is_hub_name(config.path):
+        return Path(config.path)
     from huggingface_hub import snapshot_download
 
     # Of other folders' files (checkpoints, other formats) nothing is read but named chat templates.
     described: dict[str, Any] = {
+        "local_files_only": not asks,
         "allow_patterns": ["*.json", "*.model", "*.txt", "*.jinja"],
         "ignore_patterns": ["*/*.json", "*/*.model", "*/*.txt"],
     }
     try:
         found = Path(snapshot_download(config.path, revision=config.revision, **described))
         if weights:
-            snapshot_download(config.path, revision=config.revision, allow_patterns=_weights_of(found))
+            described |= {"allow_patterns": _weights_of(found), "ignore_patterns": None}
+            snapshot_download(config.path, revision=config.revision, **described)
         return found
     except Exception as error:  # the hub's errors share no base class; all mean "not to be had"
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
@@ -53,9 +61,9 @@ def _weights_of(directory: Path) -> list[str]:
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
-    """HF tensor name -> safetensors file, from the index or the single file; every header is checked.
+    """HF tensor name -> safetensors file, from the index or the single file; `weight_headers` looks at the files.
 
-    Raises `ConfigError` naming a file that is missing or shorter than its header says.
+    Raises `ConfigError` where there is neither, or no reading of them.
     """
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -73,11 +81,20 @@ def weight_files(directory: Path) -> dict[str, Path]:
         where = dict.fromkeys(safetensors_header(single), single)
     else:
         raise ConfigError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
+    return where
+
+
+def weight_headers(where: dict[str, Path]) -> dict[Path, dict[str, Any]]:
+    """The header of each file, read once. where: as `weight_files` gives it.
+
+    Raises `ConfigError` naming a file that is missing, shorter than its header says, or without a tensor that the index
+    places in it.
+    """
     headers = {file: safetensors_header(file) for file in sorted(set(where.values()))}
     for name, file in where.items():
         if name not in headers[file]:
             raise ConfigError(f"{file}: the index places {name} here, but the file does not hold it")
-    return where
+    return headers
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from treepo_mcore.actor.costs import in_fp8
 from treepo_mcore.config import Config, FilterConfig, RewardConfig
 from treepo_mcore.observe.observer import Observer, Wish
 from treepo_mcore.records import Step
 
 
-class MismatchError(RuntimeError):
+class BadNumbersError(RuntimeError):
+    """A step has spoilt the weights, or is about to; a checkpoint before it may be good (`trainer.max_rollbacks`)."""
+
+
+class MismatchError(BadNumbersError):
     """Engine and actor are further apart than `actor.max_mismatch` allows."""
 
 
@@ -55,6 +61,45 @@ class PatienceGuard(Observer):
                 f"(filter.patience), with an accuracy of {low:.3f} to {high:.3f}: either the prompts are too hard or "
                 "too easy for this model, so that all answers to one get the same score, or the reward function does "
                 "not see answers as the model writes them (look at run.dir/trees)"
+            )
+        return Wish.NOTHING
+
+
+class SkippedGuard(Observer):
+    """Ends the run, on all ranks together, after too many updates in a row whose gradient was not finite.
+
+    Each of them left the weights as they were.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.row = most, 0
+
+    def trained(self, step: Step) -> Wish:
+        """Raises `BadNumbersError`."""
+        for update in step.updates:
+            self.row = self.row + 1 if update["skipped"] else 0
+            if self.row > self.most:
+                row, self.row = self.row, 0
+                raise BadNumbersError(
+                    f"step {step.number}: the gradient's norm is {update['grad_norm']}, {row} times in a row, more "
+                    f"than actor.max_skipped = {self.most}"
+                )
+        return Wish.NOTHING
+
+
+class EntropyGuard(Observer):
+    """Ends the run, on all ranks together, where the policy has become certain of everything."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def trained(self, step: Step) -> Wish:
+        """Raises `BadNumbersError`."""
+        entropy = step.values.get("actor/entropy", math.inf)  # a step without an informative prompt has none
+        if entropy < self.least:
+            raise BadNumbersError(
+                f"step {step.number}: the policy's entropy is {entropy:.4f} nats a token, less than "
+                f"actor.min_entropy = {self.least:g}"
             )
         return Wish.NOTHING
 

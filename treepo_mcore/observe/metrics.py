@@ -16,7 +16,7 @@ from treepo_mcore.observe.trackers import Tracker, open_trackers
 from treepo_mcore.records import Batch, Step
 from treepo_mcore.tree.curve import CurveSums, decided_at
 from treepo_mcore.tree.stats import informative, tree_stats
-from treepo_mcore.tree.tree import Leaf
+from treepo_mcore.tree.tree import Leaf, Tree
 
 
 class Clock:
@@ -59,7 +59,7 @@ class Metrics(Observer):
 
     def start(self, step: int) -> None:
         """Drop what the run will repeat, then open the trackers."""
-        self.log = MetricsLog(self.config.run.dir, step)
+        self.log = MetricsLog(self.config.run.dir, step, self.config.trainer.steps)
         self.trackers = open_trackers(self.config, step)
 
     def trained(self, step: Step) -> Wish:
@@ -85,12 +85,14 @@ class Metrics(Observer):
 class MetricsLog:
     """Appends to ``metrics.jsonl``; a resumed run drops the lines of the steps that it repeats."""
 
-    def __init__(self, directory: Path, resume_at: int) -> None:
+    def __init__(self, directory: Path, resume_at: int, steps: int) -> None:
+        """steps: of the whole run, behind which it evaluates again, as before its first."""
         self.file = directory / "metrics.jsonl"
         lines = self._lines()
         if lines and not _is_whole(lines[-1]):  # the job died while it wrote
             lines.pop()
-        kept = [line for line in lines if _is_before(json.loads(line), resume_at)]
+        stays = 0 < resume_at < steps
+        kept = [line for line in lines if _is_before(json.loads(line), resume_at, stays)]
         self.file.write_text("".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -115,9 +117,9 @@ def _is_whole(line: str) -> bool:
     return True
 
 
-def _is_before(values: dict[str, Any], step: int) -> bool:
-    """An evaluation bears the number of the step before which it was made, and is repeated at the very start only."""
-    return bool(values["step"] < step or (values["step"] == step > 0 and "eval/accuracy" in values))
+def _is_before(values: dict[str, Any], step: int, evaluation_stays: bool) -> bool:
+    """An evaluation bears the number of the step before which it was made."""
+    return bool(values["step"] < step or (values["step"] == step and evaluation_stays and "eval/accuracy" in values))
 
 
 def _components(leaves: Sequence[Leaf]) -> dict[str, float]:
@@ -127,6 +129,16 @@ def _components(leaves: Sequence[Leaf]) -> dict[str, float]:
         for name, value in leaf.components.items():
             found.setdefault(name, []).append(value)
     return {f"reward/{name}/mean": sum(values) / len(values) for name, values in sorted(found.items())}
+
+
+def _sets(trees: Sequence[Tree]) -> dict[str, float]:
+    """Of several training sets: prompts of each, and the accuracy on them."""
+    found: dict[str, list[float]] = {}
+    for tree in trees:
+        if name := tree.meta.get("set"):
+            found.setdefault(name, []).append(sum(bool(leaf.correct) for leaf in tree.leaves) / len(tree.leaves))
+    prompts = {f"data/{name}/prompts": float(len(values)) for name, values in sorted(found.items())}
+    return prompts | {f"data/{name}/accuracy": sum(values) / len(values) for name, values in sorted(found.items())}
 
 
 def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
@@ -148,9 +160,13 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         "reward/score": by_prompt(lambda leaf: leaf.score or 0.0),
         "reward/accuracy": by_prompt(lambda leaf: bool(leaf.correct)),
         **_components(leaves),
+        **_sets(trees),
         "rollout/leaves": stats.leaves,
         "rollout/response_tokens_mean": stats.mean_length,
         "rollout/response_tokens_mass_mean": stats.mass_mean_length,
+        "rollout/response_tokens_median": stats.median_length,
+        "rollout/response_tokens_p95": stats.p95_length,
+        "rollout/response_tokens_max": stats.longest,
         "rollout/physical_tokens": stats.physical_tokens,
         "rollout/logical_tokens": stats.logical_tokens,
         "rollout/effective_leaves": stats.effective_leaves,

@@ -36,17 +36,29 @@ class Progress(Observer):
         values, done = step.values, step.number + 1 - self.first
         left = (time.perf_counter() - self.begin) / done * (self.steps - step.number - 1)
         minutes, seconds = divmod(int(left), 60)
-        self.say(
-            f"step {step.number + 1:>4}/{self.steps}  reward {values['reward/mean']:+.3f}  "
-            f"accuracy {values['reward/accuracy']:.3f}  length {values['rollout/response_tokens_mean']:.0f}  "
-            f"{values['rollout/tokens_per_second']:.0f} tok/s  rollout {step.seconds['rollout']:.1f}s  "
-            f"update {step.seconds.get('update', 0.0):.1f}s  left {minutes}m{seconds:02d}s"
-            + ("" if step.kept else "  no informative prompt: nothing was trained")
-        )
+        told = _sampled(step) if "reward/mean" in values else _taught(step)
+        none = "" if step.updates else "  no informative prompt: nothing was trained"
+        self.say(f"step {step.number + 1:>4}/{self.steps}  {told}  left {minutes}m{seconds:02d}s{none}")
         return Wish.NOTHING
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """How the held-out prompts were answered."""
-        told = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        shown = {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
+        told = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in shown.items())
         when = "before training" if step == 0 else "after training" if step >= self.steps else f"after {step} steps"
         self.say(f"held-out {told} {when}")
+
+
+def _sampled(step: Step) -> str:
+    values = step.values
+    return (
+        f"reward {values['reward/mean']:+.3f}  accuracy {values['reward/accuracy']:.3f}  "
+        f"length {values['rollout/response_tokens_mean']:.0f}  {values['rollout/tokens_per_second']:.0f} tok/s  "
+        f"rollout {step.seconds['rollout']:.1f}s  update {step.seconds.get('update', 0.0):.1f}s"
+    )
+
+
+def _taught(step: Step) -> str:
+    values, seconds = step.values, step.seconds["update"]
+    speed = values["data/tokens"] / seconds
+    return f"loss {values['actor/loss']:.3f}  {speed:.0f} tok/s  update {seconds:.1f}s"

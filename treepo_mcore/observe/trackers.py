@@ -6,12 +6,15 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import socket
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from treepo_mcore.config import Config, ConfigError
+from treepo_mcore.config import Config, ConfigError, RunConfig
 from treepo_mcore.registry import resolve
 from treepo_mcore.system.environment import deaf_children
 
@@ -31,16 +34,28 @@ class Tracker(Protocol):
         """Nothing is written after this."""
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a tracker that is not known, or whose package is not installed."""
-    for name in names:
+def check_trackers(config: RunConfig) -> None:
+    """Raise `ConfigError` for a tracker that is not known, or whose package or port is not there."""
+    for name in config.trackers:
         find_tracker(name)
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"run.trackers: {name} is not installed here; pip install {name}, or leave it out")
+        package = PACKAGES.get(name, name)
+        if name in TRACKERS and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"run.trackers: {name} is not installed here; pip install {package}, or leave it out")
+    if "prometheus" in config.trackers and os.environ.get("RANK", "0") == "0":
+        _check_port(config.prometheus_port)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(f"run.prometheus_port: {port} cannot be listened at: {error.strerror}") from error
 
 
 def find_tracker(name: str) -> Callable[[Config, int], Tracker]:
-    """Of `TRACKERS`, or a class of the user's. Raises `ConfigError` where there is none."""
+    """One of `TRACKERS`, or a class of the user's. Raises `ConfigError` where there is none."""
     return resolve("run.trackers", name, TRACKERS, lambda function: function, ("config", "step"))
 
 
@@ -113,7 +128,40 @@ class WeightsAndBiases:
             log.warning("run.trackers: wandb's process is gone (%s); the run goes on without it", error)
 
 
-TRACKERS: dict[str, Callable[[Config, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+class Prometheus:
+    """A page of the newest numbers at `run.prometheus_port` of rank 0's node, for a Prometheus server to read."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self.registry = CollectorRegistry()  # vLLM fills the one that all share
+        self.gauges: dict[str, Any] = {}
+        self.server, self.thread = start_http_server(config.run.prometheus_port, registry=self.registry)
+        self.write(step, {"steps": config.trainer.steps})
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """See `Tracker`. A name has treepo_mcore_ in front, and _ for what is no letter or digit."""
+        from prometheus_client import Gauge
+
+        for name, value in {**_numbers(values), "step": step, "written_timestamp_seconds": time.time()}.items():
+            legal = "treepo_mcore_" + re.sub(r"\W", "_", name, flags=re.ASCII)
+            if legal not in self.gauges:
+                self.gauges[legal] = Gauge(legal, name, registry=self.registry)
+            self.gauges[legal].set(value)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+TRACKERS: dict[str, Callable[[Config, int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "prometheus": Prometheus,
+}
+PACKAGES = {"prometheus": "prometheus_client"}  # where they are not called like the tracker
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -18,6 +18,8 @@ _JOINT = re.compile(r"(?:[\s$,;.]|\\[()\[\],;! ]|\\q?quad|\band\b|\bor\b|\\text\
 _DOLLAR = re.compile(r"\\?\$")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # all but a space between digits: "1 1/2" is not "11/2"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the brace behind it
+LONGER, LONG, DEEP = 10, 1_000, 20  # times the answer's characters, more characters, more braces in each other
 
 
 def math_reward(response: str, answer: str, prompt: str, row: dict[str, Any]) -> float:
@@ -33,7 +35,11 @@ def math_reward(response: str, answer: str, prompt: str, row: dict[str, Any]) ->
 
 
 def quick_verdict(response: str, answer: str) -> bool | None:
-    """What comparing strings can tell: equal, not equal (no box, or two different integers), or None, undecided."""
+    """What comparing strings can tell: equal, not equal, or None, undecided.
+
+    Not equal are: no box, two different integers, and what is so much longer or deeper than the answer that no parser
+    should have to read it.
+    """
     found = final_answer(response)
     if found is None:
         return False
@@ -44,7 +50,17 @@ def quick_verdict(response: str, answer: str) -> bool | None:
         return True
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
         return int(left) == int(right)
-    return None
+    too_much = len(left) > LONGER * len(right) + LONG or _depth(left) > _depth(right) + DEEP
+    return False if too_much else None
+
+
+def _depth(text: str) -> int:
+    """Braces within braces, at most."""
+    depth = deepest = 0
+    for match in _BRACES.finditer(text):
+        depth += (match[0] == "{") - (match[0] == "}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def final_answer(text: str) -> str | None:
@@ -53,11 +69,12 @@ def final_answer(text: str) -> str | None:
     Of boxes with nothing but "and", commas and the like between them, all that differ, as a list.
     """
     boxes: list[tuple[int, int, str]] = []  # from the last one on: where it begins, where it ends, what is in it
+    closings = _closings(text)
     for match in reversed(list(_BOXES.finditer(text))):
-        content = _inside(text, match.end())
-        if content is None:
+        if match.end() not in closings:
             continue
-        end = match.end() + len(content) + 1
+        content = text[match.end() : closings[match.end()]]
+        end = closings[match.end()] + 1
         if boxes and (end > boxes[-1][0] or not _JOINT.fullmatch(text, end, boxes[-1][0])):
             break
         boxes.append((match.start(), end, content))
@@ -65,21 +82,15 @@ def final_answer(text: str) -> str | None:
     return ", ".join(contents) if contents else None
 
 
-def _inside(text: str, start: int) -> str | None:
-    """What lies between an open brace before `start` and the one that closes it; None where none does."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position]
-        position += 1
-    return None
+def _closings(text: str) -> dict[int, int]:
+    """Where a brace that opens is closed: the position behind the one, the position of the other. One pass."""
+    found, opened = {}, []
+    for match in _BRACES.finditer(text):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif match[0] == "}" and opened:
+            found[opened.pop()] = match.start()
+    return found
 
 
 def boxed_answer(text: str) -> str | None:

@@ -8,7 +8,6 @@ So entry scripts need no `if __name__ == "__main__"` for the pool's sake, and a 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import math
@@ -28,10 +27,11 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from treepo_mcore.config import ConfigError, RewardConfig
-from treepo_mcore.registry import import_named
+from treepo_mcore.config import RewardConfig
+from treepo_mcore.rewards.check import check_function, recipe_of, secrets_of
+from treepo_mcore.rewards.known import Recipe
 from treepo_mcore.rewards.math import quick_verdict
-from treepo_mcore.rewards.worker import PROGRESS, VERL, Outcome, arguments_of
+from treepo_mcore.rewards.worker import PROGRESS, Outcome
 from treepo_mcore.system.environment import deaf_children
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,11 @@ class Result:
 
     key: Hashable
     correct: bool  # score > 0
-    score: float  # what the function returned; 1.0 or 0.0 for "math"
+    score: float  # what `reward.function` returned; 1.0 or 0.0 for "math"
     error: str | None
     seconds: float  # inside the function; of a worker that died, until that was noticed
-    components: dict[str, float] = field(default_factory=dict)  # the other numbers of a mapping that it returned
+    components: dict[str, float] = field(default_factory=dict)  # what else was returned, by name
+    added: float = 0.0  # of `reward.components`, with their weights
 
 
 class _Item(NamedTuple):
@@ -73,8 +74,8 @@ class _Death(NamedTuple):
 class _Worker:
     """One process and what it was given."""
 
-    def __init__(self, function: str, limit: float, memory_gib: float | None) -> None:
-        self.limit = limit
+    def __init__(self, recipe: Recipe, config: RewardConfig) -> None:
+        self.limit = config.timeout
         self.ready = False
         self.batch: deque[_Item] = deque()  # given and not answered
         self.answered = 0  # of the batch
@@ -82,14 +83,15 @@ class _Worker:
         with tempfile.TemporaryFile() as file:
             file.truncate(PROGRESS.size)
             self.progress = mmap.mmap(file.fileno(), PROGRESS.size)
-            memory = "" if memory_gib is None else str(int(memory_gib * 2**30))
+            memory = "" if config.memory_gib is None else str(int(config.memory_gib * 2**30))
             command = [sys.executable, "-P", "-m", "treepo_mcore.rewards.worker"]
+            settings = [json.dumps(recipe.to_json()), str(config.timeout), str(config.concurrency), memory]
             with deaf_children():
                 self.process = subprocess.Popen(
-                    [*command, str(theirs.fileno()), str(file.fileno()), function, str(limit), memory],
+                    [*command, str(theirs.fileno()), str(file.fileno()), *settings],
                     pass_fds=[theirs.fileno(), file.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=_environment(),
+                    env=_environment(secrets_of(config)),
                     start_new_session=True,  # so that what a function starts can be ended with it
                 )
         theirs.close()
@@ -143,51 +145,30 @@ class _Worker:
         self.ready = True
 
 
-def check_function(config: RewardConfig) -> None:
-    """Raise `ConfigError` for a function that cannot be found or called."""
-    if not config.custom:
-        return
-    if ":" not in config.function:
-        raise ConfigError(f'reward.function: expected "math" or package.module:name, found {config.function!r}')
-    function = import_named("reward.function", config.function)
-    try:
-        signature = inspect.signature(function)
-    except ValueError as error:  # a built-in that does not say
-        raise ConfigError(f"reward.function: {error}") from error
-    try:
-        signature.bind(**arguments_of(function, ("", "", "", {})))
-    except TypeError as error:
-        module, _, name = config.function.partition(":")
-        raise ConfigError(
-            f"reward.function: expected f(response, answer, prompt, row) or verl's ({', '.join(VERL)}), found "
-            f"{config.function}{signature}; write a wrapper, and name it: from {module} import {name}; "
-            f"def reward(response, answer, prompt, row): return {name}(...)"
-        ) from error
-
-
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)(_|$)")
 
 
-def _environment() -> dict[str, str]:
-    """Of a worker: the trainer's, without what opens other people's services."""
-    shared = {name: value for name, value in os.environ.items() if not SECRET.search(name.upper())}
+def _environment(secrets: set[str]) -> dict[str, str]:
+    """Of a worker: the trainer's, without what opens other people's services, but for the `secrets` that it needs."""
+    shared = {name: value for name, value in os.environ.items() if name in secrets or not SECRET.search(name.upper())}
     return shared | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 class RewardPool:
     """Scores responses in `config.workers` processes. Not thread-safe: one thread submits and polls.
 
-    For the function "math", what comparing strings can decide (`rewards.math.quick_verdict`) is decided on `submit`,
-    without a worker. A custom function is called as f(response=, answer=, prompt=, row=) or as verl's compute_score; a
-    coroutine is awaited. It returns a finite number, or a mapping with one as its `score`; a response is correct when
-    that is more than 0. Results come in any order. Raises `ConfigError` for a function that cannot be found or called;
-    `poll` and `drain` raise `RuntimeError` when a worker cannot start.
+    For the function "math" alone, what comparing strings can decide (`rewards.math.quick_verdict`) is decided on
+    `submit`, without a worker. A custom function is called as f(response=, answer=, prompt=, row=) or as verl's
+    compute_score; a coroutine is awaited. It returns a finite number, or a mapping with one as its `score`; a response
+    is correct when that is more than 0. Results come in any order. Raises `ConfigError` for a function that cannot be
+    found or called; `poll` and `drain` raise `RuntimeError` when a worker cannot start.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         check_function(config)
-        self._function, self._limit, self._custom = config.function, config.timeout, config.custom
-        self._memory_gib = config.memory_gib
+        self._config, self._recipe = config, recipe_of(config)
+        self._quick = config.function == "math" and not config.components
+        self._weights = {name: component.weight for name, component in config.components.items()}
         self._workers = [self._start() for _ in range(config.workers)]
         self._pending: deque[_Item] = deque()
         self._decided: list[Result] = []
@@ -199,9 +180,9 @@ class RewardPool:
         """Ask for one reward; `key` comes back in its `Result`. row: the prompt's, for a custom function."""
         self._outstanding += 1
         self._counts["calls"] += 1
-        verdict = None if self._custom else quick_verdict(response_text, answer)
+        verdict = quick_verdict(response_text, answer) if self._quick else None
         if verdict is None:
-            self._pending.append(_Item(key, response_text, answer, prompt_text, row if self._custom else {}))
+            self._pending.append(_Item(key, response_text, answer, prompt_text, {} if self._quick else row))
         else:
             self._counts["quick"] += 1
             self._decided.append(Result(key, verdict, float(verdict), None, 0.0))
@@ -246,7 +227,7 @@ class RewardPool:
         self.close()
 
     def _start(self) -> _Worker:
-        return _Worker(self._function, self._limit, self._memory_gib)
+        return _Worker(self._recipe, self._config)
 
     def _result(self, item: _Item, outcome: Outcome) -> Result:
         score, error, seconds, components = outcome
@@ -254,7 +235,8 @@ class RewardPool:
         self._work_seconds += seconds
         if error is not None:
             self._failed("raised", error)
-        return Result(item.key, score > 0, score, error, seconds, components)
+        added = 0.0 if error else sum(weight * components[name] for name, weight in self._weights.items())
+        return Result(item.key, score > 0, score, error, seconds, components, added)
 
     def _bury(self, worker: _Worker, late: bool) -> list[Result]:
         code = worker.kill()
@@ -263,18 +245,18 @@ class RewardPool:
         self._pending.extendleft(reversed(again))
         if item is None:
             return []
-        error = f"timed out after {self._limit:g} s" if late else f"worker died with exit code {code}"
+        error = f"timed out after {self._config.timeout:g} s" if late else f"worker died with exit code {code}"
         self._failed("timed_out" if late else "died", error)
         return [Result(item.key, False, 0.0, error, seconds)]
 
     def _failed(self, how: str, error: str) -> None:
         if self._counts[how] == 0:  # of many that fail alike one is told; reward/failed has the number
-            log.warning("reward.function %s: a call %s, see reward.failed: %s", self._function, how, error)
+            log.warning("reward.function %s: a call %s, see reward.failed: %s", self._config.function, how, error)
         self._counts[how] += 1
 
     def _hand_out(self) -> None:
         idle = [worker for worker in self._workers if worker.ready and not worker.batch]
-        affordable = max(1, int(_BATCH_SECONDS * self._worked / self._work_seconds))
+        affordable = max(self._config.concurrency, int(_BATCH_SECONDS * self._worked / self._work_seconds))
         for left, worker in zip(range(len(idle), 0, -1), idle, strict=True):
             size = min(math.ceil(len(self._pending) / left), affordable, _BATCH_CALLS)
             if size:

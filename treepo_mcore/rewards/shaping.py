@@ -5,16 +5,20 @@ from __future__ import annotations
 from treepo_mcore.config import RewardConfig
 
 
-def shape(score: float, n_tokens: int, max_tokens: int, config: RewardConfig, failed: bool = False) -> float:
-    """A custom function's score, or for "math" `config.correct` or `config.wrong`, less DAPO's soft overlong penalty.
+def shape(
+    score: float, n_tokens: int, max_tokens: int, config: RewardConfig, failed: bool = False, added: float = 0.0
+) -> float:
+    """What `reward.function` gave and what is added to it, less DAPO's soft overlong penalty.
 
+    score: of a function that says right or wrong it becomes `config.correct` or `config.wrong`. added: of the
+    components, with their weights.
     failed: the score is no answer of the function, see `failed_score`, and is the reward as it stands.
     The penalty grows linearly over the last `overlong_buffer_tokens` (B) of the `max_tokens` (M) a response of
     `n_tokens` (n) may have: (n - (M - B)) / B x `overlong_penalty`, at most `overlong_penalty` (DAPO, eq. 13).
     """
-    reward = score
-    if not config.custom and not failed:
-        reward = config.correct if score > 0 else config.wrong
+    reward = score + added
+    if config.verdict and not failed:
+        reward = (config.correct if score > 0 else config.wrong) + added
     buffer = config.overlong_buffer_tokens
     excess = n_tokens - (max_tokens - buffer)
     if buffer == 0 or excess <= 0:

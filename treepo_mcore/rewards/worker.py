@@ -2,7 +2,7 @@
 
 Imports little, so that it starts fast. Over its connection the worker first says that it is ready (None) or why it
 cannot be (text), then answers each batch, a list of (response, answer, prompt, row), with lists of (score, error,
-seconds) in the same order.
+seconds, numbers by name) in the same order.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from treepo_mcore.named import function_named
+from treepo_mcore.rewards.known import REWARDS, Recipe
 
 RewardFunction = Callable[..., Any]
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")  # parameters of a reward function of verl's
@@ -35,9 +36,9 @@ Outcome = tuple[float, str | None, float, dict[str, float]]  # score, error, sec
 # batch of the call that runs, and when it started (`time.monotonic`); 0.0 while none runs.
 PROGRESS = struct.Struct("=qd")
 
-MATH = "treepo_mcore.rewards.math:math_reward"
 _REPORT_SECONDS = 0.02  # results are sent together, but not held back longer than this behind a slow call
 _ERROR_CHARACTERS = 200
+_BLOCKED_SECONDS = 0.5  # that calls which run together may be late
 
 
 def arguments_of(function: RewardFunction, call: Call) -> dict[str, Any]:
@@ -49,42 +50,92 @@ def arguments_of(function: RewardFunction, call: Call) -> dict[str, Any]:
     return {"response": response, "answer": answer, "prompt": prompt, "row": row}
 
 
-def serve(connection: Connection, progress: mmap.mmap, function: RewardFunction, limit: float) -> None:
+class Scorer:
+    """What a recipe names, ready to be called."""
+
+    def __init__(self, recipe: Recipe, limit: float, together: int) -> None:
+        """limit: seconds of a call. together: calls at once, where a function is a coroutine.
+
+        Raises ValueError for what cannot be imported.
+        """
+        self.limit, self.names = limit, list(recipe.components)
+        named = [recipe.score, *recipe.components.values()]
+        self.functions = [(function_named(one.place), one.options) for one in named]
+        coroutines = any(inspect.iscoroutinefunction(function) for function, _ in self.functions)
+        self.together = together if coroutines else 1
+        self.loop = asyncio.new_event_loop()
+
+    def run(self, calls: list[Call]) -> list[Outcome]:
+        """Of calls that run at the same time; this process ends where they do not come to an end."""
+        # Nobody handles this signal, so it ends the process even inside C code and even when the pool is busy or gone.
+        signal.setitimer(signal.ITIMER_REAL, self.limit + (_BLOCKED_SECONDS if self.together > 1 else 0))
+        try:
+            if self.together == 1:
+                return [self._alone(call) for call in calls]
+            return self.loop.run_until_complete(self._together(calls))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _alone(self, call: Call) -> Outcome:
+        """Outside any event loop: a function may start one of its own."""
+        start = time.monotonic()
+        try:
+            results = [_called(function, options, call) for function, options in self.functions]
+            waited = [self.loop.run_until_complete(one) if inspect.iscoroutine(one) else one for one in results]
+            return self._outcome(waited, start)
+        except (Exception, SystemExit) as error:  # whatever a function raises belongs to its call, not to the worker
+            return _failure(f"{type(error).__name__}: {error}", start)
+
+    async def _together(self, calls: list[Call]) -> list[Outcome]:
+        return await asyncio.gather(*[self._one(call) for call in calls])
+
+    async def _one(self, call: Call) -> Outcome:
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(self.limit):
+                results = [_called(function, options, call) for function, options in self.functions]
+                return self._outcome([await one if inspect.iscoroutine(one) else one for one in results], start)
+        except TimeoutError as error:
+            return _failure(str(error) or f"took longer than {self.limit:g} s", start)
+        except (Exception, SystemExit) as error:
+            return _failure(f"{type(error).__name__}: {error}", start)
+
+    def _outcome(self, results: list[Any], start: float) -> Outcome:
+        """Of what the functions returned: a number each, or a mapping with a `score`."""
+        parts, *others = [dict(result) if isinstance(result, dict) else {"score": result} for result in results]
+        score = float(parts.pop("score"))
+        told = {str(name): float(value) for name, value in parts.items() if _is_number(value)}
+        told |= {name: float(other["score"]) for name, other in zip(self.names, others, strict=True)}
+        for name, value in [("", score), *told.items()]:
+            if not math.isfinite(value):
+                return _failure(f"{name} returned {value}".strip(), start)
+        return score, None, time.monotonic() - start, told
+
+
+def _called(function: RewardFunction, options: dict[str, Any], call: Call) -> Any:
+    # Calls of one batch share the rows of their prompts; what a function does to its own must not reach the next.
+    return function(**arguments_of(function, copy.deepcopy(call)), **copy.deepcopy(options))
+
+
+def _failure(error: str, start: float) -> Outcome:
+    return 0.0, error[:_ERROR_CHARACTERS], time.monotonic() - start, {}
+
+
+def serve(connection: Connection, progress: mmap.mmap, scorer: Scorer) -> None:
     """Answer batches until the pool hangs up."""
     while True:
         batch: list[Call] = connection.recv()
         outcomes: list[Outcome] = []
         reported = time.monotonic()
-        for position, call in enumerate(batch):
-            PROGRESS.pack_into(progress, 0, position, time.monotonic())
-            outcomes.append(_run(function, call, limit))
-            PROGRESS.pack_into(progress, 0, position, 0.0)
+        for first in range(0, len(batch), scorer.together):
+            PROGRESS.pack_into(progress, 0, first, time.monotonic())
+            outcomes += scorer.run(batch[first : first + scorer.together])
+            PROGRESS.pack_into(progress, 0, first, 0.0)
             if time.monotonic() - reported > _REPORT_SECONDS:
                 _send(connection, outcomes)
                 outcomes, reported = [], time.monotonic()
         if outcomes:
             _send(connection, outcomes)
-
-
-def _run(function: RewardFunction, call: Call, limit: float) -> Outcome:
-    start = time.monotonic()
-    components: dict[str, float] = {}
-    # Nobody handles this signal, so it ends the process even inside C code and even when the pool is busy or gone.
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    try:
-        # Calls of one batch share the rows of their prompts; what a function does to its own must not reach the next.
-        result = function(**arguments_of(function, copy.deepcopy(call)))
-        if inspect.iscoroutine(result):
-            result = asyncio.run(result)
-        parts = result if isinstance(result, dict) else {"score": result}
-        score = float(parts["score"])
-        components = {str(name): float(value) for name, value in parts.items() if name != "score" and _is_number(value)}
-        error = None if math.isfinite(score) else f"returned {score}"
-    except (Exception, SystemExit) as raised:  # whatever a function raises belongs to its call, not to the worker
-        score, error = 0.0, f"{type(raised).__name__}: {raised}"[:_ERROR_CHARACTERS]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return (0.0 if error else score), error, time.monotonic() - start, {} if error else components
 
 
 def _is_number(value: Any) -> bool:
@@ -99,7 +150,7 @@ def _send(connection: Connection, message: Any) -> None:
 
 def main() -> None:
     """What the pool starts: file descriptors, function and time limit are in the arguments."""
-    connection_fd, progress_fd, name, limit, memory = sys.argv[1:]
+    connection_fd, progress_fd, recipe, limit, together, memory = sys.argv[1:]
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
@@ -108,16 +159,16 @@ def main() -> None:
     progress = mmap.mmap(int(progress_fd), PROGRESS.size)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pool hung up, or is gone
         try:
-            function = function_named(MATH if name == "math" else name)
-            if name == "math":
-                function(
-                    response=r"\boxed{\frac{1}{2}}", answer="0.5", prompt="", row={}
-                )  # loads the parser now, not in somebody's time limit
+            scorer = Scorer(Recipe.from_json(json.loads(recipe)), float(limit), int(together))
+            function, _ = scorer.functions[0]
+            if function is function_named(REWARDS["math"]):
+                # Loads the parser now, not in somebody's time limit.
+                function(response=r"\boxed{\frac{1}{2}}", answer="0.5", prompt="", row={})
         except Exception as error:  # told to the pool, which raises it
             _send(connection, f"{type(error).__name__}: {error}")
             return
         _send(connection, None)
-        serve(connection, progress, function, float(limit))
+        serve(connection, progress, scorer)
 
 
 if __name__ == "__main__":

@@ -29,16 +29,16 @@ Verdict = tuple[int, Next]  # a prompt's number, and what follows
 class Agreement:
     """One call for everything that the ranks of an engine exchange, so that no two different calls can meet.
 
-    A rank that went another way shows another digest; without the comparison the job would hang much later.
+    A rank that went another way shows another digest. The ranks compare theirs behind every engine step, because in the
+    next one they would hand batches of different sizes to the collectives of the model: a hang with NCCL, with gloo
+    the end of the process without a word.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, every: int) -> None:
-        """group: the engine's ranks, None for one. It should have a short timeout. every: engine steps."""
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """group: the engine's ranks, None for one. It should have a short timeout."""
         self._group = group
-        self._every = every
         self._digest = 0
         self._step = 0
-        self._last = 0  # step of the last comparison
 
     @property
     def alone(self) -> bool:
@@ -53,11 +53,6 @@ class Agreement:
         text = " ".join([f"{chunk.request} {chunk.finish}" for chunk in chunks])
         tokens = array("q", [token for chunk in chunks for token in chunk.tokens])
         self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(text.encode(), self._digest))
-
-    @property
-    def due(self) -> bool:
-        """Whether the ranks have not met for so many steps; the same on all of them."""
-        return self._group is None or self._step - self._last >= self._every
 
     def order(
         self, number: int | None, closed: bool, held_back: bool, verdicts: Sequence[Verdict]
@@ -75,15 +70,13 @@ class Agreement:
             dist.all_gather(rows, mine, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self._where()}: a rank of this engine is gone or went another way: {error}"
+                f"engine step {self._step} of this phase: a rank of this engine is gone or went another way: {error}"
             ) from error
         digests = [int(row[0]) for row in rows]
         if len(set(digests)) > 1:
-            raise RuntimeError(f"{self._where()}: the ranks of this engine sampled different tokens: {digests}")
-        self._last = self._step
+            raise RuntimeError(
+                f"engine step {self._step} of this phase: the ranks of this engine sampled different tokens: {digests}"
+            )
         first = rows[0].tolist()
         agreed = [(value // len(Next), Next(value % len(Next))) for value in first[4:] if value >= 0]
         return (None if first[1] < 0 else first[1]), bool(first[2]), bool(first[3]), agreed
-
-    def _where(self) -> str:
-        return f"engine steps {self._last} to {self._step} of this phase"

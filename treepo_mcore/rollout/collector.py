@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
 from treepo_mcore.config import Config
-from treepo_mcore.data.prompts import Prompt
+from treepo_mcore.data.prepared import Prompt
 from treepo_mcore.data.tokenizer import Tokenizer
 from treepo_mcore.engine.protocol import Chunk, Engine
 from treepo_mcore.grow.contrast import RarePaths, shape_behind
 from treepo_mcore.grow.early import FIRST, Prior, agrees, goes_on, looked_at
-from treepo_mcore.grow.sampler import Actions, TreeSampler
+from treepo_mcore.grow.sampler import Actions, TreeSampler, stable_seed
 from treepo_mcore.grow.schedule import Forks
 from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
-from treepo_mcore.records import Counts
 from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import failed_score, shape
 from treepo_mcore.rollout.agreement import VERDICTS, Agreement, Next, Verdict
+from treepo_mcore.rollout.collection import Collection
 from treepo_mcore.rollout.queue import PromptQueue
+from treepo_mcore.rollout.requests import Growing, Requests
 from treepo_mcore.tree.stats import informative
 from treepo_mcore.tree.tree import Tree
 
@@ -34,31 +33,6 @@ ANCHOR = "boxed"  # any text does; a tokenizer that cannot write this one has no
 CONTRAST = 1  # in the key of a restart's draws
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Collection:
-    """What one engine made of its prompts; only the engine's first rank holds rewards."""
-
-    trees: list[Tree] = field(default_factory=list)  # complete, in the order of their numbers
-    restarts: list[Tree] = field(default_factory=list)  # behind remembered answers, in the order of their numbers
-    drawn: list[int] = field(default_factory=list)  # numbers of all prompts that were started
-    unfinished: list[int] = field(default_factory=list)  # numbers of the prompts given up in the tail
-    counts: Counts = field(default_factory=Counts)
-
-
-@dataclass(slots=True)
-class _Prompt:
-    number: int
-    prompt: Prompt
-    sampler: TreeSampler
-    unscored: int = 0  # leaves
-    decoded: int = 0  # tokens that the engine sampled
-    context: int = 0  # tokens of the contexts of all its requests
-    cached: int = 0  # of these, served by the prefix cache
-    found: int = 0  # of these, prompt tokens that its first request found there, left by another prompt
-    restart: bool = False  # behind a remembered answer
-    goes_on_elsewhere: bool = False  # in a restart, which is reported in its place
 
 
 class Collector:
@@ -71,9 +45,13 @@ class Collector:
         tokenizer: Tokenizer,
         rewards: RewardPool | None,
         group: dist.ProcessGroup | None,
+        by_prompt: bool = False,
     ) -> None:
-        """rewards: only on the engine's first rank. group: the engine's ranks, None when it has one."""
-        self.config = config
+        """rewards: only on the engine's first rank. group: the engine's ranks, None when it has one.
+
+        by_prompt: draws follow the prompts' ids alone, not the step and the order of the prompts.
+        """
+        self.config, self.by_prompt = config, by_prompt
         self.tree_config = sampled_shape(config.rollout)
         self.engine, self.tokenizer, self.rewards, self.group = engine, tokenizer, rewards, group
         stopping = self.tree_config.stopping
@@ -129,19 +107,20 @@ class _Collect:
         rare: RarePaths | None,
     ) -> None:
         self.config, self.tree_config, self.forks = collector.config, collector.tree_config, forks
+        self.by_prompt = collector.by_prompt
         self.prior, self.rare = prior, rare or RarePaths(self.tree_config.contrast)
         self.engine, self.rewards, self.text_of = collector.engine, collector.rewards, collector.text_of
         self.stopper, self.prompts, self.queue = collector.stopper, prompts, queue
         self.step, self.progress, self.returned = step, progress, returned
-        self.agreement = Agreement(collector.group, self.config.rollout.agreement_every)
+        self.agreement = Agreement(collector.group)
         self.result = Collection()
         self.counts = self.result.counts
-        self.active: dict[int, _Prompt] = {}  # with running requests
-        self.undecided: dict[int, _Prompt] = {}  # with nothing but first answers, before it is said whether they go on
+        self.active: dict[int, Growing] = {}  # with running requests
+        self.undecided: dict[int, Growing] = {}  # with nothing but first answers, before it is said whether they go on
         self.verdicts: list[Verdict] = []  # on these, not yet told to the engine's other ranks
-        self.scoring: dict[int, _Prompt] = {}  # complete, rewards outstanding
-        self.owner: dict[str, tuple[_Prompt, str]] = {}  # the engine's request id -> its prompt, the sampler's id
-        self.waiting: dict[str, int] = {}  # the engine's request id -> blocks of a context it has not taken in yet
+        self.scoring: dict[int, Growing] = {}  # complete, rewards outstanding
+        temperature = self.config.rollout.temperature
+        self.requests = Requests(self.engine, self.tree_config, temperature, self.counts)
         self.dry = False  # the queue had nothing for this engine at the last look
         self.tail = False  # nor will it, unless prompts are rejected
         self.next_look = 0
@@ -159,15 +138,17 @@ class _Collect:
             else:
                 self._idle()
         self.counts.preemptions = self.engine.preemptions() - preempted
-        for trees in (self.result.trees, self.result.restarts):
-            trees.sort(key=lambda tree: int(tree.meta["number"]))
+        self.result.rare = [
+            (int(tree.meta["number"]), found) for tree in self.result.trees if (found := self.rare.found_in(tree))
+        ]
+        self.result.sort()
         return self.result
 
     # Admission.
 
     def _admit(self) -> None:
         """Let prompts go on behind their first answers, and draw others while there is room for them."""
-        if self.undecided and (self.agreement.due or not self.active):
+        if self.undecided and (self.agreement.alone or not self.active):
             self._meet()
         while self._fits():
             if self.dry and self.active and self.counts.steps < self.next_look:
@@ -182,18 +163,8 @@ class _Collect:
             self._start(number, self.prompts[number])
 
     def _fits(self) -> bool:
-        """Whether every live path and a whole new tree can grow by a segment in the blocks that are free.
-
-        Paths end on the way, so a full cache is rare; should it fill up, the engine preempts and recomputes. With
-        nothing running a prompt always fits, so the phase goes on in any cache that can hold one path.
-        """
-        if not self.active:
-            return True
-        if len(self.owner) >= self.engine.max_requests:
-            return False
-        segment = math.ceil(self.tree_config.segment_tokens / self.engine.block_tokens) + 1
-        growth = (len(self.owner) + (1 + len(self.undecided)) * self.tree_config.width) * segment
-        return self.engine.free_blocks() - sum(self.waiting.values()) >= growth
+        """With nothing running a prompt always fits, so the phase goes on in any cache that can hold one path."""
+        return not self.active or self.requests.room(len(self.undecided))
 
     def _draw(self) -> int | None:
         number, closed, held_back = None, False, False
@@ -225,10 +196,10 @@ class _Collect:
 
     def _start(self, number: int, prompt: Prompt) -> None:
         tree = _tree(prompt, number)
-        key = (self.config.run.seed, self.step, number)
-        entry = _Prompt(
-            number, prompt, TreeSampler(tree, self.tree_config, self.stopper, key, self.progress, self.forks)
-        )
+        seed = self.config.run.seed
+        key = (seed, stable_seed(prompt.id)) if self.by_prompt else (seed, self.step, number)
+        sampler = TreeSampler(tree, self.tree_config, self.stopper, key, self.progress, self.forks)
+        entry = Growing(number, prompt, sampler)
         self.active[number] = entry
         self.result.drawn.append(number)
         self.counts.drawn_prompts += 1
@@ -247,11 +218,11 @@ class _Collect:
 
     def _engine_step(self) -> None:
         counts = self.counts
-        counts.live_sum += len(self.owner)
+        counts.live_sum += len(self.requests)
         chunks = self.engine.step()
         counts.steps += 1
         self.agreement.saw(chunks)
-        if self.agreement.due and not self.agreement.alone:
+        if not self.agreement.alone:
             self._meet()
         for chunk in chunks:
             self._feed(chunk)
@@ -267,27 +238,15 @@ class _Collect:
                 self._cut_tail()
 
     def _feed(self, chunk: Chunk) -> None:
-        owned = self.owner.get(chunk.request)
-        if owned is None:  # aborted in this very step
+        fed = self.requests.feed(chunk)
+        if fed is None:
             return
-        entry, request = owned
-        self.waiting.pop(chunk.request, None)
-        tokens = len(chunk.tokens)
-        self.counts.decoded_tokens += tokens
-        if not entry.decoded:
-            entry.found = chunk.cached_tokens
-        entry.decoded += tokens
-        if chunk.cached_tokens:
-            self.counts.cached_tokens += chunk.cached_tokens
-            entry.cached += chunk.cached_tokens
-        if chunk.finish is not None:
-            del self.owner[chunk.request]
-        actions = entry.sampler.on_tokens(request, chunk.tokens, chunk.logprobs, chunk.finish)
+        entry, actions = fed
         if actions.submit or actions.abort or actions.leaves:
             self._apply(entry, actions)
         self._look(entry)
 
-    def _look(self, entry: _Prompt) -> None:
+    def _look(self, entry: Growing) -> None:
         """Where an active prompt belongs behind its newest tokens."""
         if entry.sampler.failed:
             self._lose(entry)
@@ -300,22 +259,8 @@ class _Collect:
             self.undecided[entry.number] = entry
             self._judge_if_scored(entry)
 
-    def _apply(self, entry: _Prompt, actions: Actions) -> None:
-        # A prompt can come twice in a step, and ids must not: the engine sees them with the prompt's number.
-        if actions.abort:
-            ids = [f"{entry.number}:{request}" for request in actions.abort]
-            for gone in ids:
-                self.waiting.pop(gone, None)
-            self.engine.abort([request for request in ids if self.owner.pop(request, None)])
-        for request in actions.submit:
-            outer = f"{entry.number}:{request.id}"
-            self.engine.submit(replace(request, id=outer))
-            self.owner[outer] = entry, request.id
-            tokens = len(request.context)
-            self.counts.requests += 1
-            self.counts.context_tokens += tokens
-            entry.context += tokens
-            self.waiting[outer] = math.ceil(tokens / self.engine.block_tokens)
+    def _apply(self, entry: Growing, actions: Actions) -> None:
+        self.requests.apply(entry, actions)
         if self.rewards is not None:
             for leaf in actions.leaves:
                 self._submit_reward(entry, leaf)
@@ -329,7 +274,7 @@ class _Collect:
             self._scored(self.rewards.drain() if self.config.run.deterministic else self.rewards.poll())
         self.queue.tick(finished=not self._busy)
 
-    def _submit_reward(self, entry: _Prompt, leaf: int) -> None:
+    def _submit_reward(self, entry: Growing, leaf: int) -> None:
         assert self.rewards is not None
         tree = entry.sampler.tree
         text = tree.leaves[leaf].text = self.text_of(tree.answer(leaf))
@@ -351,13 +296,14 @@ class _Collect:
             self.counts.rewards += 1
             self.counts.failed_rewards += leaf.failed
             leaf.correct, leaf.components = result.correct, result.components
-            leaf.score = failed_score(reward) if leaf.failed else result.score
-            leaf.reward = shape(leaf.score, *lengths, reward, leaf.failed)
+            score = failed_score(reward) if leaf.failed else result.score
+            leaf.score = score + result.added
+            leaf.reward = shape(score, *lengths, reward, leaf.failed, result.added)
             entry.unscored -= 1
             self._judge_if_scored(entry)
             self._finish_if_scored(entry)
 
-    def _judge_if_scored(self, entry: _Prompt) -> None:
+    def _judge_if_scored(self, entry: Growing) -> None:
         """On the engine's first rank: whether a prompt goes on behind its first answers."""
         if self.rewards is None or entry.unscored or entry.number not in self.undecided:
             return
@@ -369,7 +315,7 @@ class _Collect:
             then = Next.CONTRAST
         self.verdicts.append((entry.number, then))
 
-    def _decide(self, entry: _Prompt, then: Next) -> None:
+    def _decide(self, entry: Growing, then: Next) -> None:
         """Start what waited for the first answers, or let the tree be complete with them."""
         self.active[entry.number] = entry
         if then is Next.REST:
@@ -387,12 +333,12 @@ class _Collect:
         replayed = self.rare.replay(prompt.id)
         tree, config = _tree(prompt, number, replayed), shape_behind(self.tree_config, len(replayed))
         key = (self.config.run.seed, self.step, number, CONTRAST)
-        entry = _Prompt(number, prompt, TreeSampler(tree, config, self.stopper, key, self.progress), restart=True)
+        entry = Growing(number, prompt, TreeSampler(tree, config, self.stopper, key, self.progress), restart=True)
         self.active[number] = entry
         self.counts.restarted_prompts += 1
         self._apply(entry, entry.sampler.start())
 
-    def _finish_if_scored(self, entry: _Prompt) -> None:
+    def _finish_if_scored(self, entry: Growing) -> None:
         if entry.unscored or entry.number not in self.scoring:
             return
         del self.scoring[entry.number]
@@ -414,7 +360,7 @@ class _Collect:
         if self.queue is not None and not entry.goes_on_elsewhere:
             self.queue.report(rejected=self.config.filter.enabled and not informative(tree))
 
-    def _lose(self, entry: _Prompt) -> None:
+    def _lose(self, entry: Growing) -> None:
         """The engine dropped one of its requests, or no leaf has a reward: the prompt is lost, another may be drawn."""
         self.active.pop(entry.number, None)
         self.counts.failed_prompts += 1
@@ -446,6 +392,7 @@ class _Collect:
 def _tree(prompt: Prompt, number: int, replayed: Sequence[int] = ()) -> Tree:
     """With nothing but its prompt, which may go on into an answer: what is replayed has no log-probs and no loss."""
     meta = {"prompt": prompt.text, "answer": prompt.answer, "number": number}
+    meta |= {"set": prompt.set} if prompt.set else {}
     return Tree(prompt.id, [*prompt.tokens, *replayed], meta | ({"replayed": len(replayed)} if replayed else {}))
 
 

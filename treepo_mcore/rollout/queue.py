@@ -11,6 +11,8 @@ Only the first rank of an engine holds a queue.
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,62 +41,138 @@ class PromptQueue(Protocol):
         """Whether all prompts of the step are done, on all engines."""
 
 
+LOOKS_PER_SECOND = 2500  # of all engines together: a tenth of what a TCPStore serves (benchmarks/scale.py)
+ENGINES = 1 << 16  # at most
+# In the value of "done", one above the other: decided prompts, of these the rejected ones, engines that gave up.
+REJECTED, GAVE_UP = 1 << 24, 1 << 48
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a look at the store shows, all of one moment."""
+
+    done: int
+    fresh: int  # times that one of the first numbers was asked for: it goes on behind the last one
+    again: str  # "<how many numbers behind the first ones were drawn> <engine that drew the last one>"
+
+    @property
+    def decided(self) -> int:
+        return self.done % REJECTED
+
+    @property
+    def rejected(self) -> int:
+        return self.done // REJECTED % (GAVE_UP // REJECTED)
+
+    @property
+    def over(self) -> bool:
+        return self.done >= GAVE_UP
+
+    @property
+    def replaced(self) -> int:
+        return int(self.again.split()[0])
+
+
 class SharedQueue:
-    """Engines of any speed draw from one counter in a store: the default.
+    """Engines of any speed draw from counters in a store: the default.
 
     At any time an engine holds at most its share of the prompts wanted. Where there are few, the first engine to ask
     would otherwise take as many as it has room for, and the others would wait for it.
+
+    The first numbers, as many as are wanted, are drawn by adding to a counter: no engine is refused because another was
+    faster. A look at everything is one request, and what it showed is used for a while: thousands of idle engines that
+    ask again and again are no load for the store.
     """
 
     def __init__(self, store: dist.Store, engine: int, engines: int, wanted: int, limit: int) -> None:
-        """store: the same empty one on all engines. limit: the most prompts that may be drawn."""
-        self._store, self._engine, self._wanted, self._limit = store, engine, wanted, limit
+        """store: the same empty one on all engines. limit: the most prompts that may be drawn.
+
+        Raises ValueError where there are more engines or prompts than the counters have room for.
+        """
+        if engines > ENGINES or limit >= REJECTED:
+            raise ValueError(f"expected at most {ENGINES} engines and {REJECTED - 1} prompts: {engines} and {limit}")
+        self._store, self._engine, self._limit = store, engine, limit
+        self._wanted = min(wanted, limit)
         self._share = math.ceil(wanted / engines)
         self._held = 0
-        store.compare_set("drawn", "", "0 -")
+        self._pause = engines / LOOKS_PER_SECOND
+        store.add("done", 0)
+        store.add("fresh", 0)
+        store.compare_set("again", "", "0 -")
+        self._look()
 
     def draw(self) -> int | None:
         """See `PromptQueue`."""
-        while self._held < self._share:
-            current = self._store.get("drawn")
-            number = int(current.split()[0])
-            if number >= self._allowed():
-                return None
-            # With the engine's name in it, a changed value is known to be ours.
-            mine = f"{number + 1} {self._engine}".encode()
-            if self._store.compare_set("drawn", current.decode(), mine.decode()) == mine:
-                self._held += 1
-                return number
-        return None
+        seen = self._recent()
+        if self._held >= self._share or seen.over:
+            return None
+        number = None
+        if seen.fresh < self._wanted:
+            drawn = self._store.add("fresh", 1)
+            self._seen = replace(seen, fresh=drawn)
+            number = drawn - 1 if drawn <= self._wanted else None
+        if number is None:
+            number = self._replacement()
+        self._held += number is not None
+        return number
 
     def held_back(self) -> bool:
         """See `PromptQueue`."""
-        return self._held >= self._share and int(self._store.get("drawn").split()[0]) < self._allowed()
+        self._recent()
+        return self._held >= self._share and self._has_more()
 
     def report(self, rejected: bool) -> None:
         """See `PromptQueue`."""
         self._held -= 1
-        self._store.add("rejected", int(rejected))
-        self._store.add("decided", 1)
+        self._add(1 + REJECTED * rejected)
 
     def tick(self, finished: bool) -> None:
         """See `PromptQueue`."""
 
     def give_up(self) -> None:
         """See `PromptQueue`."""
-        self._store.add("over", 1)
+        self._add(GAVE_UP)
 
     def closed(self) -> bool:
         """See `PromptQueue`."""
-        # In this order: when all were decided that had been drawn, the count of rejected ones is final.
-        decided = self._store.add("decided", 0)
-        drawn = int(self._store.get("drawn").split()[0])
-        return decided == drawn and drawn >= self._allowed()
+        self._recent()
+        if self._is_closed():
+            self._look()  # what this engine changed since the last look is newer than the rest of it
+        return self._is_closed()
 
-    def _allowed(self) -> int:
-        if self._store.add("over", 0):
-            return 0
-        return min(self._limit, self._wanted + self._store.add("rejected", 0))
+    def _replacement(self) -> int | None:
+        """A number behind the first ones, in the place of a rejected prompt."""
+        while self._has_more():
+            number = self._seen.replaced
+            # With the engine's name in it, a changed value is known to be ours.
+            mine = f"{number + 1} {self._engine}"
+            found = self._store.compare_set("again", self._seen.again, mine).decode()
+            self._seen = replace(self._seen, again=found)
+            if found == mine:
+                return self._wanted + number
+        return None
+
+    def _is_closed(self) -> bool:
+        # When all were decided that had been drawn, the count of rejected ones is final.
+        drawn = min(self._seen.fresh, self._wanted) + self._seen.replaced
+        return self._seen.decided == drawn and not self._has_more()
+
+    def _has_more(self) -> bool:
+        seen = self._seen
+        allowed = min(self._limit, self._wanted + seen.rejected)
+        return not seen.over and min(seen.fresh, self._wanted) + seen.replaced < allowed
+
+    def _add(self, change: int) -> None:
+        self._seen = replace(self._seen, done=self._store.add("done", change))
+
+    def _recent(self) -> _Seen:
+        if time.monotonic() >= self._next:
+            self._look()
+        return self._seen
+
+    def _look(self) -> None:
+        done, fresh, again = self._store.multi_get(["done", "fresh", "again"])
+        self._seen = _Seen(int(done), int(fresh), again.decode())
+        self._next = time.monotonic() + self._pause
 
 
 class LockstepQueue:

@@ -7,11 +7,11 @@ from html import escape
 
 import numpy as np
 
+from treepo_mcore.report.charts import COLOURS
 from treepo_mcore.study.definition import Study
 from treepo_mcore.study.report import ACCURACY, SECONDS, TOKENS, markdown
 from treepo_mcore.study.runs import Run
 
-COLOURS = ("#1d4b8f", "#c0392b", "#2e8b57", "#b8860b", "#6a3d9a", "#0e7c86", "#8b4513", "#555555")
 LEFT, RIGHT, TOP, WIDTH, HEIGHT, LEGEND = 56, 44, 16, 640, 330, 20  # of a plot, in pixels
 STYLE = (
     "body{font-family:Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}"

@@ -17,15 +17,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treepo_mcore.system.environment import deaf_children
 
-SILENCE_SECONDS = 20.0  # without a byte from a node: it is lost
+if TYPE_CHECKING:  # the process itself imports the standard library only
+    from treepo_mcore.config import CommConfig
+
 GRACE_SECONDS = 5.0  # for the ranks' own errors to come first
 LAUNCHER_SECONDS = 15.0  # for torchrun to end by itself once its ranks are gone
 BEAT_SECONDS = 1.0
-CONNECT_SECONDS = 300.0  # nodes check their engines before, some more slowly than others
 GREETING_SECONDS = 5.0  # for a connection to say who it is
 KEY = "treepo/heartbeat"  # in the store: where the first node is heard
 ALIVE, DONE = b".", b"D"
@@ -34,9 +35,10 @@ ALIVE, DONE = b".", b"D"
 class Heartbeat:
     """The process of this node, for as long as the trainer runs. Only the first rank of a node makes one."""
 
-    def __init__(self, address: str | None, nodes: int) -> None:
+    def __init__(self, address: str | None, nodes: int, limits: CommConfig) -> None:
         """address: host:port/word of the first node's heartbeat; None on that node itself, which hears `nodes` - 1."""
         where = ["--join", address] if address else ["--serve", str(nodes - 1)]
+        where += [str(limits.silence_seconds), str(limits.init_timeout_seconds)]
         with deaf_children():
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "treepo_mcore.system.heartbeat", *where],
@@ -58,7 +60,7 @@ class Heartbeat:
         self.process.wait()
 
 
-def listen_to_nodes(rank: int, world: int, store: Any) -> Heartbeat | None:
+def listen_to_nodes(rank: int, world: int, store: Any, limits: CommConfig) -> Heartbeat | None:
     """Start the heartbeat on the first rank of each node, where torchrun or the batch script tells of several nodes.
 
     store: of torch.distributed, through which the first node says where it listens.
@@ -67,17 +69,21 @@ def listen_to_nodes(rank: int, world: int, store: Any) -> Heartbeat | None:
     if on_node == world or rank % on_node:
         return None
     if rank == 0:
-        heartbeat = Heartbeat(None, world // on_node)
+        heartbeat = Heartbeat(None, world // on_node, limits)
         store.set(KEY, heartbeat.meeting)
         return heartbeat
-    return Heartbeat(f"{os.environ['MASTER_ADDR']}:{store.get(KEY).decode()}", world // on_node)
+    return Heartbeat(f"{os.environ['MASTER_ADDR']}:{store.get(KEY).decode()}", world // on_node, limits)
 
 
 class _Watch:
     """What runs in the process."""
 
-    def __init__(self, sockets: dict[socket.socket, str], rank: int) -> None:
-        """sockets: with the names of the nodes at their other ends. rank: file descriptor of the pipe from the rank."""
+    def __init__(self, sockets: dict[socket.socket, str], rank: int, silence: float) -> None:
+        """sockets: with the names of the nodes at their other ends. rank: file descriptor of the pipe from the rank.
+
+        silence: seconds without a byte from a node; then it is lost.
+        """
+        self.silence = silence
         self.names = dict(sockets)
         self.heard = dict.fromkeys(sockets, time.monotonic())
         self.selector = selectors.DefaultSelector()
@@ -103,8 +109,8 @@ class _Watch:
                     return reason
             now = time.monotonic()
             for other, last in self.heard.items():
-                if now - last > SILENCE_SECONDS:
-                    return f"node {self.names[other]} has been silent for {SILENCE_SECONDS:g} s"
+                if now - last > self.silence:
+                    return f"node {self.names[other]} has been silent for {self.silence:g} s"
             if now >= beat:  # and not whenever something was heard: that would be answered, for ever
                 self._send(ALIVE)
                 beat = now + BEAT_SECONDS
@@ -131,11 +137,14 @@ class _Watch:
                 continue
 
 
-def _serve(others: int) -> dict[socket.socket, str]:
-    """Wait for the other nodes. Who does not know the word is none of them: scanners knock at every port."""
+def _serve(others: int, patience: float) -> dict[socket.socket, str]:
+    """Wait for the other nodes. Who does not know the word is none of them: scanners knock at every port.
+
+    patience: seconds from one to the next; they check their engines before, some more slowly than others.
+    """
     word = secrets.token_hex(16)
     listening = socket.create_server(("", 0), backlog=max(others, 1))
-    deadline = time.monotonic() + CONNECT_SECONDS
+    deadline = time.monotonic() + patience
     print(f"{listening.getsockname()[1]}/{word}", flush=True)
     connected: dict[socket.socket, str] = {}
     while len(connected) < others:
@@ -144,7 +153,7 @@ def _serve(others: int) -> dict[socket.socket, str]:
         said, _, name = _greeting(other).partition(" ")
         if said == word:
             connected[other] = name
-            deadline = time.monotonic() + CONNECT_SECONDS
+            deadline = time.monotonic() + patience
         else:
             other.close()
     return connected
@@ -159,10 +168,10 @@ def _greeting(other: socket.socket) -> str:
         return ""
 
 
-def _join(address: str) -> dict[socket.socket, str]:
+def _join(address: str, patience: float) -> dict[socket.socket, str]:
     where, _, word = address.partition("/")
     host, _, port = where.rpartition(":")
-    first = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+    first = socket.create_connection((host, int(port)), timeout=patience)
     first.sendall(f"{word} {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}\n".encode())
     print("joined", flush=True)
     return {first: host}
@@ -187,14 +196,17 @@ def _end_node(rank: int, launcher: Path) -> None:
 
 
 def main() -> None:
-    """`--serve OTHERS` on the first node, `--join HOST:PORT/WORD` on the others; the rank is the parent process."""
+    """`--serve OTHERS` on the first node, `--join HOST:PORT/WORD` on the others, then the seconds of silence and of
+    patience; the rank is the parent process."""
     rank = os.getppid()
     launcher = Path("/proc") / Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]
-    option, value = sys.argv[1:]
+    option, value = sys.argv[1:3]
+    silence, patience = map(float, sys.argv[3:])
     try:
-        reason = _Watch(_serve(int(value)) if option == "--serve" else _join(value), sys.stdin.fileno()).run()
+        others = _serve(int(value), patience) if option == "--serve" else _join(value, patience)
+        reason = _Watch(others, sys.stdin.fileno(), silence).run()
     except TimeoutError:
-        reason = f"after {CONNECT_SECONDS:g} s not all nodes can be heard"
+        reason = f"after {patience:g} s not all nodes can be heard"
     if reason is None:
         return
     time.sleep(GRACE_SECONDS)

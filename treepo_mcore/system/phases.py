@@ -98,6 +98,7 @@ class Phases:
         self.phase = Phase.IDLE
         self.engine_bytes = {"engine weights": 0, "engine": 0}
         self.values: dict[str, float] = {}
+        self.before_training: Callable[[], None] = lambda: None  # waits for who reads what training changes
         self.seen: set[Phase] = set()
         self.actor.keep(on_device(Phase.IDLE, self.offload))
 
@@ -127,6 +128,7 @@ class Phases:
     @contextmanager
     def train(self) -> Iterator[None]:
         """The actor is whole: for updates, and for saving and loading."""
+        self._timed("save_wait", self.before_training)
         with self._watched(Phase.TRAIN):
             yield
         self._enter(Phase.IDLE)

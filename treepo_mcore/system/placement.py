@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,16 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def init_process_group() -> None:
-    """Join the job that torchrun started (or a job of one), before Megatron or vLLM look for it."""
+def local_rank() -> int:
+    """Of this process among those of its node, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def init_process_group(timeout_seconds: float | None = None) -> None:
+    """Join the job that torchrun started (or a job of one), before Megatron or vLLM look for it.
+
+    timeout_seconds: how long a collective waits for other ranks; default: torch's.
+    """
     if dist.is_initialized():
         return
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -86,8 +95,17 @@ def init_process_group() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    backend, wait = "gloo", None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=wait)
+
+
+def limit_waits(seconds: float) -> None:
+    """Let the collectives of all groups of this process, Megatron's and vLLM's too, wait so long for other ranks.
+
+    torch has no public list of groups.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        group.set_timeout(timedelta(seconds=seconds))

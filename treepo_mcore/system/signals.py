@@ -5,12 +5,14 @@ Before the first step there is nothing to finish or save: then it ends at once, 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from types import FrameType
 
 from treepo_mcore.system.environment import STOP_SIGNALS
+from treepo_mcore.system.time_limit import TimeLimit
 
 # Exit status of a run that saved because it was asked to stop (EX_TEMPFAIL of sysexits.h); the same command continues.
 STOPPED = 75
@@ -19,7 +21,9 @@ STOPPED = 75
 class StopRequest:
     """Remembers a signal until the trainer looks, which is between steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_seconds: float = math.inf) -> None:
+        """limit_seconds: of this process, from here on; the run stops, as for a signal, in time to save."""
+        self.limit = TimeLimit(limit_seconds)
         self.number = 0  # of the signal, 0 before there is one
         self.steps = False  # whether there is a step to finish
         self.listens = False  # whether the process's handlers are this one's
@@ -51,12 +55,15 @@ class StopRequest:
         self.number = number
 
     def on_any_rank(self) -> str | None:
-        """The signal's name. The ranks get it at different times, or only one of them does. Collective."""
+        """The signal's name, or "time limit". Ranks get one at different times, or only one of them. Collective."""
         import torch
         import torch.distributed as dist
 
-        asked = torch.tensor(self.number)
+        late = signal.SIGALRM if self.limit.near() else 0
+        asked = torch.tensor(self.number or int(late))
         dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked == signal.SIGALRM:
+            return "time limit"
         return signal.Signals(int(asked)).name if asked else None
 
 

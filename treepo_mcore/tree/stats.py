@@ -25,6 +25,9 @@ class TreeStats:
     physical_tokens: int  # of responses
     logical_tokens: int
     mean_length: float  # of leaves, tokens
+    median_length: float
+    p95_length: float  # that 95 of 100 leaves do not pass
+    longest: int
     mass_mean_length: float  # weighted by path mass without fallback: unbiased for independent sampling
     effective_leaves: float  # mean over trees of 1 / sum of squared path masses
     reasons: dict[str, int]  # leaves by the reason of their end
@@ -60,6 +63,9 @@ def tree_stats(trees: Sequence[Tree], answer_of: Callable[[str], str | None] | N
         physical_tokens=sum(tree.unique_tokens for tree in trees),
         logical_tokens=sum(tree.logical_tokens for tree in trees),
         mean_length=float(np.concatenate(lengths).mean()),
+        median_length=float(np.median(np.concatenate(lengths))),
+        p95_length=float(np.percentile(np.concatenate(lengths), 95)),
+        longest=int(max(map(max, lengths))),
         mass_mean_length=float(np.mean([mass @ length for mass, length in zip(masses, lengths, strict=True)])),
         effective_leaves=float(np.mean([1 / (mass**2).sum() for mass in masses])),
         reasons=dict(Counter(leaf.reason for leaf in leaves)),

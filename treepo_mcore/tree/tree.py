@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,10 +22,21 @@ PRUNED = "pruned"
 REASONS = (BOXED, FINISHED, EOS, LENGTH, DEPTH, REPETITION, PRUNED)
 
 PROMPT = 0  # the node id of the prompt
+TEXTS = ("prompt", "answer")  # in `meta`
 
 # Who wrote a node's tokens.
 POLICY = "policy"
 ENVIRONMENT = "environment"
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """In the place of tokens that are on another rank: how many."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @dataclass(slots=True)
@@ -33,7 +44,7 @@ class Node:
     """A run of tokens between two boundaries."""
 
     parent: int  # -1 for the prompt
-    tokens: array[int]  # int32
+    tokens: array[int]  # int32; of an outline `Elsewhere`
     # float32, of the sampled tokens under the tempered distribution; empty where the policy did not sample them
     logprobs: array[float]
     start: int  # position of the first token, counted from the start of the prompt
@@ -63,11 +74,11 @@ class Leaf:
     reason: str  # one of REASONS
     from_fallback: bool
     reward: float | None = None  # what the advantage sees
-    score: float | None = None  # what the reward function said, before any penalty
-    correct: bool | None = None  # score > 0
+    score: float | None = None  # what the reward functions said, before any penalty
+    correct: bool | None = None  # what `reward.function` said is more than 0
     text: str | None = None
     failed: bool = False  # the reward function gave no answer: the score is what `reward.failed` says
-    components: dict[str, float] = field(default_factory=dict)  # what a reward function returned beside the score
+    components: dict[str, float] = field(default_factory=dict)  # of the reward, by name
 
 
 class Tree:
@@ -286,6 +297,21 @@ class Tree:
             added.failed, added.components = leaf.failed, leaf.components
         return tree
 
+    def outline(self) -> Tree:
+        """The same tree, a few kilobytes small: without tokens, but for their numbers, log-probs, arrays and texts.
+
+        It has everything that filter, estimators and metrics look at.
+        """
+        kept = {name: value for name, value in self.meta.items() if name not in TEXTS}
+        tree = Tree(self.prompt_id, [0], kept)
+        tree.nodes = [
+            replace(node, tokens=cast("array[int]", Elsewhere(len(node.tokens))), logprobs=array("f"), arrays={})
+            for node in self.nodes
+        ]
+        tree.leaves = [replace(leaf, text=None) for leaf in self.leaves]
+        tree._children, tree._leaf_at = self._children, self._leaf_at
+        return tree
+
     def _joined(self, path: Iterable[int]) -> array[int]:
         joined = array("i")
         for node in path:
@@ -300,7 +326,7 @@ class Tree:
         return {
             "prompt_id": self.prompt_id,
             "prompt": tree.nodes[PROMPT].tokens.tolist(),
-            **_arrays_to_json(tree.nodes[PROMPT]),
+            **arrays_to_json(tree.nodes[PROMPT]),
             "meta": self.meta,
             "nodes": [
                 {
@@ -311,7 +337,7 @@ class Tree:
                     "logprobs": _shortest(node.logprobs),
                     **({} if node.source == POLICY else {"source": node.source}),
                     **({} if node.trained == (node.source == POLICY) else {"trained": node.trained}),
-                    **_arrays_to_json(node),
+                    **arrays_to_json(node),
                 }
                 for node in tree.nodes[1:]
             ],
@@ -422,7 +448,7 @@ def _numbers(code: str, data: Any, name: str, where: str) -> Any:
         raise ValueError(f"{where}{name}: {error}") from error
 
 
-def _arrays_to_json(node: Node) -> dict[str, Any]:
+def arrays_to_json(node: Node) -> dict[str, Any]:
     """{"arrays": {name: {"dtype", "shape", "values"}}}, or nothing where there are none."""
     if not node.arrays:
         return {}
@@ -434,7 +460,7 @@ def _arrays_to_json(node: Node) -> dict[str, Any]:
 
 
 def _arrays(data: Any, tokens: int, where: str) -> dict[str, np.ndarray]:
-    """The inverse of `_arrays_to_json`: numbers, one row for each token."""
+    """The inverse of `arrays_to_json`: numbers, one row for each token."""
     found = {}
     for name, item in (get(data, "arrays", dict, where) if "arrays" in data else {}).items():
         here = f"{where}arrays.{name}: "

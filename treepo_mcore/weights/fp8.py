@@ -9,7 +9,6 @@ the scale. Where transfers meet inside a block, its parts travel in the rollout'
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -152,7 +151,7 @@ def _split(transfer: Transfer, whole: tuple[int, ...]) -> list[Transfer]:
     """Whole blocks of the parameter, if any, and up to four strips around them. whole: the parameter's shape."""
     (top, bottom), (left, right) = map(_inner, transfer.target_start, transfer.shape, whole)
     if top >= bottom or left >= right:
-        return [replace(transfer, form="cut")]
+        return [transfer._replace(form="cut")]
     height, width = transfer.shape
     middle = part_of(transfer, top, bottom - top)
     strips = [
@@ -161,8 +160,8 @@ def _split(transfer: Transfer, whole: tuple[int, ...]) -> list[Transfer]:
         part_of(middle, 0, left, dim=1),
         part_of(middle, right, width - right, dim=1),
     ]
-    blocks = replace(part_of(middle, left, right - left, dim=1), form="blocks")
-    return [blocks, *(replace(strip, form="cut") for strip in strips if strip.numel)]
+    blocks = part_of(middle, left, right - left, dim=1)._replace(form="blocks")
+    return [blocks, *(strip._replace(form="cut") for strip in strips if strip.numel)]
 
 
 def _inner(first: int, size: int, whole: int) -> tuple[int, int]:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from treepo_mcore.config import ConfigError
-from treepo_mcore.model.files import safetensors_header, weight_files
+from treepo_mcore.model.files import weight_files, weight_headers
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.weights.layout import Piece, box, hf_shapes
 
 UNUSED = ("rotary_emb.inv_freq", "lm_head.weight")  # endings of tensors that a checkpoint may have in excess
-SHARD_BYTES = 5 << 30  # of one exported safetensors file, the hub's habit
 READABLE = ("F64", "F32", "F16", "BF16")  # safetensors' names; others (F8_E4M3, I8) need scales that are not read here
-# Config, tokenizer, chat templates; of folders only those of named templates, as transformers writes them.
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
 
 
 def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
@@ -34,7 +27,9 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
     Raises `ConfigError` with the tensor's name.
     """
     files = weight_files(directory)
-    headers = {file: _header(file) for file in set(files.values())}
+    headers = weight_headers(files)
+    for file in headers:
+        _judge(file)
     shapes = hf_shapes(arch)
     for name in sorted(files.keys() - shapes.keys()):
         if not name.endswith(UNUSED):
@@ -55,20 +50,22 @@ def check_weights(directory: Path, arch: Architecture) -> dict[str, Path]:
     return files
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """The library that will read the file judges it too: sizes that do not fit the offsets, overlaps, holes."""
-    header = safetensors_header(file)
+def _judge(file: Path) -> None:
+    """The library that will read the file looks, too: sizes that do not fit the offsets, overlaps, holes."""
     try:
         with safe_open(file, framework="pt"):
-            return header
+            return
     except SafetensorError as error:
         raise ConfigError(f"{file}: not a safetensors file: {error}") from error
 
 
 @torch.no_grad()
-def load_pieces(directory: Path, arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor]) -> None:
-    """Fill local tensors from the files; each rank reads only the slices of its own pieces."""
-    files = check_weights(directory, arch)
+def load_pieces(directory: Path, pieces: list[Piece], tensors: dict[str, Tensor]) -> None:
+    """Fill local tensors from the files; each rank reads only the slices of its own pieces.
+
+    The files are those that `check_weights` has looked at.
+    """
+    files = weight_files(directory)
     by_file: dict[Path, list[Piece]] = defaultdict(list)
     for piece in pieces:
         by_file[files[piece.tensor]].append(piece)
@@ -79,33 +76,46 @@ def load_pieces(directory: Path, arch: Architecture, pieces: list[Piece], tensor
                 piece.of_local(tensors).copy_(handle.get_slice(piece.tensor)[index])
 
 
-@torch.no_grad()
-def gather_tensors(
-    arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor], dtype: torch.dtype, to: int | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Every full HF tensor in turn. Collective.
+class Gatherer:
+    """Full HF tensors from the shares of all ranks, one at a time."""
 
-    to: the one rank that gets them; the others send what they own and get nothing. By default all ranks get them, the
-    plain way against which shard-to-shard transfer is tested. Among replicas the lowest rank sends. Peak memory of a
-    rank that gets them: the full tensor and the share of it that one rank owns, which for a pipeline without tensor
-    parallelism is the same size again; the caller adds what it keeps. Of the others: their own share.
-    """
-    owned = _owners(pieces)
-    device = next(iter(tensors.values())).device
-    mine = {(p.tensor, p.start, p.shape): p.of_local(tensors) for p in pieces}
-    for name, shape in hf_shapes(arch).items():
-        covered = sum(math.prod(extent) for boxes in owned[name].values() for _, extent in boxes)
-        if covered != math.prod(shape):
-            raise RuntimeError(f"{name}: {covered} of {math.prod(shape)} elements have an owner")
-        full = torch.empty(shape, dtype=dtype, device=device) if to in (None, dist.get_rank()) else None
-        for owner, boxes in owned[name].items():
-            share = [(start, extent, mine.get((name, start, extent))) for start, extent in boxes]
-            _gather_share(full, share, owner, to, dtype, device)
-        if full is not None:
-            yield name, full
+    def __init__(self, arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """dtype: of the full tensors. Collective. Raises RuntimeError where a tensor has elements without an owner."""
+        self.shapes, self.dtype = hf_shapes(arch), dtype
+        self._owned = _owners(pieces)
+        self._device = next(iter(tensors.values())).device
+        self._mine = {(p.tensor, p.start, p.shape): p.of_local(tensors) for p in pieces}
+        for name, shape in self.shapes.items():
+            covered = sum(math.prod(extent) for boxes in self._owned[name].values() for _, extent in boxes)
+            if covered != math.prod(shape):
+                raise RuntimeError(f"{name}: {covered} of {math.prod(shape)} elements have an owner")
+
+    @torch.no_grad()
+    def get(self, name: str, to: int | None) -> Tensor | None:
+        """The tensor on rank `to`, where None is all ranks; nothing on the others, which send what they own.
+
+        Among replicas the lowest rank sends. All ranks call it with the same arguments; only those that own a part of
+        the tensor, or get it, take part. Memory of a rank that gets it: the full tensor and the share of it that one
+        rank owns, which for a pipeline without tensor parallelism is the same size again. Of the others: their share.
+        """
+        gets = to in (None, dist.get_rank())
+        full = torch.empty(self.shapes[name], dtype=self.dtype, device=self._device) if gets else None
+        for owner, boxes in self._owned[name].items():
+            share = [(start, extent, self._mine.get((name, start, extent))) for start, extent in boxes]
+            _gather_share(full, share, owner, to, self.dtype, self._device)
+        return full
+
+
+def gather_tensors(
+    arch: Architecture, pieces: list[Piece], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Every full HF tensor in turn, on every rank: the plain way against which shard-to-shard transfer is tested."""
+    gatherer = Gatherer(arch, pieces, tensors, dtype)
+    for name in gatherer.shapes:
+        full = gatherer.get(name, None)
+        assert full is not None
+        yield name, full
         del full  # before there is another one
-        if to is not None:
-            dist.barrier()  # in step: who has sent all would wait for the last tensor longer than a group's time limit
 
 
 def _gather_share(
@@ -150,68 +160,3 @@ def _owners(pieces: list[Piece]) -> dict[str, dict[int, list[tuple[tuple[int, ..
                 seen.add(key)
                 owned[key[0]][rank].append(key[1:])
     return owned
-
-
-def export_directory(source: Path, target: Path, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a directory that `transformers` and vLLM load: sharded safetensors, index, config and tokenizer.
-
-    source: where configuration and tokenizer are. target: weights of an earlier export in it are removed; it cannot be
-    `source` (`ConfigError`). named comes from `gather_tensors`, which every rank must run through; only rank 0 needs
-    the tensors (`to=0`) and writes. It keeps up to `SHARD_BYTES`, or the largest tensor, in host memory.
-    """
-    if source.resolve() == target.resolve():
-        raise ConfigError(f"{target}: found the model's own directory as the target of an export, expected another one")
-    writes = dist.get_rank() == 0
-    if writes:
-        target.mkdir(parents=True, exist_ok=True)
-        for pattern in ("model*.safetensors*", "part-*.safetensors"):  # an old index would outweigh a new single file
-            for file in target.glob(pattern):
-                file.unlink()
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                if not file.name.endswith(".index.json"):
-                    copy = target / file.relative_to(source)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, copy)  # without the source's mode: it may be read-only
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    dtype = None
-    for name, tensor in named:
-        if not writes:
-            continue
-        dtype = tensor.dtype
-        nbytes = tensor.numel() * tensor.element_size()
-        if size and size + nbytes > SHARD_BYTES:
-            _flush(target, shards)
-            size = 0
-        shards[-1][name] = tensor.cpu()
-        size += nbytes
-        total += nbytes
-        del tensor  # on a GPU, before there is another one
-    if writes:
-        _finish(target, shards, total, dtype)
-    dist.barrier()
-
-
-def _flush(target: Path, shards: list[dict[str, Tensor]]) -> None:
-    save_file(shards[-1], target / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-    shards[-1] = dict.fromkeys(shards[-1])  # type: ignore[arg-type]  # names only; the memory is free again
-    shards.append({})
-
-
-def _finish(target: Path, shards: list[dict[str, Tensor]], total: int, dtype: torch.dtype | None) -> None:
-    if len(shards) == 1:
-        save_file(shards[0], target / "model.safetensors", metadata={"format": "pt"})
-    else:
-        save_file(shards[-1], target / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        where: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            (target / f"part-{number}.safetensors").rename(target / file)
-            where |= dict.fromkeys(shard, file)
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = json.loads((target / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from treepo_mcore.model.facts import FP8_BLOCK as BLOCK
 from treepo_mcore.weights.layout import Piece
@@ -22,8 +21,7 @@ class PlanError(ValueError):
     """The source cannot fill the target; the message names the tensor."""
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One box of one HF tensor, from a local tensor of `source` into a local tensor of `target`."""
 
     tensor: str
@@ -74,9 +72,21 @@ def make_plan(sources: Layouts, targets: Layouts, nodes: list[int] | None = None
     for tensor, requests in wanted.items():
         held = owners.get(tensor, {})
         _check_disjoint(tensor, list(held))
+        parts: dict[Piece, list[_Part]] = {}  # the same piece is wanted by a rank of every engine
         for rank, piece in requests:
-            plan += _fill(rank, piece, held, senders)
+            if piece not in parts:
+                parts[piece] = _parts(rank, piece, held)
+            plan += _fill(rank, piece, parts[piece], senders)
     return plan
+
+
+class _Part(NamedTuple):
+    """What a piece shares with a box that some ranks hold."""
+
+    replicas: dict[int, Piece]
+    shape: tuple[int, ...]
+    source_start: dict[Piece, tuple[int, ...]]  # replicas keep a box in local tensors that may differ
+    target_start: tuple[int, ...]
 
 
 class _Senders:
@@ -113,39 +123,36 @@ def _check_disjoint(tensor: str, boxes: list[Box]) -> None:
                 raise PlanError(f"{tensor}: sources disagree, boxes {_show(one)} and {_show(other)} overlap")
 
 
-def _fill(rank: int, piece: Piece, held: dict[Box, dict[int, Piece]], senders: _Senders) -> list[Transfer]:
-    transfers = []
-    missing = piece.numel
+def _parts(rank: int, piece: Piece, held: dict[Box, dict[int, Piece]]) -> list[_Part]:
+    """All sources of a piece. rank: one that wants it, for the message of the error where some of it has none."""
+    parts, missing = [], piece.numel
     for box, replicas in held.items():
         shared = _intersect(box, (piece.start, piece.shape))
         if shared is None:
             continue
-        source = rank if rank in replicas else senders.choose(rank, replicas)
-        transfer = _transfer(shared, source, replicas[source], rank, piece)
-        missing -= transfer.numel
-        if not transfer.local:
-            senders.add(transfer)
-        transfers.append(transfer)
+        start, shape = shared
+        sources = {own: _translate(start, own) for own in set(replicas.values())}
+        parts.append(_Part(replicas, shape, sources, _translate(start, piece)))
+        missing -= math.prod(shape)
     if missing:
         raise PlanError(
             f"{piece.tensor}: {missing} of the {piece.numel} elements that {piece.local} on rank {rank} needs "
             "have no source"
         )
+    return parts
+
+
+def _fill(rank: int, piece: Piece, parts: list[_Part], senders: _Senders) -> list[Transfer]:
+    transfers = []
+    for part in parts:
+        source = rank if rank in part.replicas else senders.choose(rank, part.replicas)
+        held = part.replicas[source]
+        start = part.source_start[held]
+        transfer = Transfer(piece.tensor, part.shape, source, held.local, start, rank, piece.local, part.target_start)
+        if not transfer.local:
+            senders.add(transfer)
+        transfers.append(transfer)
     return transfers
-
-
-def _transfer(shared: Box, source: int, held: Piece, target: int, wanted: Piece) -> Transfer:
-    start, shape = shared
-    return Transfer(
-        wanted.tensor,
-        shape,
-        source,
-        held.local,
-        _translate(start, held),
-        target,
-        wanted.local,
-        _translate(start, wanted),
-    )
 
 
 def _translate(start: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
@@ -179,22 +186,23 @@ def make_rounds(plan: list[Transfer], limit: int, itemsize: int = 1) -> list[lis
     dtype.
     """
     rounds: list[list[Transfer]] = []
-    sent: dict[tuple[int, int], int] = defaultdict(int)  # rank, round -> bytes
-    received: dict[tuple[int, int], int] = defaultdict(int)
+    sent: dict[int, dict[int, int]] = defaultdict(dict)  # rank -> round -> bytes
+    received: dict[int, dict[int, int]] = defaultdict(dict)
     latest: dict[tuple[int, int | None], int] = defaultdict(int)  # target, source (None: cuts) -> their last round
     for transfer in _by_distance(plan):
+        lane = transfer.target, None if transfer.form == "cut" else transfer.source
+        out, into, number = sent[transfer.source], received[transfer.target], latest[lane]
         for part in _cut(transfer, limit, itemsize):
-            source, target, size = part.source, part.target, part.bytes(itemsize)
-            lane = target, None if part.form == "cut" else source
-            number = latest[lane]
-            while max(sent[source, number], received[target, number]) + size > limit:
+            size = part.bytes(itemsize)
+            room = limit - size
+            while out.get(number, 0) > room or into.get(number, 0) > room:
                 number += 1
-            latest[lane] = number
-            sent[source, number] += size
-            received[target, number] += size
+            out[number] = out.get(number, 0) + size
+            into[number] = into.get(number, 0) + size
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number].append(part)
+        latest[lane] = number
     return rounds
 
 
@@ -237,8 +245,7 @@ def part_of(transfer: Transfer, first: int, count: int, dim: int = 0) -> Transfe
         at = len(start) - len(transfer.shape) + dim  # behind the indices of a slab
         return (*start[:at], start[at] + first, *start[at + 1 :])
 
-    return replace(
-        transfer,
+    return transfer._replace(
         shape=(*transfer.shape[:dim], count, *transfer.shape[dim + 1 :]),
         source_start=moved(transfer.source_start),
         target_start=moved(transfer.target_start),

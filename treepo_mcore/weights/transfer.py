@@ -29,6 +29,7 @@ from treepo_mcore.weights.fp8 import (
     check_whole_columns,
     fp8_parameters,
     quantise_into,
+    quantisers,
     scale_shape,
 )
 from treepo_mcore.weights.layout import Piece, box
@@ -132,19 +133,21 @@ class Push:
         self.rank = dist.get_rank()
         quantised = fp8_parameters(targets)
         check_whole_columns(quantised)
-        self.plan = block_plan(plan, quantised)
+        plan = block_plan(plan, quantised)
+        self.quantisers = quantisers(plan)
         self.dtype = _common_dtype(targets, quantised)
         self.device = next(iter(targets.values())).device
         self.padding = list(padding)
         size = self.dtype.itemsize
         limit = round_limit(staging_bytes, dist.get_world_size())
         bind = _Binder(self.rank, sources, targets, self.dtype)
-        mine = [t for t in self.plan if t.local and t.target == self.rank]
+        self.plan = [t for t in plan if self.rank in (t.source, t.target)]  # the others' is not kept
+        mine = [t for t in self.plan if t.local]
         self.local = [(bind.source(t), bind.target(t)) for t in mine if t.form != "cut"]
         for transfer in mine:
             if transfer.form == "cut":
                 bind.own_cuts[transfer.target_local].append(bind.own_cut(transfer))
-        self.rounds = [bind.round(part) for part in make_rounds(self.plan, limit, size)]
+        self.rounds = [bind.round(part) for part in make_rounds(plan, limit, size)]
         self.local_cuts = [part for parts in bind.own_cuts.values() for part in parts]  # of parameters all its own
         # NCCL connects all ranks at their first collective; the rounds may involve only some of them.
         dist.all_reduce(torch.zeros(1, device=self.device))

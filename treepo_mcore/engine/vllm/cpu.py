@@ -7,14 +7,18 @@ one is gone.
 from __future__ import annotations
 
 import atexit
-import glob
+import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SHARED = Path("/dev/shm")
+OURS = "treepo_mcore-"
+_held: list[IO[str]] = []  # open as long as this process lives
 
 
 def prepare(tp: int) -> None:
@@ -126,6 +130,9 @@ def _name_shared_memory(tp: int) -> None:
 
     make_group_name.treepo = True  # type: ignore[attr-defined]
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    if os.environ["LOCAL_RANK"] == "0":
+        remove_leftovers()
+        _hold(job)
     atexit.register(_unlink_shared_memory, job)
 
 
@@ -135,6 +142,27 @@ def _job_token() -> str:
     return token[0]
 
 
+def _hold(job: str) -> None:
+    """Lock a file of the job's name: the system gives it free when this process is gone, however it ends."""
+    part = SHARED / f"{OURS}{job}.part"
+    handle = part.open("w")
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    part.rename(part.with_suffix(".job"))
+    _held.append(handle)
+
+
+def remove_leftovers() -> None:
+    """Unlink the segments of this user's jobs that were killed on this machine, which could not do it themselves."""
+    for file in SHARED.glob(f"{OURS}*.job"):
+        with file.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # its job lives
+                continue
+            if file.stat().st_uid == os.getuid():
+                _unlink_shared_memory(file.stem.removeprefix(OURS))
+
+
 def _unlink_shared_memory(job: str) -> None:
-    for path in glob.glob(f"/dev/shm/*{job}*"):
-        Path(path).unlink(missing_ok=True)
+    for path in SHARED.glob(f"*{job}*"):
+        path.unlink(missing_ok=True)

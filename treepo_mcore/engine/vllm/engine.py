@@ -51,6 +51,9 @@ OF_THE_TRAINER = {
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
 KERNEL_BLOCK = 16  # tokens; what vLLM's attention kernels take multiples of, on a CPU and on GPUs
 STUCK_STEPS = 100  # no request that waits is started in so many steps: none ever will be
+CPU_CACHE_BYTES = (
+    1 << 30
+)  # of a process's KV cache, where rollout.engine says nothing; all of it is written at the start
 CPU_BLOCK = 32  # tokens; vLLM's CPU default of 128 serves few prefixes, below 32 the fast attention path is lost
 
 
@@ -63,7 +66,6 @@ class VllmEngine:
         Raises `ConfigError` for unknown or owned keys under rollout.engine. What vLLM refuses is found by
         `check_engine`; errors of loading and compiling pass as they are.
         """
-        self.config = config.rollout
         self.eos_ids = list(eos_ids)
         arguments = engine_arguments(config, arch, directory)
         if not torch.cuda.is_available():
@@ -76,7 +78,6 @@ class VllmEngine:
         self.client = self.llm.llm_engine.engine_core
         self.scheduler = _scheduler(self.client)
         self.preempted = _count_preemptions(self.scheduler)
-        self.counter = 0
         self.stuck = 0  # steps in a row in which nothing ran
         if torch.cuda.is_available() and torch.distributed.get_rank() == 0:
             version = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
@@ -89,7 +90,7 @@ class VllmEngine:
         # rows, gathered again at every change of the batch). Such tokens have no text, see `Collector.text_of`.
         params = SamplingParams(
             max_tokens=request.max_tokens,
-            temperature=self.config.temperature,
+            temperature=request.temperature,
             logprobs=0,
             detokenize=False,
             seed=request.seed,
@@ -116,20 +117,6 @@ class VllmEngine:
 
     def preemptions(self) -> int:
         return self.preempted[0]
-
-    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, detokenize=False, stop_token_ids=self.eos_ids)
-        answers: dict[str, list[int]] = {}
-        for prompt in prompts:
-            self.counter += 1
-            answers[f"greedy-{self.counter}"] = []
-            self._add(f"greedy-{self.counter}", prompt, params)
-        running = len(prompts)
-        while running:
-            for output in self._outputs():
-                answers[output.request_id] += output.new_token_ids
-                running -= output.finished
-        return list(answers.values())
 
     def _outputs(self) -> list[EngineCoreOutput]:
         """Of one step of the engine core. Raises RuntimeError where it schedules nothing, step after step."""
@@ -210,7 +197,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
     Under FP8 it also sets VLLM_USE_DEEP_GEMM=0, which vLLM has no argument for. Raises `ConfigError`.
     """
     _check_pass_through(config.rollout)
-    longest = config.data.max_prompt_tokens + config.rollout.tree.response_tokens
+    longest = config.data.max_prompt_tokens + config.longest_response
     if longest > arch.max_positions:
         raise ConfigError(
             f"data.max_prompt_tokens + the longest response = {longest} is more than the model's "
@@ -235,7 +222,7 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
     if torch.cuda.is_available():
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": UTILISATION}
     else:
-        arguments |= {"block_size": CPU_BLOCK, "enforce_eager": True}
+        arguments |= {"block_size": CPU_BLOCK, "enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
     return arguments | config.rollout.engine
 
 

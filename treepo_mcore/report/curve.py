@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from treepo_mcore.tree.curve import CurveSums, decided_at, monotone
 
 LEFT, TOP, WIDTH, HEIGHT = 62, 24, 600, 320  # of the plot, in pixels
 LOWEST, HIGHEST = -0.25, 1.25  # C; estimates outside are drawn at the edge
+
+
+def curve_row(sums: CurveSums) -> dict[str, Any]:
+    """The curve and what it was measured on; None where it is not known."""
+    points = sums.points()
+    rising = [point.decided for point in monotone(points)]
+    return {
+        "trees": sums.trees,
+        "mean_response_tokens": sums.mean_length,
+        "decided_at_half": decided_at(points, 0.5),
+        "points": [
+            asdict(point) | {"tokens": point.share * sums.mean_length, "monotone": value}
+            for point, value in zip(points, rising, strict=True)
+        ],
+    }
 
 
 def curve_picture(row: Mapping[str, Any]) -> str:
