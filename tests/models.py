@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB = 330  # neither Megatron's 128 x tp nor vLLM's 64 divides it: rows are padded
 EOS_IDS = (1, 2)
@@ -34,7 +43,18 @@ CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "phi3": Phi3Config,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
+SHARED = {"shared_expert_intermediate_size": 96, "norm_topk_prob": False}
+MIXTURES = {"qwen3_moe": EXPERTS, "qwen2_moe": EXPERTS | SHARED}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -49,7 +69,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 def make_model(directory: Path, family: str, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """Write a float32 model; `overrides` go into its configuration. Returns the directory."""
-    config = CONFIGS[family](**SIZES | overrides)
+    config = CONFIGS[family](**SIZES | MIXTURES.get(family, {}) | overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -78,7 +98,7 @@ def _randomise(model: torch.nn.Module) -> None:
             parameter.copy_(0.1 * noise)
         else:
             gain = 1.0 if any(part in name for part in ("q_proj", "k_proj", "lm_head")) else 2.0
-            parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
+            parameter.copy_(gain * noise / parameter.shape[-1] ** 0.5)  # of experts, one behind the other, too
 
 
 def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:

@@ -21,7 +21,7 @@ from treepo_mcore.data.prompts import PromptStream
 from treepo_mcore.engine.costs import GRAPH_BYTES
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding
-from treepo_mcore.model.shards import Stage
+from treepo_mcore.model.shards import stages
 from treepo_mcore.observe.guard import BadNumbersError
 from treepo_mcore.records import Batch
 from treepo_mcore.rewards.pool import RewardPool
@@ -163,7 +163,7 @@ class Policy:
         """From the actor's shards into the engine's parameters; the plan is made once."""
         parameters = self.engine.parameters()
         where = (parameters, self.arch, self.config.rollout.tp, self.placement.engine_rank)
-        plan = plan_push(self.actor.pieces, vllm_layout(*where))
+        plan = plan_push(self.actor.pieces, vllm_layout(*where, self.config.rollout.expert_parallel))
         staging_bytes = self.config.rollout.push_staging_mb << 20
         return Push(plan, self.actor.tensors, parameters, padding=vllm_padding(*where), staging_bytes=staging_bytes)
 
@@ -176,7 +176,7 @@ def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | No
     """
     grid = actor.grid
     always = {"context": CONTEXT_BYTES, "staging": config.rollout.push_staging_mb << 20}
-    stage = Stage(actor.layers, grid.pp_rank == 0, grid.pp_rank == grid.pp - 1)
+    stage = stages(config.actor, actor.arch.layers)[grid.pp_rank]
     tokens = config.actor.micro_batch_tokens
     update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
     if update["FP8 weights"] and "gradients" not in config.memory.offloaded(capability is not None):

@@ -29,7 +29,7 @@ def make_actor(directory: Path, settings: dict[str, Any], temperature: float = 1
     """
     init_process_group()
     config = ActorConfig.model_validate({"dtype": "float32"} | settings)
-    layout = (config.tp, config.pp, config.vpp)
+    layout = (config.tp, config.pp, config.vpp, config.ep, config.etp)
     if layout not in GRIDS:
         parallel_state.destroy_model_parallel()
         GRIDS.clear()

@@ -30,10 +30,12 @@ from treepo_mcore.weights.layout import box
 from treepo_mcore.weights.transfer import Push, TransferError, plan_push
 
 
-def make_push(actor: Actor, parameters: dict[str, Tensor], rollout_tp: int, staging_bytes: int) -> tuple[Push, int]:
+def make_push(
+    actor: Actor, parameters: dict[str, Tensor], rollout_tp: int, staging_bytes: int, expert_parallel: bool = False
+) -> tuple[Push, int]:
     """From an actor into parameters beside it; and the most bytes that tensors made by binding the plan took."""
     where = (parameters, actor.arch, rollout_tp, engine_rank(rollout_tp))
-    plan = plan_push(actor.pieces, vllm_layout(*where))
+    plan = plan_push(actor.pieces, vllm_layout(*where, expert_parallel))
     padding = vllm_padding(*where)
     with Allocations() as made:
         push = Push(plan, actor.tensors, parameters, padding=padding, staging_bytes=staging_bytes)
@@ -51,7 +53,8 @@ def run(
     source = Path(settings.model.path)
     actor = make_actor(source, config["actor"])
     engine = VllmEngine(settings, actor.arch, source, EOS_IDS)
-    push, bound = make_push(actor, engine.parameters(), settings.rollout.tp, staging)
+    rollout = settings.rollout
+    push, bound = make_push(actor, engine.parameters(), rollout.tp, staging, rollout.expert_parallel)
     result: dict[str, Any] = {"answers": [], "different": [], "reports": [], "made_binding": bound, "made": []}
     result |= described(push)
     addresses = {name: tensor.data_ptr() for name, tensor in engine.parameters().items()}

@@ -38,6 +38,18 @@ LAYOUTS = {
         "tp4": {"tp": 4},
     },
 }
+MIXTURES = {"qwen3 experts": ("qwen3_moe", {}), "qwen2 experts, one shared": ("qwen2_moe", {})}
+TP2 = {"tp": 2, "sequence_parallel": True}
+OF_MIXTURES = {
+    1: {"one process": {}},
+    2: {"dp2": {}, "dp2 ep2": {"ep": 2}, "tp2 ep2": TP2 | {"ep": 2}, "tp2 etp2": TP2 | {"etp": 2}, "pp2": {"pp": 2}},
+    4: {
+        "tp2 dp2 ep4": TP2 | {"ep": 4},
+        "tp2 dp2 ep2 etp2": TP2 | {"ep": 2, "etp": 2},
+        "tp2 pp2 ep2": TP2 | {"pp": 2, "ep": 2},
+        "pp2 vpp2 ep2": {"pp": 2, "vpp": 2, "ep": 2},
+    },
+}
 
 
 def some_trees():
@@ -49,7 +61,7 @@ def some_trees():
 
 @pytest.fixture(scope="module")
 def directories(model_directory):
-    return {name: model_directory(family, **overrides) for name, (family, overrides) in MODELS.items()}
+    return {name: model_directory(family, **overrides) for name, (family, overrides) in (MODELS | MIXTURES).items()}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +85,12 @@ def reference_table(reference):
 
 
 @pytest.mark.parametrize("processes", sorted(LAYOUTS))
-def test_equal_transformers(processes, directories, expected, tmp_path):
+@pytest.mark.parametrize(("models", "layouts"), [(MODELS, LAYOUTS), (MIXTURES, OF_MIXTURES)], ids=["dense", "experts"])
+def test_equal_transformers(models, layouts, processes, directories, expected, tmp_path):
     write_trees(tmp_path / "trees.jsonl", some_trees())
     arguments = {
-        "models": {name: str(path) for name, path in directories.items()},
-        "layouts": LAYOUTS[processes],
+        "models": {name: str(directories[name]) for name in models},
+        "layouts": layouts[processes],
         "trees": str(tmp_path / "trees.jsonl"),
         "temperature": TEMPERATURE,
         "out": str(tmp_path),
@@ -86,7 +99,7 @@ def test_equal_transformers(processes, directories, expected, tmp_path):
     errors = {}
     for rank in range(processes):
         tables = torch.load(tmp_path / f"rank_{rank}.pt")
-        assert set(tables) == {(layout, name) for layout in LAYOUTS[processes] for name in MODELS}
+        assert set(tables) == {(layout, name) for layout in layouts[processes] for name in models}
         for (layout, name), table in tables.items():
             errors[layout, name, rank] = difference(table, expected[name])
     print("largest error, nats:", max(errors.values()))

@@ -43,12 +43,33 @@ CUT = {  # without an engine, on any CPU
     "tp2 pp2 to four engines, strips": (4, {"family": "llama"} | STRIPS, {"tp": 2, "pp": 2}, 1),
     "tp4 to four engines, strips": (4, {"family": "qwen3"} | STRIPS, {"tp": 4}, 1),
 }
+EXPERTS = {"enable_expert_parallel": True}
+MIXTURES = {
+    "dp2 ep2 to tp2, experts": (2, {"family": "qwen2_moe"}, {"ep": 2}, 2),
+    "dp2 ep2 to tp2 ep2, experts": (2, {"family": "qwen3_moe"}, {"ep": 2}, 2, EXPERTS),
+    "tp2 dp2 ep4 to two engines of tp2 ep2, experts": (
+        4,
+        {"family": "qwen3_moe"},
+        {"tp": 2, "sequence_parallel": True, "ep": 4},
+        2,
+        EXPERTS,
+    ),
+}
+MIXTURES_LONG = {
+    "tp2 pp2 etp2 to four engines, experts": (
+        4,
+        {"family": "qwen2_moe"},
+        {"tp": 2, "sequence_parallel": True, "pp": 2, "etp": 2},
+        1,
+    )
+}
 PROMPTS = torch.randint(4, VOCAB, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def run(case, model_directory, folder, rollout, staging):
     """Results of the ranks."""
-    processes, model, actor, rollout_tp = case
+    processes, model, actor, rollout_tp, *engine = case
+    rollout = rollout | {"engine": engine[0]} if engine else rollout
     config = {
         "model": {"path": str(model_directory(**model))},
         "data": {"train": "none", "max_prompt_tokens": 64},
@@ -65,11 +86,14 @@ def trees(folder):
     return str(folder / "random.jsonl")
 
 
-@pytest.fixture(scope="module", params=[*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in LONG)])
+SOON, LATER = CASES | MIXTURES, LONG | MIXTURES_LONG
+
+
+@pytest.fixture(scope="module", params=[*SOON, *(pytest.param(case, marks=pytest.mark.long) for case in LATER)])
 def job(request, model_directory, tmp_path_factory):
     """(case, results of the ranks, folder with what was exported)."""
     folder = tmp_path_factory.mktemp("push")
-    case = (CASES | LONG)[request.param]
+    case = (SOON | LATER)[request.param]
     return request.param, run(case, model_directory, folder, {"dtype": "float32"}, STAGING), folder
 
 

@@ -16,7 +16,8 @@ import pytest
 from treepo_mcore.launch.render import TorchrunJob, render
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTS = {"treepo0": "10.77.0.1", "treepo1": "10.77.0.2"}
+# Names of this process: a job that was killed leaves its own behind.
+HOSTS = {f"treepo{os.getpid()}-{number}": f"10.77.0.{number + 1}" for number in range(2)}
 
 
 def can_make_namespaces() -> bool:
@@ -37,7 +38,8 @@ pytestmark = [
 def hosts():
     """Named as their namespaces; each resolves both names, and its interface to the other is eth0."""
     for name in HOSTS:
-        subprocess.run(["ip", "netns", "add", name], check=True)
+        made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
         folder = Path("/etc/netns") / name  # `ip netns exec` puts these files in place of /etc's
         folder.mkdir(parents=True)
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {host}\n" for host, ip in HOSTS.items()))

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from treepo_mcore.actor.attention import attention_multiple, choose_attention
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
 from treepo_mcore.actor.cpu import on_megatron_device
-from treepo_mcore.actor.layout import megatron_layout, megatron_parameters, megatron_tensors
+from treepo_mcore.actor.layout import is_expert, megatron_layout, megatron_parameters, megatron_tensors
 from treepo_mcore.actor.log_probs import edge_log_probs
 from treepo_mcore.actor.memory import ActorMemory, HostTensors
-from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs, unwrap
+from treepo_mcore.actor.model import DTYPES, MegatronConfigs, build_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.actor.quantised import PlainCopies
@@ -61,7 +61,7 @@ class Actor:
         self.dtype = DTYPES[config.dtype]
         configs = megatron_configs(config, arch)
         bare = build_model(configs, arch)
-        self.pieces: list[Piece] = megatron_layout(bare, arch, grid.tp_rank)
+        self.pieces: list[Piece] = megatron_layout(bare, arch, grid)
         self.copies = PlainCopies(megatron_parameters(bare))
         self.tensors: dict[str, Tensor] = megatron_tensors(bare) | self.copies.tensors
         self._read_weights(directory)
@@ -92,20 +92,25 @@ class Actor:
     @torch.no_grad()
     def _read_weights(self, directory: Path) -> None:
         """One replica reads the files and the others get its weights: a file system serves every byte once a job."""
-        if self.grid.dp_rank == 0:
-            load_pieces(directory, self.pieces, self.tensors)
-        if self.grid.dp > 1:
-            group = parallel_state.get_data_parallel_group()
-            for name in sorted({piece.local for piece in self.pieces}):
+        groups = {
+            False: parallel_state.get_data_parallel_group(),
+            True: parallel_state.get_expert_data_parallel_group(),
+        }
+        read = [piece for piece in self.pieces if groups[is_expert(piece.local)].rank() == 0]
+        load_pieces(directory, read, self.tensors)
+        for name in sorted({piece.local for piece in self.pieces}):
+            group = groups[is_expert(name)]
+            if group.size() > 1:
                 dist.broadcast(self.tensors[name], dist.get_global_rank(group, 0), group=group)
 
     @on_megatron_device
     @torch.no_grad()
     def log_probs(self, sequences: list[PackedSequence]) -> list[Tensor]:
         """Log-probs and entropies, float32 [2, E] for each sequence, the same on all ranks of the model."""
-        if not sequences:
+        most = self._most(len(sequences), backward=False)
+        if not most:
             return []
-        outputs = self._run(self._micro_batches(sequences), None)
+        outputs = self._run(self._micro_batches(sequences, least=most), None)
         results = []
         for index, sequence in enumerate(sequences):
             edges = len(sequence.target)
@@ -148,7 +153,9 @@ class Actor:
         behind the last one. Where the gradient is not finite nothing is stepped, on any rank, and `skipped` is 1.0.
         old_logp, reference_logp: float32 [E] for each sequence; old_logp is None for an objective that takes no ratios.
         """
-        batches = self._micro_batches(sequences, old_logp, reference_logp, least=self._most(len(sequences)))
+        batches = self._micro_batches(
+            sequences, old_logp, reference_logp, least=self._most(len(sequences), backward=True)
+        )
         if normaliser is None:
             # 1 where no rank has an edge
             normaliser = (
@@ -187,11 +194,6 @@ class Actor:
         self.scheduler.step(increment=step + 1)
 
     @property
-    def layers(self) -> int:
-        """On this rank."""
-        return sum(len(unwrap(chunk).decoder.layers) for chunk in self.chunks)
-
-    @property
     def learning_rate(self) -> float:
         """The rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
@@ -205,13 +207,15 @@ class Actor:
         unit = self.grid.pp if self.config.vpp else 1
         return -(-max(count, 1) // unit) * unit
 
-    def _most(self, count: int) -> int:
+    def _most(self, count: int, backward: bool) -> int:
         """Sequences of the data-parallel rank that has most, where all must run as many micro-batches; else `count`.
 
-        They must under TransformerEngine's delayed scaling, which meets the other ranks in every micro-batch that has a
-        backward pass. Ranks with fewer sequences then run empty ones.
+        They must with experts, to which tokens of all ranks travel, and under TransformerEngine's delayed scaling,
+        which meets the other ranks in every micro-batch that has a backward pass. Ranks with fewer sequences then run
+        empty ones.
         """
-        if not self.megatron.fp8 or self.megatron.fp8_recipe != Fp8Recipe.delayed:
+        delayed = backward and self.megatron.fp8 and self.megatron.fp8_recipe == Fp8Recipe.delayed
+        if not delayed and self.arch.experts is None:
             return count
         most = torch.tensor(count, device=self._device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
@@ -305,6 +309,11 @@ def _output(batch: MicroBatch, output: Tensor, non_loss_data: bool) -> Tensor:
 
 
 def _data_parallel(chunks: list[nn.Module], configs: MegatronConfigs) -> list[DistributedDataParallel]:
+    # Where the groups of experts are those of everything else Megatron makes one optimizer of both, whose checkpoint
+    # has other names than that of two and does not load elsewhere: always two.
+    for name, parameter in megatron_parameters(chunks).items():
+        if is_expert(name):
+            parameter.allreduce = False  # type: ignore[attr-defined]
     return [
         DistributedDataParallel(configs.transformer, configs.ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

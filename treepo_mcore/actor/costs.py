@@ -9,6 +9,7 @@ tensor by tensor.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from treepo_mcore.config import ActorConfig, Config
 from treepo_mcore.model.decoder import Q_NORM
@@ -16,8 +17,10 @@ from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.shards import (
     Stage,
-    matrix_parameters,
+    expert_parameters,
+    matrices_held,
     model_parameters,
+    sparse_layers,
     stage_parameters,
     stages,
     vocabulary_parameters,
@@ -78,24 +81,31 @@ def _weights_in_fp8(actor: ActorConfig, sizes: Sizes, stage: Stage) -> int:
     """Of one GPU of a stage."""
     if not in_fp8(actor):
         return 0
-    own, layers = actor.megatron, stage.layers
+    own, numbers = actor.megatron, stage.numbers
     if own.get("first_last_layers_bf16", actor.fp8 != "none"):  # as in the named recipes of actor/precision.py
-        layers -= own.get("num_layers_at_start_in_bf16", 1) * stage.embedding
-        layers -= own.get("num_layers_at_end_in_bf16", 1) * stage.head
-    return max(layers, 0) * matrix_parameters(sizes) // actor.tp
+        first = own.get("num_layers_at_start_in_bf16", 1) * stage.embedding
+        numbers = numbers[first : len(numbers) - own.get("num_layers_at_end_in_bf16", 1) * stage.head]
+    return matrices_held(sizes, replace(stage, numbers=numbers), actor)
 
 
 def actor_state(actor: ActorConfig, sizes: Sizes, stage: Stage, dp: int) -> dict[str, int]:
     """What one GPU of a stage keeps from step to step."""
-    count = stage_parameters(sizes, stage, actor.tp, actor.pp)
+    count, of_experts = stage_parameters(sizes, stage, actor), expert_parameters(sizes, stage, actor)
     half = actor.dtype != "float32"
     gradients = 2 if half and actor.megatron.get("grad_reduce_in_fp32") is False else 4
-    moments = (12 if half else 8) * count
+    moments = 12 if half else 8
+    replicas = (dp, expert_replicas(actor, dp)) if actor.optimizer.distributed else (1, 1)
+    shares = zip((count - of_experts, of_experts), replicas, strict=True)
     return {
         "parameters": ELEMENT[actor.dtype] * count,
         "gradients": gradients * count,
-        "optimizer": math.ceil(moments / dp) if actor.optimizer.distributed else moments,
+        "optimizer": sum(math.ceil(moments * weights / ranks) for weights, ranks in shares),
     }
+
+
+def expert_replicas(actor: ActorConfig, dp: int) -> int:
+    """Ranks that hold the same experts, or parts of them."""
+    return dp * actor.tp // (actor.ep * actor.etp)
 
 
 def in_flight(actor: ActorConfig, stage: int) -> float:
@@ -107,7 +117,13 @@ def in_flight(actor: ActorConfig, stage: int) -> float:
 
 def stage_activations(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> int:
     """Kept by the layers for one micro-batch on one GPU between its forward and its backward pass."""
-    return stage.layers * layer_activations(actor, sizes, tokens, cpu=cpu)
+    sparse = sparse_layers(sizes, stage)
+    kinds = {False: stage.layers - sparse, True: sparse}
+    return sum(
+        count * layer_activations(actor, sizes, tokens, cpu=cpu, experts=experts)
+        for experts, count in kinds.items()
+        if count
+    )
 
 
 def working(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu: bool = False) -> dict[str, int]:
@@ -117,7 +133,7 @@ def working(actor: ActorConfig, sizes: Sizes, stage: Stage, tokens: int, *, cpu:
         parts["logits"] = logits(actor, sizes, tokens) + head_activations(actor, sizes, tokens, cpu=cpu)
     layer = layer_gradients(actor, sizes, tokens)
     if actor.recompute == "full":
-        whole = layer_activations(actor, sizes, tokens, whole=True, cpu=cpu)
+        whole = largest_layer(actor, sizes, tokens, cpu=cpu)
         parts["recomputed layer"] = layer + whole - layer_activations(actor, sizes, tokens)  # its input was kept
     else:
         parts["layer gradients"] = layer
@@ -131,8 +147,17 @@ def head_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, cpu: bool
     return round(ELEMENT[actor.dtype] * tokens * sizes.hidden * wide)
 
 
-def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: bool = False, cpu: bool = False) -> int:
-    """Kept by one layer between forward and backward. whole: as if nothing were recomputed.
+def largest_layer(actor: ActorConfig, sizes: Sizes, tokens: int, *, cpu: bool = False) -> int:
+    """What a layer keeps where nothing is recomputed, of the kind that keeps most."""
+    return max(
+        layer_activations(actor, sizes, tokens, whole=True, cpu=cpu, experts=experts) for experts in _kinds(sizes)
+    )
+
+
+def layer_activations(
+    actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: bool = False, cpu: bool = False, experts: bool = False
+) -> int:
+    """Kept by one layer between forward and backward. whole: as if nothing were recomputed. experts: a layer of them.
 
     Sequence parallelism divides what is as wide as the hidden state; tensor parallelism divides all else but the
     rotary angles. On a CPU torch computes a norm in steps and keeps one tensor more for each.
@@ -147,14 +172,33 @@ def layer_activations(actor: ActorConfig, sizes: Sizes, tokens: int, *, whole: b
     rotated = heads + kv
     per_head_norms = (2 if cpu else 1) * rotated if parts_of(sizes).holds(Q_NORM) else 0
     angles = 4 * sizes.head_dim  # cosine and sine, for q and for k
-    mlp = 5 * sizes.ffn / tp  # gate and up in one, silu(gate), up once more, their product
+    mlp = _mlp_width(actor, sizes, experts, 5, 2)  # gate and up in one, silu(gate), up once more, their product
     sums = 4 * sizes.heads / tp  # of the softmax, float32
     return round(tokens * (size * (norms + fused + rotated + per_head_norms + heads + angles + mlp) + sums))
 
 
 def layer_gradients(actor: ActorConfig, sizes: Sizes, tokens: int) -> int:
     """What the backward pass of one layer holds of its own at its height, in the MLP."""
-    return round(ELEMENT[actor.dtype] * tokens * (3 * sizes.ffn / actor.tp + sizes.hidden / spread(actor)))
+    widest = max(_mlp_width(actor, sizes, experts, 3, 1) for experts in _kinds(sizes))
+    return round(ELEMENT[actor.dtype] * tokens * (widest + sizes.hidden / spread(actor)))
+
+
+def _kinds(sizes: Sizes) -> set[bool]:
+    """Of layers that the model has: with experts or without."""
+    return set(sizes.experts.sparse) if sizes.experts else {False}
+
+
+def _mlp_width(actor: ActorConfig, sizes: Sizes, experts: bool, inner: int, outer: int) -> float:
+    """Elements a token on one GPU: `inner` times the FFN width, and of experts `outer` times the hidden size.
+
+    Each copy of a token that travels to an expert is counted where it goes, as if all experts had as many.
+    """
+    if not experts:
+        return inner * sizes.ffn / actor.tp
+    assert sizes.experts is not None
+    copies = sizes.experts.topk * actor.etp / actor.tp  # ranks of a tensor group dispatch a share of the tokens each
+    each = inner * sizes.experts.ffn / actor.etp + outer * sizes.hidden
+    return copies * each + inner * sizes.experts.shared / actor.tp
 
 
 def spread(actor: ActorConfig) -> int:

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.cuda.random
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe import token_dispatcher
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -28,7 +31,8 @@ class _Stream:
 
     def wait_event(self, event: object) -> None: ...
 
-    def record_event(self, event: object = None) -> None: ...
+    def record_event(self, event: object = None) -> _Stream:
+        return self
 
     def synchronize(self) -> None: ...
 
@@ -80,9 +84,47 @@ def _replacements() -> dict[tuple[Any, str], Any]:
     table: dict[tuple[Any, str], Any] = {(torch.cuda, name): value for name, value in {**cuda, **random}.items()}
     table |= {(torch.cuda.random, name): value for name, value in random.items()}
     table |= {(torch, name): _factory(getattr(torch, name)) for name in FACTORIES}
+    table |= _of_experts()
     table[(torch.Tensor, "cuda")] = lambda tensor, *args, **kwargs: tensor
     table[(torch.Tensor, "type")] = _type
     return table
+
+
+def _of_experts() -> dict[tuple[Any, str], Any]:
+    """Of Megatron's dispatcher of tokens to experts."""
+    return {
+        (token_dispatcher, "maybe_move_tensor_to_cpu"): _move_splits,
+        (mappings, "_gather_along_first_dim"): _gather_uneven,
+        (mappings, "_reduce_scatter_along_first_dim"): _scatter_uneven,
+    }
+
+
+_move, _gather = token_dispatcher.maybe_move_tensor_to_cpu, mappings._gather_along_first_dim
+_scatter = mappings._reduce_scatter_along_first_dim
+
+
+def _move_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """On a GPU sizes come to the host as arrays; here they would stay tensors, which all_to_all_single refuses."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else _move(tensor, as_numpy, record_stream)
+
+
+def _gather_uneven(rows: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
+    """Gloo gathers shares of one size only."""
+    if output_split_sizes is None or len(set(output_split_sizes)) == 1:
+        return _gather(rows, group, output_split_sizes, *rest)
+    padded = rows.new_zeros(max(output_split_sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in output_split_sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, output_split_sizes, strict=True)])
+
+
+def _scatter_uneven(rows: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
+    if input_split_sizes is None or len(set(input_split_sizes)) == 1:
+        return _scatter(rows, group, input_split_sizes, *rest)
+    total = rows.clone()
+    dist.all_reduce(total, group=group)
+    return total.split(input_split_sizes)[group.rank()].clone()
 
 
 _TABLE = _replacements()

@@ -2,21 +2,31 @@
 
 Facts of Megatron that this file owns: ``linear_qkv`` rows are interleaved by key/value group (``[q ... q, k, v]``
 per group) and split evenly over tensor-parallel ranks, also when groups are fewer than ranks; ``linear_fc1`` holds
-this rank's gate rows above its up rows; vocabulary rows are padded; layer numbers in names are local to a stage.
+this rank's gate rows above its up rows; vocabulary rows are padded; layer numbers in names are local to a stage, those
+of experts to a rank; experts are cut by a tensor group of their own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from treepo_mcore.actor.model import unwrap
+from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.family import Part
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.weights.layout import Piece, rows
+
+EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this local name is of one of the experts, whose replicas are fewer than the model's."""
+    return ".mlp.experts." in name
 
 
 def megatron_parameters(chunks: list[nn.Module]) -> dict[str, nn.Parameter]:
@@ -33,19 +43,19 @@ def megatron_tensors(chunks: list[nn.Module]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in megatron_parameters(chunks).items()}
 
 
-def megatron_layout(chunks: list[nn.Module], arch: Sizes, tp_rank: int) -> list[Piece]:
+def megatron_layout(chunks: list[nn.Module], arch: Sizes, grid: Grid) -> list[Piece]:
     """Pieces of all parameters of this rank. A parameter that is not in the table raises KeyError with its name."""
     pieces: list[Piece] = []
     for index, chunk in enumerate(chunks):
         model = unwrap(chunk)
         offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
         for name, parameter in model.named_parameters():
-            pieces += parameter_pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, tp_rank)
+            pieces += parameter_pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, grid)
     return pieces
 
 
 def parameter_pieces(
-    arch: Sizes, name: str, local: str, shape: tuple[int, ...], offset: int, tp_rank: int
+    arch: Sizes, name: str, local: str, shape: tuple[int, ...], offset: int, grid: Grid
 ) -> Iterator[Piece]:
     """Pieces of one parameter of a model chunk.
 
@@ -55,8 +65,11 @@ def parameter_pieces(
     known = parts.outer
     if name.startswith("decoder.layers."):
         _, _, number, inner = name.split(".", 3)
-        prefix, known = f"model.layers.{int(number) + offset}.", parts.layer
-    part = {spelling: part for part in known for spelling in part.megatron}[inner]
+        prefix, known = f"model.layers.{int(number) + offset}.", parts.layers[int(number) + offset]
+    pattern, expert = _expert(inner)
+    part, tp_rank = {spelling: part for part in known for spelling in part.megatron}[pattern], grid.tp_rank
+    if part.experts:
+        part, tp_rank = part.of_expert(grid.ep_rank * (part.experts // grid.ep) + expert), grid.etp_rank
     if part.cut == "qkv":
         yield from _qkv_pieces(arch, part, prefix, local, shape, tp_rank)
     elif part.cut == "columns":
@@ -72,6 +85,12 @@ def parameter_pieces(
         begin = 0 if part.cut == "whole" else tp_rank * share
         for index, source in enumerate(part.sources):
             yield rows(prefix + source.tensor, source.first + begin, share, part.width, local, index * share)
+
+
+def _expert(inner: str) -> tuple[str, int]:
+    """The name of an expert's parameter with ``{}`` for its number on this rank, and the number; else name and 0."""
+    found = EXPERT.fullmatch(inner)
+    return (f"{found[1]}{{}}{found[3]}", int(found[2])) if found else (inner, 0)
 
 
 def _qkv_pieces(

@@ -26,7 +26,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -37,15 +37,15 @@ from treepo_mcore.config import ActorConfig, ConfigError, did_you_mean
 from treepo_mcore.model.decoder import Q_NORM, QKV_BIAS
 from treepo_mcore.model.facts import ACTOR_VOCAB_UNIT, padded
 from treepo_mcore.model.families import parts_of
-from treepo_mcore.model.shards import check_tensor_parallel
-from treepo_mcore.model.sizes import Architecture
+from treepo_mcore.model.shards import check_layout
+from treepo_mcore.model.sizes import Architecture, Experts
 from treepo_mcore.system.machine import Machine, this_machine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _MODEL = "model.path"
 _NO_CONTEXT = "nothing: trees are not split over ranks by their tokens"
-_NO_EXPERTS = "nothing: mixtures of experts are not supported"
+_BALANCE = "nothing: the loss is the objective's alone, and no token may lose an expert that the engine gave it"
 _NO_FSDP = "nothing: Megatron's FSDP is not supported"
 _OTHER_MODEL = "nothing: the engine would sample from another model than the actor trains"
 
@@ -60,9 +60,31 @@ OF_THE_TRAINER = {
     "context_parallel_size": _NO_CONTEXT,
     "hierarchical_context_parallel_sizes": _NO_CONTEXT,
     "hybrid_context_parallel": _NO_CONTEXT,
-    "expert_model_parallel_size": _NO_EXPERTS,
-    "expert_tensor_parallel_size": _NO_EXPERTS,
-    "num_moe_experts": _NO_EXPERTS,
+    "expert_model_parallel_size": "actor.ep",
+    "expert_tensor_parallel_size": "actor.etp",
+    "num_moe_experts": _MODEL,
+    "moe_router_topk": _MODEL,
+    "moe_ffn_hidden_size": _MODEL,
+    "moe_layer_freq": _MODEL,
+    "moe_router_pre_softmax": _MODEL,
+    "moe_router_score_function": _MODEL,
+    "moe_router_num_groups": _MODEL,
+    "moe_router_group_topk": _MODEL,
+    "moe_router_topk_scaling_factor": _MODEL,
+    "moe_router_enable_expert_bias": _MODEL,
+    "moe_shared_expert_intermediate_size": _MODEL,
+    "moe_shared_expert_gate": _MODEL,
+    "moe_latent_size": _OTHER_MODEL,
+    "moe_router_load_balancing_type": _BALANCE,
+    "moe_aux_loss_coeff": _BALANCE,
+    "moe_z_loss_coeff": _BALANCE,
+    "moe_input_jitter_eps": _BALANCE,
+    "moe_router_force_load_balancing": _BALANCE,
+    "moe_expert_capacity_factor": _BALANCE,
+    "moe_pad_expert_input_to_capacity": _BALANCE,
+    "moe_token_dispatcher_type": "nothing: trees differ in tokens, which only alltoall takes",
+    "moe_grouped_gemm": "nothing: on with TransformerEngine's layers, which alone have it",
+    "moe_single_grouped_weight": "nothing: pushes read each expert's weight",
     "use_megatron_fsdp": _NO_FSDP,
     "use_custom_fsdp": _NO_FSDP,
     "bf16": "actor.dtype",
@@ -142,12 +164,13 @@ def megatron_configs(actor: ActorConfig, arch: Architecture, machine: Machine | 
     extra = _sort_pass_through(actor.megatron)
     precision = _sort_pass_through(precision_fields(actor, arch, machine))
     dtype = DTYPES[actor.dtype]
-    check_tensor_parallel(arch, actor)
+    check_layout(arch, actor)
     try:
         configs = MegatronConfigs(
             TransformerConfig(
                 **(
                     _transformer_fields(actor, arch, dtype)
+                    | _expert_fields(actor, arch.experts, machine)
                     | _fusions(machine)
                     | precision[TransformerConfig]
                     | extra[TransformerConfig]
@@ -225,6 +248,26 @@ def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dty
         # Every weight is loaded from the checkpoint.
         "perform_initialization": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
+    }
+
+
+def _expert_fields(actor: ActorConfig, experts: Experts | None, machine: Machine) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    shared = {"moe_shared_expert_intermediate_size": experts.shared, "moe_shared_expert_gate": True}
+    return (shared if experts.shared else {}) | {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.topk,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_layer_freq": [int(sparse) for sparse in experts.sparse],
+        # The softmax of the chosen logits alone is the softmax of all, normalised over the chosen.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_score_function": "softmax",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": machine.te_layers,
+        "expert_model_parallel_size": actor.ep,
+        "expert_tensor_parallel_size": actor.etp,
     }
 
 
@@ -359,9 +402,11 @@ def unwrap(chunk: nn.Module) -> TreeGPTModel:
 
 
 def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | None, te_layers: bool) -> TreeGPTModel:
-    layers = get_num_layers_to_build(config, vp_stage=stage)
-    layer, norm = _te_spec(arch) if te_layers else _local_spec(arch)
-    spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    first, count = get_transformer_layer_offset(config, vp_stage=stage), get_num_layers_to_build(config, vp_stage=stage)
+    make, norm = (_te_layer, _te_norm()) if te_layers else (_local_layer, RMSNorm)
+    sparse = arch.experts.sparse if arch.experts else (False,) * arch.layers
+    layers = [make(arch, arch.experts if has_experts else None) for has_experts in sparse[first : first + count]]
+    spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
     model = TreeGPTModel(
         config,
         spec,
@@ -382,10 +427,11 @@ def _build_chunk(config: TransformerConfig, arch: Architecture, stage: int | Non
     return model
 
 
-def _local_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
-    """A layer of Megatron's own modules, and the norm after the last one."""
+def _local_layer(arch: Architecture, experts: Experts | None) -> ModuleSpec:
+    """A layer of Megatron's own modules."""
     qk_norm = parts_of(arch).holds(Q_NORM)
-    parts = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=qk_norm)
+    count = experts.count if experts else None
+    parts = get_gpt_layer_local_submodules(num_experts=count, normalization="RMSNorm", qk_layernorm=qk_norm)
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if qk_norm else {}
     parts = dataclasses.replace(
         parts,
@@ -393,16 +439,23 @@ def _local_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
     )
-    return ModuleSpec(module=TransformerLayer, submodules=parts), RMSNorm
+    return ModuleSpec(module=TransformerLayer, submodules=parts)
 
 
-def _te_spec(arch: Architecture) -> tuple[ModuleSpec, Any]:
-    """The same of TransformerEngine's: norms are fused into the linear layer behind them."""
+def _te_layer(arch: Architecture, experts: Experts | None) -> ModuleSpec:
+    """The same of TransformerEngine's: norms are fused into the linear layer behind them, but for that of experts."""
+    count, qk_norm = experts.count if experts else None, parts_of(arch).holds(Q_NORM)
+    parts = get_gpt_layer_with_transformer_engine_submodules(
+        num_experts=count, moe_grouped_gemm=experts is not None, qk_layernorm=qk_norm
+    )
+    parts = dataclasses.replace(parts, self_attention=_tree_attention(parts.self_attention))
+    return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+def _te_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
-    parts = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=parts_of(arch).holds(Q_NORM))
-    parts = dataclasses.replace(parts, self_attention=_tree_attention(parts.self_attention))
-    return ModuleSpec(module=TransformerLayer, submodules=parts), TENorm
+    return TENorm
 
 
 def _tree_attention(attention: ModuleSpec, **slots: Any) -> ModuleSpec:

@@ -24,6 +24,9 @@ class Grid:
     pp_rank: int
     dp: int
     dp_rank: int
+    ep: int = 1
+    ep_rank: int = 0
+    etp_rank: int = 0
 
     @property
     def leads_model(self) -> bool:
@@ -38,6 +41,8 @@ def build_grid(actor: ActorConfig, seed: int) -> Grid:
         tensor_model_parallel_size=actor.tp,
         pipeline_model_parallel_size=actor.pp,
         virtual_pipeline_model_parallel_size=actor.vpp,
+        expert_model_parallel_size=actor.ep,
+        expert_tensor_parallel_size=actor.etp,
     )
     model_parallel_cuda_manual_seed(seed)
     return Grid(
@@ -49,6 +54,9 @@ def build_grid(actor: ActorConfig, seed: int) -> Grid:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        ep=actor.ep,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
 
 

@@ -71,6 +71,8 @@ def precision_fields(actor: ActorConfig, arch: Architecture, machine: Machine) -
     where = f"actor.fp8: {actor.fp8}" if named else "actor.megatron.fp8"
     if actor.dtype != "bfloat16":
         raise ConfigError(f"{where}: needs actor.dtype: bfloat16, found {actor.dtype}")
+    if arch.experts:
+        raise ConfigError(f"{where}: not supported with a mixture of experts ({arch.family})")
     recipe = _recipe(fields)
     _check_quantised_parameters(actor, recipe)
     check_recipe(recipe, machine, where)

@@ -71,7 +71,7 @@ def _check_files(checkpoint: Path, metadata: Metadata) -> None:
 def _check_shapes(checkpoint: Path, metadata: Metadata, sizes: Sizes) -> None:
     saved = metadata.state_dict_metadata
     found = {name: tuple(entry.size) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
-    for part in parts_of(sizes).layer:
+    for part in parts_of(sizes).layers[0]:
         # TransformerEngine's layers have some tensors under other names than Megatron's own.
         name = next((LAYERS + name for name in part.megatron if LAYERS + name in found), None)
         if name is None:

@@ -38,6 +38,8 @@ class ActorConfig(Section):
     tp: int = Field(1, ge=1)
     pp: int = Field(1, ge=1)
     vpp: int | None = Field(None, ge=2)  # virtual pipeline stages per rank
+    ep: int = Field(1, ge=1)  # ranks that share the experts of a mixture, in runs of neighbours
+    etp: int = Field(1, ge=1)  # ranks that share each expert; actor.tp splits everything else
     first_stage_layers: int | None = Field(None, ge=1)  # uneven pipelines
     last_stage_layers: int | None = Field(None, ge=1)
     sequence_parallel: bool = False

@@ -183,3 +183,8 @@ class RolloutConfig(Section):
     # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
     # quantised before they are sent.
     engine: dict[str, Any] = {}
+
+    @property
+    def expert_parallel(self) -> bool:
+        """Whether a rank of an engine has some experts whole, and not a part of each."""
+        return self.tp > 1 and bool(self.engine.get("enable_expert_parallel"))

@@ -108,5 +108,10 @@ def check_grid(config: Config, world: int) -> None:
             f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} processes are not a multiple of {model}; "
             f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
         )
+    if (world // actor.pp) % (actor.ep * actor.etp):
+        raise ConfigError(
+            f"actor.ep x actor.etp = {actor.ep} x {actor.etp}: the {world // actor.pp} ranks of a pipeline stage are "
+            f"not a multiple of {actor.ep * actor.etp}"
+        )
     if world % rollout.tp:
         raise ConfigError(f"rollout.tp: {world} processes are not a multiple of {rollout.tp}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from treepo_mcore.config import Config
+from treepo_mcore.config import Config, RolloutConfig
 from treepo_mcore.model.sizes import Sizes
 
 UTILISATION = 0.6  # of GPU memory for the engine, where rollout.engine.gpu_memory_utilization does not say
@@ -33,6 +33,16 @@ class EngineMemory:
 def engine_in_fp8(config: Config) -> bool:
     """Whether the engine's linear layers have FP8 weights."""
     return config.rollout.engine.get("quantization") == BLOCK_FP8
+
+
+def engine_mlp(rollout: RolloutConfig, sizes: Sizes) -> int:
+    """Elements a token that the widest layer's MLP, or its experts, hold at a time on one GPU."""
+    tp, experts = rollout.tp, sizes.experts
+    dense = 0 if sizes.all_sparse else 3 * sizes.ffn // tp
+    if experts is None:
+        return dense
+    width = experts.ffn if rollout.expert_parallel else experts.ffn // tp
+    return max(dense, experts.topk * (max(2 * width, sizes.hidden) + width))
 
 
 def cache_bytes(sizes: Sizes, tp: int, dtype: str, size: int) -> int:

@@ -47,4 +47,4 @@ def forward_flops(trees: Sequence[Tree], sizes: Sizes) -> float:
 
 def token_work(sizes: Sizes) -> float:
     """Query-key pairs that take as many multiplications as one token in the linear layers: 52,000 in Llama 70B."""
-    return matrix_parameters(sizes) / (2 * sizes.heads * sizes.head_dim)
+    return matrix_parameters(sizes) / sizes.layers / (2 * sizes.heads * sizes.head_dim)

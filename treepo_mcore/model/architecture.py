@@ -11,14 +11,14 @@ from typing import Any
 
 from treepo_mcore.config import ConfigError
 from treepo_mcore.model.decoder import QKV_BIAS
+from treepo_mcore.model.experts import read_experts
 from treepo_mcore.model.families import FAMILIES, parts_of
 from treepo_mcore.model.family import Family
-from treepo_mcore.model.files import number, read_json, truth
+from treepo_mcore.model.files import number, read_json, truth, whole
 from treepo_mcore.model.rotary import Rotary, read_rotary
 from treepo_mcore.model.sizes import Architecture, Sizes
 
 SIZE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-MOST = {"num_hidden_layers": 10_000}  # beyond it, naming all tensors would take for ever
 
 
 def read_architecture(directory: Path) -> Architecture:
@@ -46,9 +46,9 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
     if raw.get("model_type", family.name) != family.name:
         raise ConfigError(f"{where}: expected model_type to be {family.name!r}, found {raw['model_type']!r:.80}")
     _refuse_unsupported(directory, raw, family)
-    given = {key: _size(directory, raw, key) for key in SIZE_KEYS}
+    given = {key: whole(where, raw, key) for key in SIZE_KEYS}
     heads, hidden = given["num_attention_heads"], given["hidden_size"]
-    positions = _size(directory, raw, "max_position_embeddings", 32768)
+    positions = whole(where, raw, "max_position_embeddings", 32768)
     sizes = Sizes(
         family=family.name,
         hidden=hidden,
@@ -56,13 +56,14 @@ def _sizes(directory: Path, raw: dict[str, Any]) -> Sizes:
         layers=given["num_hidden_layers"],
         heads=heads,
         # Where the keys are absent or null, what transformers assumes.
-        kv_heads=_size(directory, raw, "num_key_value_heads", heads),
-        head_dim=_size(directory, raw, "head_dim", family.head_dim or hidden // heads),
+        kv_heads=whole(where, raw, "num_key_value_heads", heads),
+        head_dim=whole(where, raw, "head_dim", family.head_dim or hidden // heads),
         vocab=given["vocab_size"],
         norm_eps=number(where, raw, "rms_norm_eps", 1e-6),
         tied=truth(where, raw, "tie_word_embeddings"),
         max_positions=_longest(read_rotary(where, raw, family.rotary), positions),
         initializer_range=number(where, raw, "initializer_range", 0.02),
+        experts=read_experts(where, raw, given["num_hidden_layers"]) if family.mixture else None,
     )
     if heads % sizes.kv_heads:
         raise ConfigError(f"{where}: expected num_key_value_heads to divide {heads}, found {sizes.kv_heads}")
@@ -86,15 +87,6 @@ def ask_transformers(directory: Path) -> None:
     except (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"{directory}/config.json: transformers refuses this: {said}") from error
-
-
-def _size(directory: Path, raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = number(f"{directory}/config.json", raw, key, default)
-    if value != int(value):
-        raise ConfigError(f"{directory}/config.json: expected {key} to be a whole number, found {value!r}")
-    if value > (most := MOST.get(key, 2**31 - 1)):
-        raise ConfigError(f"{directory}/config.json: expected {key} to be at most {most}, found {value:.0f}")
-    return int(value)
 
 
 def _longest(rotary: Rotary, longest: int) -> int:
@@ -122,7 +114,7 @@ def _refuse_unsupported(directory: Path, raw: dict[str, Any], family: Family) ->
     if truth(where, raw, "use_sliding_window") and "sliding_attention" in layer_types:
         raise ConfigError(f"{where}: use_sliding_window is true: sliding-window attention is not supported")
     window = raw.get("sliding_window", family.window) if family.windowed else None
-    positions = _size(directory, raw, "max_position_embeddings", 32768)
+    positions = whole(where, raw, "max_position_embeddings", 32768)
     if number(where, {"sliding_window": window}, "sliding_window", positions) < positions:
         raise ConfigError(
             f"{where}: sliding_window {window} is less than max_position_embeddings: "

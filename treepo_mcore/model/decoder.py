@@ -1,9 +1,11 @@
-"""The parts of a dense decoder: attention with grouped heads and a gated MLP, as Llama has them."""
+"""The parts of a decoder: attention with grouped heads and a gated MLP, as Llama has them, or experts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from treepo_mcore.model.family import Part, Parts, Source
-from treepo_mcore.model.sizes import Sizes
+from treepo_mcore.model.sizes import Experts, Sizes
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 QKV_BIAS, Q_NORM = "self_attention.linear_qkv.bias", "self_attention.q_layernorm.weight"  # in Megatron
@@ -21,6 +23,16 @@ def decoder_parts(
     """qkv, gate_up: the checkpoint's names of what both libraries fuse; one name where the checkpoint fuses it too.
     qk_norm: an RMSNorm on every head of q and k.
     """
+    attention = _attention(sizes, qkv, qkv_bias, qk_norm)
+    dense = (*attention, *_mlp(gate_up, sizes.ffn, sizes.hidden))
+    if sizes.experts is None:
+        return Parts(_outer(sizes), (dense,) * sizes.layers)
+    sparse = (*attention, *_mixture(sizes.experts, sizes.hidden))
+    return Parts(_outer(sizes), tuple(sparse if experts else dense for experts in sizes.experts.sparse))
+
+
+def _attention(sizes: Sizes, qkv: tuple[str, ...], qkv_bias: bool, qk_norm: bool) -> list[Part]:
+    """With both norms of the layer."""
     hidden, head = sizes.hidden, sizes.head_dim
     heads = (sizes.heads * head, sizes.kv_heads * head, sizes.kv_heads * head)
     layer = [
@@ -43,7 +55,8 @@ def decoder_parts(
         for letter in "qk":
             megatron, name = f"self_attention.{letter}_layernorm.weight", f"self_attn.{letter}_norm.weight"
             layer.append(_norm(name, head, megatron))
-    layer += [
+    return [
+        *layer,
         Part(
             "columns",
             ("self_attention.linear_proj.weight",),
@@ -55,24 +68,75 @@ def decoder_parts(
         _norm(
             "post_attention_layernorm.weight", hidden, "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
         ),
+    ]
+
+
+def _mlp(gate_up: tuple[str, ...], width: int, hidden: int) -> list[Part]:
+    down = (Source("mlp.down_proj.weight", hidden),)
+    return [
         Part(
             "stacked",
             ("mlp.linear_fc1.weight",),
             "mlp.gate_up_proj.weight",
-            _fused(gate_up, (sizes.ffn, sizes.ffn), "weight"),
+            _fused(gate_up, (width, width), "weight"),
+            hidden,
+            quantised=True,
+        ),
+        Part("columns", ("mlp.linear_fc2.weight",), "mlp.down_proj.weight", down, width, quantised=True),
+    ]
+
+
+def _mixture(experts: Experts, hidden: int) -> list[Part]:
+    """The router, the experts, and the one that all tokens go through; as Qwen2-MoE and Qwen3-MoE name them.
+
+    Experts are Megatron's `SequentialMLP` on a CPU and TransformerEngine's grouped products elsewhere.
+    """
+    each: dict[str, Any] = {"experts": experts.count, "chosen": experts.topk, "quantised": True}
+    gate_up, down = (f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up")), "mlp.experts.{}.down_proj.weight"
+    parts = [
+        Part("whole", ("mlp.router.weight",), "mlp.gate.weight", (Source("mlp.gate.weight", experts.count),), hidden),
+        Part(
+            "stacked",
+            ("mlp.experts.local_experts.{}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{}"),
+            "mlp.experts.routed_experts.w13_weight",
+            _fused(tuple(gate_up), (experts.ffn, experts.ffn), "weight"),
+            hidden,
+            **each,
+        ),
+        Part(
+            "columns",
+            ("mlp.experts.local_experts.{}.linear_fc2.weight", "mlp.experts.linear_fc2.weight{}"),
+            "mlp.experts.routed_experts.w2_weight",
+            (Source(down, hidden),),
+            experts.ffn,
+            **each,
+        ),
+    ]
+    return [*parts, *_shared_expert(experts.shared, hidden)] if experts.shared else parts
+
+
+def _shared_expert(width: int, hidden: int) -> list[Part]:
+    gate_up, down = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), "mlp.shared_expert.down_proj.weight"
+    gate = "mlp.shared_expert_gate.weight"
+    return [
+        Part(
+            "stacked",
+            ("mlp.shared_experts.linear_fc1.weight",),
+            "mlp.shared_expert.gate_up_proj.weight",
+            _fused(gate_up, (width, width), "weight"),
             hidden,
             quantised=True,
         ),
         Part(
             "columns",
-            ("mlp.linear_fc2.weight",),
-            "mlp.down_proj.weight",
-            (Source("mlp.down_proj.weight", hidden),),
-            sizes.ffn,
+            ("mlp.shared_experts.linear_fc2.weight",),
+            down,
+            (Source(down, hidden),),
+            width,
             quantised=True,
         ),
+        Part("whole", ("mlp.shared_experts.gate_weight",), gate, (Source(gate, 1),), hidden),
     ]
-    return Parts(_outer(sizes), tuple(layer))
 
 
 def _outer(sizes: Sizes) -> tuple[Part, ...]:

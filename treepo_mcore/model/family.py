@@ -9,8 +9,9 @@ backward pass is not a property of its weights; `actor/costs.py` counts that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from treepo_mcore.config import ConfigError
@@ -20,6 +21,7 @@ from treepo_mcore.model.sizes import Sizes
 
 # whole: every rank holds all of it. columns: each rank some columns. stacked: each rank some rows of every source, one
 # below the other. qkv: query heads and the key/value heads that they share. vocabulary: rows, padded and then split.
+# Of an expert, the ranks that share it cut its columns and stacked rows.
 Cut = Literal["whole", "columns", "stacked", "qkv", "vocabulary"]
 
 
@@ -31,10 +33,19 @@ class Source:
     rows: int
     first: int = 0  # in that tensor, where several sources share it
 
+    def of_expert(self, number: int) -> Source:
+        """With the expert's number in its name."""
+        return replace(self, tensor=self.tensor.format(number))
+
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the model, or of each of its layers."""
+    """One tensor of the model, or of a layer, or of each of a layer's experts.
+
+    Experts' names, Megatron's and those of sources, have ``{}`` in the place of the expert's number, which in
+    Megatron counts from a rank's own first expert on. vLLM holds all experts of a rank in one tensor, one behind the
+    other: its name and its shape are of all of them, everything else here is of one expert.
+    """
 
     cut: Cut
     megatron: tuple[str, ...]  # its names, inside a layer if it is of one; TransformerEngine fuses norms under another
@@ -42,6 +53,8 @@ class Part:
     sources: tuple[Source, ...]  # one below the other; q, k and v in this order
     width: int | None = None  # columns; None: one-dimensional
     quantised: bool = False  # whether an engine with FP8 weights holds it in FP8
+    experts: int = 0  # of the layer; 0: it is not of experts
+    chosen: int = 0  # of these, how many compute a token
 
     @property
     def rows(self) -> int:
@@ -50,22 +63,33 @@ class Part:
 
     @property
     def numel(self) -> int:
-        """Elements of the checkpoint in it."""
-        return self.rows * (self.width or 1)
+        """Elements of the checkpoint in it, of all experts."""
+        return self.rows * (self.width or 1) * (self.experts or 1)
 
     @property
     def flops(self) -> int:
-        """Of one token's forward pass: a multiplication and an addition for each weight of a matrix."""
-        return 0 if self.width is None or self.cut == "vocabulary" else 2 * self.numel
+        """Of one token's forward pass: a multiplication and an addition for each weight of a matrix it goes through."""
+        if self.width is None or self.cut == "vocabulary":
+            return 0
+        return 2 * self.rows * self.width * (self.chosen or 1)
+
+    def of_expert(self, number: int) -> Part:
+        """The same of one expert, under the names of the checkpoint."""
+        return replace(self, experts=0, sources=tuple(source.of_expert(number) for source in self.sources))
 
     def actor_shape(self, tp: int) -> tuple[int, ...]:
-        """On one of `tp` ranks of Megatron."""
+        """On one of `tp` ranks of Megatron; of one expert, on one of the `tp` that share it."""
         if self.cut == "vocabulary":
             return self._shape(padded(self.rows, ACTOR_VOCAB_UNIT * tp) // tp)
         return self._even(tp)
 
-    def engine_shape(self, tp: int, head_dim: int) -> tuple[int, ...]:
-        """On one of `tp` ranks of vLLM, which repeats key/value heads where there are fewer of them than ranks."""
+    def engine_shape(self, tp: int, head_dim: int, expert_parallel: bool = False) -> tuple[int, ...]:
+        """On one of `tp` ranks of vLLM, which repeats key/value heads where there are fewer of them than ranks.
+
+        expert_parallel: whether each rank holds some experts whole, and not a part of each.
+        """
+        if self.experts:
+            return (self.experts // tp, *self._even(1)) if expert_parallel else (self.experts, *self._even(tp))
         if self.cut == "vocabulary":
             return self._shape(padded(self.rows, ENGINE_VOCAB_UNIT) // tp)
         if self.cut == "qkv":
@@ -88,11 +112,16 @@ class Parts:
     """All of a model."""
 
     outer: tuple[Part, ...]  # embedding, final norm, output layer where it is not the embedding
-    layer: tuple[Part, ...]  # of every layer alike
+    layers: tuple[tuple[Part, ...], ...]  # of each layer
+
+    @property
+    def inner(self) -> Iterator[Part]:
+        """Of all layers."""
+        return chain.from_iterable(self.layers)
 
     def holds(self, name: str) -> bool:
-        """Whether every layer has a tensor that Megatron calls so, such as ``self_attention.linear_qkv.bias``."""
-        return any(name in part.megatron for part in self.layer)
+        """Whether a layer has a tensor that Megatron calls so, such as ``self_attention.linear_qkv.bias``."""
+        return any(name in part.megatron for part in self.inner)
 
 
 @dataclass(frozen=True)
@@ -105,24 +134,30 @@ class Family:
     windowed: bool = False  # whether `sliding_window` counts; a window shorter than the context is refused
     window: int | None = None  # what transformers assumes where that key is absent
     rotary: tuple[str, ...] = tuple(KINDS)  # kinds of rotary embeddings that transformers knows for it
+    mixture: bool = False  # of experts
 
 
-def hf_shapes(parts: Parts, layers: int) -> dict[str, tuple[int, ...]]:
+def hf_shapes(parts: Parts) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint with its shape, the embedding first, then layer by layer.
 
     Raises `ConfigError` where rows of a tensor belong to no part, or to two.
     """
     embedding, *rest = parts.outer
     shapes = _tensors((embedding,))
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _tensors(parts.layer).items()}
+    alike = {layer: _tensors(layer) for layer in set(parts.layers)}
+    for number, layer in enumerate(parts.layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in alike[layer].items()}
     return shapes | _tensors(tuple(rest))
+
+
+def _single(part: Part) -> list[Part]:
+    return [part.of_expert(number) for number in range(part.experts)] or [part]
 
 
 def _tensors(parts: tuple[Part, ...]) -> dict[str, tuple[int, ...]]:
     runs: dict[str, list[tuple[int, int]]] = {}
     widths: dict[str, int | None] = {}
-    for part in parts:
+    for part in chain.from_iterable(_single(part) for part in parts):
         for source in part.sources:
             runs.setdefault(source.tensor, []).append((source.first, source.first + source.rows))
             if widths.setdefault(source.tensor, part.width) != part.width:

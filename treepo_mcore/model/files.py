@@ -11,6 +11,7 @@ from typing import Any
 from treepo_mcore.config import ConfigError, ModelConfig
 
 POINTER = b"version https://git-lfs"
+MOST = {"num_hidden_layers": 10_000, "num_experts": 10_000, "num_local_experts": 10_000}  # with all names to make
 
 
 def is_hub_name(path: str) -> bool:
@@ -134,6 +135,16 @@ def number(where: str, table: dict[str, Any], key: str, absent: float | None = N
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{where}: expected {key} to be a positive number, found {value!r:.80}")
     return float(value)
+
+
+def whole(where: str, table: dict[str, Any], key: str, absent: int | None = None) -> int:
+    """The same, without a fraction, and not beyond `MOST`."""
+    value = number(where, table, key, absent)
+    if value != int(value):
+        raise ConfigError(f"{where}: expected {key} to be a whole number, found {value!r}")
+    if value > (most := MOST.get(key, 2**31 - 1)):
+        raise ConfigError(f"{where}: expected {key} to be at most {most}, found {value:.0f}")
+    return int(value)
 
 
 def truth(where: str, table: dict[str, Any], key: str, absent: bool = False) -> bool:

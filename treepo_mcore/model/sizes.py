@@ -1,4 +1,4 @@
-"""The sizes of a dense decoder."""
+"""The sizes of a decoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,28 @@ from treepo_mcore.model.rotary import Rotary
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that takes the MLP's place in some layers."""
+
+    count: int
+    topk: int  # experts that compute a token
+    ffn: int  # width of one expert
+    normalised: bool  # whether the weights of a token's experts add up to one
+    sparse: tuple[bool, ...]  # by layer: whether it has experts, or an MLP as a dense model has it
+    shared: int = 0  # width of an expert that computes every token, behind a sigmoid gate; 0: there is none
+
+    def split_problem(self, ep: int, etp: int) -> str | None:
+        """Why `ep` ranks cannot share the experts and `etp` ranks each of them; None when they can."""
+        if self.count % ep:
+            return f"{ep} does not divide the model's {self.count} experts"
+        if self.ffn % etp:
+            return f"{etp} does not divide the experts' FFN width of {self.ffn}"
+        return None
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """A dense decoder as its checkpoint describes it, of the whole model, not of a shard.
+    """A decoder as its checkpoint describes it, of the whole model, not of a shard.
 
     All that planning on paper needs; reading it takes no torch.
     """
@@ -27,15 +47,27 @@ class Sizes:
     tied: bool
     max_positions: int
     initializer_range: float
+    experts: Experts | None = None
 
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
+    @property
+    def all_sparse(self) -> bool:
+        """Whether every layer has experts; `ffn` is then the width of no layer."""
+        return self.experts is not None and all(self.experts.sparse)
+
     def split_problem(self, tp: int) -> str | None:
-        """Why `tp` tensor-parallel ranks, of Megatron or of vLLM, cannot share the model; None when they can."""
-        for what, count in (("attention heads", self.heads), ("FFN width", self.ffn)):
+        """Why `tp` tensor-parallel ranks, of Megatron or of vLLM, cannot share the model; None when they can.
+
+        Experts are not looked at: see `Experts.split_problem`.
+        """
+        widths = {"attention heads": self.heads, "FFN width": 0 if self.all_sparse else self.ffn}
+        if self.experts:
+            widths["shared expert's FFN width"] = self.experts.shared
+        for what, count in widths.items():
             if count % tp:
                 return f"does not divide the model's {what} of {count}"
         if self.kv_heads % tp and tp % self.kv_heads:
@@ -47,8 +79,18 @@ class Sizes:
         if why := self.split_problem(tp):
             raise ConfigError(f"{key}: {tp} {why}")
 
+    def check_engine_split(self, tp: int, expert_parallel: bool) -> None:
+        """Raise `ConfigError` where `tp` ranks of an engine cannot have as much of everything.
 
-@dataclass(frozen=True)
+        expert_parallel: each has some experts, and not a part of each.
+        """
+        self.check_split("rollout.tp", tp)
+        ranks = (tp, 1) if expert_parallel else (1, tp)
+        if self.experts and (why := self.experts.split_problem(*ranks)):
+            raise ConfigError(f"rollout.tp: {why}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture(Sizes):
     """With the rotary embedding: all that the model needs."""
 

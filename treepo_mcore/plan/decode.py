@@ -10,7 +10,7 @@ import numpy as np
 from treepo_mcore.config import Config
 from treepo_mcore.engine.costs import EngineMemory, engine_in_fp8
 from treepo_mcore.model.facts import ELEMENT
-from treepo_mcore.model.shards import matrix_parameters, model_parameters
+from treepo_mcore.model.shards import active_parameters, matrix_parameters
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.constants import LINK_EFFICIENCY
@@ -67,7 +67,7 @@ def step_cost(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemo
         fixed=(engine.weights - table) / bandwidth,
         request=per_request,
         token=engine.token_bytes / bandwidth,
-        compute=2 * model_parameters(sizes) / tp / peak,
+        compute=2 * active_parameters(sizes) / tp / peak,
         latency=latency,
     )
 
@@ -118,7 +118,7 @@ def _prefill_seconds(
     """Prompts once each, the last block of every fork, and what was pushed out of the cache."""
     tokens = share * (work.prompt_tokens + RECOMPUTED * work.profile.requests) + evicted
     peak = engine_peak(config, cluster) * constants.ENGINE_EFFICIENCY * config.rollout.tp
-    return tokens * 2 * sizes.layers * matrix_parameters(sizes) / peak
+    return tokens * 2 * matrix_parameters(sizes) / peak
 
 
 class _Play:

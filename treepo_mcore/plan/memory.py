@@ -9,13 +9,13 @@ from treepo_mcore.actor.costs import (
     actor_state,
     checkpoint_bytes,
     host_memory,
-    layer_activations,
+    largest_layer,
     logits,
     plain_copies,
     update_working,
 )
 from treepo_mcore.config import Config
-from treepo_mcore.engine.costs import GRAPH_BYTES, UTILISATION, EngineMemory, cache_bytes, engine_in_fp8
+from treepo_mcore.engine.costs import GRAPH_BYTES, UTILISATION, EngineMemory, cache_bytes, engine_in_fp8, engine_mlp
 from treepo_mcore.model.facts import ELEMENT
 from treepo_mcore.model.shards import (
     Stage,
@@ -73,7 +73,7 @@ def _stage_phases(
     state = actor_state(actor, sizes, stage, cluster.world // (actor.tp * actor.pp))
     work = update_working(actor, sizes, stage, index, tokens, cluster.gpu.capability)
     mask = {name: work[name] for name in ("tree attention", "FP8 weights")}
-    layer = layer_activations(actor, sizes, tokens, whole=True)
+    layer = largest_layer(actor, sizes, tokens)
     forward = {"activations": layer, "logits": logits(actor, sizes, tokens) if stage.head else 0} | mask
     resident = {name: size for name, size in state.items() if name not in offload}
     state_in_push = resident | {"parameters": state["parameters"]}
@@ -100,7 +100,7 @@ def plan_engine(config: Config, sizes: Sizes, cluster: Cluster) -> EngineMemory:
     large = cluster.gpu.memory >= 70 << 30 and not cluster.gpu.name.startswith("A100")
     requests = settings.get("max_num_seqs") or DEFAULT_REQUESTS[large]
     batched = settings.get("max_num_batched_tokens") or DEFAULT_BATCHED_TOKENS[large]
-    working = batched * size * (3 * sizes.ffn // rollout.tp + 4 * sizes.hidden) + 3 * 4 * requests * sizes.vocab
+    working = batched * size * (engine_mlp(rollout, sizes) + 4 * sizes.hidden) + 3 * 4 * requests * sizes.vocab
     utilisation = settings.get("gpu_memory_utilization") or UTILISATION
     # As vLLM: bytes that are said outright are what the cache gets, whatever the share of the GPU.
     said = settings.get("kv_cache_memory_bytes")

@@ -22,7 +22,7 @@ from treepo_mcore.actor.model import build_meta_model, megatron_configs
 from treepo_mcore.actor.parallel import Grid, build_grid, leave_grid
 from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.engine.vllm.engine import engine_arguments
-from treepo_mcore.engine.vllm.layout import MetaEngine, vllm_layout, vllm_padding, vllm_shapes
+from treepo_mcore.engine.vllm.layout import MetaEngine, vllm_layout, vllm_padding
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.system.machine import Machine, this_machine
 from treepo_mcore.system.placement import Placement, colocated
@@ -31,6 +31,7 @@ from treepo_mcore.weights.layout import Piece
 from treepo_mcore.weights.plan import Layouts, PlanError, Transfer, make_plan
 
 Group = tuple[int, ...]  # ranks
+Place = tuple[int, ...]  # of a rank in Megatron's grid, replicas apart
 # The cluster's GPUs, where this machine has none to go by: an H100 with what requirements/gpu.lock installs.
 PLANNED = Machine(capability=(9, 0), cuda=(13, 0), te=(2, 16, 1))
 
@@ -109,35 +110,37 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
     configs = megatron_configs(config.actor, arch, planned_machine())
     arguments = engine_arguments(config, arch, directory)
     check_grid(config, world)
-    vllm_shapes(arch, tp)  # refuses what cannot be split
     engine = MetaEngine(arguments)
     grids: list[Grid] = []
     groups: list[Group] = []
-    held: dict[tuple[int, int], list[Piece]] = {}
+    held: dict[Place, list[Piece]] = {}
     parameters: list[dict[str, Tensor]] = []
     for rank in range(world):
         with fake_rank(rank, world) as created, _grid(config) as grid:
-            place = grid.tp_rank, grid.pp_rank
-            if place not in held:
-                held[place] = megatron_layout(build_meta_model(configs, arch), arch, grid.tp_rank)
+            if (place := _place(grid)) not in held:
+                held[place] = megatron_layout(build_meta_model(configs, arch), arch, grid)
             with engine.groups():
                 if rank < tp:
                     parameters.append(engine.parameters(arch))
         grids.append(grid)
         groups = groups or created
         _check_same_groups(rank, created, groups)
-    wanted = [vllm_layout(parameters[r], arch, tp, r) for r in range(tp)]
+    wanted = [vllm_layout(parameters[r], arch, tp, r, config.rollout.expert_parallel) for r in range(tp)]
     places = [colocated(rank, world, tp) for rank in range(world)]
     return PaperJob(
         grids,
         places,
         groups,
-        [held[grid.tp_rank, grid.pp_rank] for grid in grids],
+        [held[_place(grid)] for grid in grids],
         [wanted[place.engine_rank] for place in places],
         parameters,
         [_padding(parameters[r], arch, tp, r) for r in range(tp)],
         [rank // gpus_per_node for rank in range(world)],
     )
+
+
+def _place(grid: Grid) -> Place:
+    return grid.pp_rank, grid.tp_rank, grid.ep_rank, grid.etp_rank
 
 
 @contextlib.contextmanager

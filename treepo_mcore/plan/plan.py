@@ -9,7 +9,7 @@ from treepo_mcore.actor.costs import in_fp8
 from treepo_mcore.config import Config, check_grid
 from treepo_mcore.engine.costs import BLOCK_FP8, EngineMemory, engine_in_fp8
 from treepo_mcore.model.facts import FP8_BLOCK
-from treepo_mcore.model.shards import check_tensor_parallel, model_parameters, stages
+from treepo_mcore.model.shards import check_layout, model_parameters, stages
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.decode import RolloutTime, rollout_time
@@ -105,8 +105,8 @@ def plan_run(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumption
 
 def _check_layout(config: Config, sizes: Sizes, cluster: Cluster) -> None:
     check_grid(config, cluster.world)
-    check_tensor_parallel(sizes, config.actor)
-    sizes.check_split("rollout.tp", config.rollout.tp)
+    check_layout(sizes, config.actor)
+    sizes.check_engine_split(config.rollout.tp, config.rollout.expert_parallel)
     stages(config.actor, sizes.layers)
 
 

@@ -6,11 +6,21 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from treepo_mcore.actor.costs import actor_state, in_fp8
+from treepo_mcore.actor.costs import actor_state, expert_replicas, in_fp8
 from treepo_mcore.config import ActorConfig, Config
 from treepo_mcore.engine.costs import EngineMemory
 from treepo_mcore.model.facts import ELEMENT, padded
-from treepo_mcore.model.shards import Stage, matrix_parameters, model_parameters, stage_parameters, stages, tensors
+from treepo_mcore.model.shards import (
+    Stage,
+    dense_share,
+    expert_parameters,
+    matrix_parameters,
+    model_parameters,
+    sparse_layers,
+    stage_parameters,
+    stages,
+    tensors,
+)
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.constants import LINK_EFFICIENCY
@@ -78,9 +88,9 @@ def pass_time(
 
 def _stage_flops(sizes: Sizes, stage: Stage, tokens: float, rows: float, attended: float) -> float:
     """Forward, the whole stage over all its tensor-parallel ranks."""
-    products = 2 * tokens * matrix_parameters(sizes)
+    products = 2 * tokens * matrix_parameters(sizes, stage)
     head = 2 * rows * sizes.vocab * sizes.hidden if stage.head else 0.0
-    return stage.layers * (products + _attention_flops(sizes, tokens, attended)) + head
+    return products + stage.layers * _attention_flops(sizes, tokens, attended) + head
 
 
 def _attention_flops(sizes: Sizes, tokens: float, attended: float) -> float:
@@ -111,8 +121,12 @@ def _stage_seconds(
         / actor.tp
         / (actor_peak(actor, cluster) * efficiency)
     )
-    ways = 2 if backward else 1
-    seconds += ways * stage.layers * _tensor_parallel_seconds(actor, sizes, cluster, tokens)
+    ways, sparse = 2 if backward else 1, sparse_layers(sizes, stage)
+    # Of a layer with experts only the attention is tensor-parallel.
+    seconds += ways * (stage.layers - sparse / 2) * _tensor_parallel_seconds(actor, sizes, cluster, tokens)
+    seconds += (
+        (ways + (backward and actor.recompute == "full")) * sparse * _all_to_all_seconds(actor, sizes, cluster, tokens)
+    )
     if actor.pp > 1:
         spread = actor.tp if actor.sequence_parallel else 1
         message = tokens * sizes.hidden * ELEMENT[actor.dtype] / spread
@@ -134,6 +148,15 @@ def _tensor_parallel_seconds(actor: ActorConfig, sizes: Sizes, cluster: Cluster,
     return 2 * moved / (cluster.link(actor.tp) * LINK_EFFICIENCY)
 
 
+def _all_to_all_seconds(actor: ActorConfig, sizes: Sizes, cluster: Cluster, tokens: float) -> float:
+    """One pass through a layer's experts: each of a token's copies there and back, to another rank mostly."""
+    if sizes.experts is None or actor.ep == 1:
+        return 0.0
+    copies = tokens / actor.tp * sizes.experts.topk * (actor.ep - 1) / actor.ep
+    moved = 2 * copies * sizes.hidden * ELEMENT[actor.dtype]
+    return moved / (cluster.link(actor.ep * actor.etp) * LINK_EFFICIENCY)
+
+
 def update_time(
     config: Config, sizes: Sizes, cluster: Cluster, work: Workload, *, limit: int | None = None
 ) -> UpdateTime:
@@ -142,22 +165,25 @@ def update_time(
     prompts = work.trained / work.updates
     passes = pass_time(config, sizes, cluster, work, prompts, backward=True, limit=limit)
     dp = cluster.world // (actor.tp * actor.pp)
-    state = max(
-        (actor_state(actor, sizes, stage, dp) for stage in stages(actor, sizes.layers)),
-        key=lambda sizes_: sizes_["parameters"],
-    )
-    reduce = _reduce_seconds(actor, cluster, dp, state)
+    fullest = max(stages(actor, sizes.layers), key=lambda stage: stage_parameters(sizes, stage, actor))
+    state = actor_state(actor, sizes, fullest, dp)
+    of_experts = expert_parameters(sizes, fullest, actor) / stage_parameters(sizes, fullest, actor)
+    reduce = (1 - of_experts) * _reduce_seconds(actor, cluster, dp, actor.tp, state)
+    reduce += of_experts * _reduce_seconds(actor, cluster, expert_replicas(actor, dp), actor.ep * actor.etp, state)
     # Read gradients and state, write state and weights.
     optimizer = (2 * state["optimizer"] + state["parameters"] + state["gradients"]) / cluster.gpu.hbm
     seconds = work.updates * (passes.seconds + reduce + optimizer)
     return UpdateTime(seconds, passes, work.updates * reduce, work.updates * optimizer)
 
 
-def _reduce_seconds(actor: ActorConfig, cluster: Cluster, dp: int, state: dict[str, int]) -> float:
-    """Gradients to the ranks that update them and weights back, or gradients to all; nothing overlaps by default."""
+def _reduce_seconds(actor: ActorConfig, cluster: Cluster, dp: int, stride: int, state: dict[str, int]) -> float:
+    """Gradients to the ranks that update them and weights back, or gradients to all; nothing overlaps by default.
+
+    dp: ranks that hold the same weights, every `stride`-th rank.
+    """
     if dp == 1:
         return 0.0
-    link = cluster.link(dp, actor.tp) * LINK_EFFICIENCY
+    link = cluster.link(dp, stride) * LINK_EFFICIENCY
     part = (dp - 1) / dp
     gradients = 0.0 if actor.megatron.get("overlap_grad_reduce") else part * state["gradients"]
     parameters = 0.0 if actor.megatron.get("overlap_param_gather") else part * state["parameters"]
@@ -171,7 +197,7 @@ def log_prob_time(config: Config, sizes: Sizes, cluster: Cluster, work: Workload
     actor = config.actor
     reference = actor.reference == "host"
     one = pass_time(config, sizes, cluster, work, work.trained, backward=False, limit=limit)
-    weights = max(stage_parameters(sizes, s, actor.tp, actor.pp) for s in stages(actor, sizes.layers))
+    weights = max(stage_parameters(sizes, stage, actor) for stage in stages(actor, sizes.layers))
     swap = 3 * weights * ELEMENT[actor.dtype] / cluster.gpu.host if reference else 0.0
     return ((actor.old_logprobs == "recompute") + reference) * one.seconds + swap
 
@@ -179,7 +205,10 @@ def log_prob_time(config: Config, sizes: Sizes, cluster: Cluster, work: Workload
 def push_time(config: Config, sizes: Sizes, cluster: Cluster, engine: EngineMemory) -> PushTime:
     """Shard to shard: what the own shard does not hold. Gathered: every tensor in full on every GPU."""
     actor, tp = config.actor, config.rollout.tp
-    kept = _own_share(actor.tp, tp) / actor.pp
+    of_experts = 1 - dense_share(sizes)
+    # Experts: the same runs of them, or of each that the rank has the part that the engine's rank wants.
+    experts_kept = _own_share(actor.ep, tp) if config.rollout.expert_parallel else 1 / actor.ep
+    kept = ((1 - of_experts) * _own_share(actor.tp, tp) + of_experts * experts_kept) / actor.pp
     received = engine.weights * (1 - kept)
     remote = min(received, engine.weights * (1 - _stages_in_node(actor, cluster) / actor.pp))
     seconds = (

@@ -56,4 +56,4 @@ def rows(tensor: str, first: int, count: int, width: int | None, local: str, loc
 
 def hf_shapes(arch: Sizes) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint with its shape, in the order of the layers. Raises `ConfigError`: see `family`."""
-    return family.hf_shapes(parts_of(arch), arch.layers)
+    return family.hf_shapes(parts_of(arch))

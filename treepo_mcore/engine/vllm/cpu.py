@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import inspect
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import linear
 
 SHARED = Path("/dev/shm")
 OURS = "treepo_mcore-"
@@ -26,6 +28,7 @@ def prepare(tp: int) -> None:
     _name_shared_memory(tp)
     _leave_weights_unpacked()
     _leave_fp8_unpacked()
+    _leave_experts_unpacked()
     _sample_by_one_number()
 
 
@@ -59,6 +62,43 @@ def _leave_fp8_unpacked() -> None:
 
     Kernel.apply_weights = apply_weights
     Kernel.process_weights_after_loading = lambda kernel, layer: None
+
+
+def _leave_experts_unpacked() -> None:
+    """Keep experts' weights as they are pushed, and have each rank compute its own where they are spread over ranks.
+
+    vLLM's kernel packs them in place, under the same name and shape, and takes every expert for one of this rank's.
+    """
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+
+    fused = cpu_fused_moe.CPUFusedMOE
+    whole = fused.__call__
+    if getattr(whole, "treepo", False):
+        return
+
+    def own_experts(kernel: Any, layer: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        call = inspect.signature(whole).bind(kernel, layer, x, *arguments, **keywords)
+        call.apply_defaults()
+        given = call.arguments
+        if given["expert_map"] is None:
+            return whole(*call.args, **call.kwargs)
+        # What vLLM's own kernel asks for, too; the numbers that come are of all ranks' experts.
+        names = inspect.signature(cpu_fused_moe.select_experts).parameters.keys() & given.keys()
+        weights, ids = cpu_fused_moe.select_experts(hidden_states=x, **{name: given[name] for name in names})
+        local = given["expert_map"][ids.long()]  # -1: another rank's; the runner adds up what ranks give
+        out = torch.zeros(x.shape, dtype=weights.dtype)
+        activation = cpu_fused_moe._CPU_MOE_ACT_FN[given["activation"]]
+        for expert in range(len(layer.w13_weight)):
+            token, place = (local == expert).nonzero(as_tuple=True)
+            if len(token):
+                inner = activation(linear(x[token], layer.w13_weight[expert]))
+                result = linear(inner, layer.w2_weight[expert])
+                out.index_add_(0, token, result.to(out.dtype) * weights[token, place, None])
+        return out.to(x.dtype)
+
+    own_experts.treepo = True  # type: ignore[attr-defined]
+    fused.check_grouped_gemm = lambda kernel, layer: (False, "none")
+    fused.__call__ = own_experts
 
 
 def _sample_by_one_number() -> None:

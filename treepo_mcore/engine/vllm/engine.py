@@ -49,6 +49,7 @@ OF_THE_TRAINER = {
     "speculative_config": "nothing: the sampler feeds on single tokens",
 }
 FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}  # others: lost
+MOE_BACKEND = "triton"  # on GPUs: leaves experts' weights as they are in the checkpoint
 KERNEL_BLOCK = 16  # tokens; what vLLM's attention kernels take multiples of, on a CPU and on GPUs
 STUCK_STEPS = 100  # no request that waits is started in so many steps: none ever will be
 CPU_CACHE_BYTES = (
@@ -203,7 +204,9 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
             f"data.max_prompt_tokens + the longest response = {longest} is more than the model's "
             f"max_position_embeddings = {arch.max_positions}"
         )
-    vllm_shapes(arch, config.rollout.tp)  # refuses what vLLM only asserts, once it builds the model
+    # Refuses what vLLM only asserts, once it builds the model.
+    vllm_shapes(arch, config.rollout.tp, config.rollout.expert_parallel)
+    _check_experts(config.rollout, arch)
     _prepare_quantization(config.rollout, arch)
     arguments: dict[str, Any] = {
         "model": str(directory),
@@ -221,6 +224,8 @@ def engine_arguments(config: Config, arch: Architecture, directory: Path) -> dic
     }
     if torch.cuda.is_available():
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": UTILISATION}
+        if arch.experts:
+            arguments |= {"moe_backend": MOE_BACKEND}
     else:
         arguments |= {"block_size": CPU_BLOCK, "enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
     return arguments | config.rollout.engine
@@ -259,6 +264,24 @@ def _check_pass_through(config: RolloutConfig) -> None:
     block = config.engine.get("block_size", KERNEL_BLOCK)
     if not isinstance(block, int) or block < 1 or block % KERNEL_BLOCK:  # vLLM says so once it has built the model
         raise ConfigError(f"rollout.engine.block_size: expected a multiple of {KERNEL_BLOCK}, found {block!r}")
+
+
+def _check_experts(config: RolloutConfig, arch: Architecture) -> None:
+    if arch.experts is None:
+        if config.engine.get("enable_expert_parallel"):
+            raise ConfigError(
+                f"rollout.engine.enable_expert_parallel: needs a mixture of experts, found a {arch.family} model"
+            )
+        return
+    for key, only, why in (
+        ("moe_backend", MOE_BACKEND, "others keep experts' weights in an order that pushes do not know"),
+        ("quantization", None, "pushes do not know FP8 experts"),
+        ("expert_placement_strategy", "linear", "pushes know experts in runs"),
+        ("enable_eplb", False, "pushes know each expert once"),
+    ):
+        if config.engine.get(key, only) != only:
+            found = config.engine[key]
+            raise ConfigError(f"rollout.engine.{key}: expected {only} with a mixture of experts, found {found}: {why}")
 
 
 def _prepare_quantization(config: RolloutConfig, arch: Architecture) -> None:

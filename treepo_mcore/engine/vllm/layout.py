@@ -1,15 +1,18 @@
 """The layout of a vLLM model: which box of which HF tensor each of its parameters holds on one rank of an engine.
 
-Llama, Mistral, Qwen2 and Qwen3 in vLLM 0.26 share one set of names. Facts of vLLM that this file owns: ``qkv_proj``
-holds this rank's query heads, then its key heads, then its value heads; with fewer key/value heads than ranks, runs
-of neighbouring ranks hold the same head; ``gate_up_proj`` holds gate rows above up rows; vocabulary rows are padded
-to a multiple of 64 and then split evenly; `fp8_per_block` adds a float32 ``_scale_inv`` to every linear weight.
+Llama, Mistral, Phi, Qwen2 and Qwen3 in vLLM 0.26 share one set of names. Facts of vLLM that this file owns:
+``qkv_proj`` holds this rank's query heads, then its key heads, then its value heads; with fewer key/value heads than
+ranks, runs of neighbouring ranks hold the same head; ``gate_up_proj`` holds gate rows above up rows; vocabulary rows
+are padded to a multiple of 64 and then split evenly; `fp8_per_block` adds a float32 ``_scale_inv`` to every linear
+weight; experts lie one behind the other in one tensor, each cut as an MLP is, or with expert parallelism runs of them
+whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,13 +96,16 @@ class MetaEngine:
         return parameters
 
 
-def vllm_layout(parameters: dict[str, Tensor], arch: Sizes, tp: int, tp_rank: int) -> list[Piece]:
+def vllm_layout(
+    parameters: dict[str, Tensor], arch: Sizes, tp: int, tp_rank: int, expert_parallel: bool = False
+) -> list[Piece]:
     """Pieces of all parameters of one rank of an engine over `tp` ranks.
 
-    parameters: the real model's, by name. Raises `ValueError` naming a parameter that the table does not know, that
-    the model lacks, or whose shape is another (an engine that repacks its weights shows empty ones).
+    parameters: the real model's, by name. expert_parallel: as `RolloutConfig` has it. Raises `ValueError` naming a
+    parameter that the table does not know, that the model lacks, or whose shape is another (an engine that repacks its
+    weights shows empty ones).
     """
-    expected = vllm_shapes(arch, tp)
+    expected = vllm_shapes(arch, tp, expert_parallel)
     expected |= {name + SCALE: scale_shape(expected[name]) for name in fp8_parameters(parameters) if name in expected}
     for name in parameters.keys() - expected.keys():
         raise ValueError(f"vLLM parameter {name}: not in the layout of the {arch.family} family")
@@ -109,12 +115,12 @@ def vllm_layout(parameters: dict[str, Tensor], arch: Sizes, tp: int, tp_rank: in
         found = tuple(parameters[name].shape)
         if found != shape:
             raise ValueError(f"vLLM parameter {name}: shape {list(found)}, the layout implies {list(shape)}")
-    return list(vllm_pieces(arch, tp, tp_rank))
+    return list(vllm_pieces(arch, tp, tp_rank, expert_parallel))
 
 
 def fp8_shapes(arch: Sizes, tp: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what `fp8_per_block` quantises on one rank of an engine, from the sizes alone."""
-    _check_divisible(arch, tp)
+    _check_divisible(arch, tp, expert_parallel=False)
     return {name: part.engine_shape(tp, arch.head_dim) for name, _, part in _named_parts(arch) if part.quantised}
 
 
@@ -125,35 +131,47 @@ def vllm_padding(parameters: dict[str, Tensor], arch: Sizes, tp: int, tp_rank: i
     return [parameters[name][used:] for name in names if name in parameters and used < len(parameters[name])]
 
 
-def vllm_shapes(arch: Sizes, tp: int) -> dict[str, tuple[int, ...]]:
+def vllm_shapes(arch: Sizes, tp: int, expert_parallel: bool = False) -> dict[str, tuple[int, ...]]:
     """Every parameter of one rank with its shape; all ranks of an engine are alike.
 
-    Raises `ConfigError` for sizes that vLLM cannot split over `tp` ranks.
+    Raises `ConfigError` for sizes that vLLM cannot split over `tp` ranks, and for experts that it could not give each
+    rank as many of.
     """
-    _check_divisible(arch, tp)
-    return {name: part.engine_shape(tp, arch.head_dim) for name, _, part in _named_parts(arch)}
+    _check_divisible(arch, tp, expert_parallel)
+    return {name: part.engine_shape(tp, arch.head_dim, expert_parallel) for name, _, part in _named_parts(arch)}
 
 
-def vllm_pieces(arch: Sizes, tp: int, tp_rank: int) -> Iterator[Piece]:
+def vllm_pieces(arch: Sizes, tp: int, tp_rank: int, expert_parallel: bool = False) -> Iterator[Piece]:
     """The same as `vllm_layout`, from the sizes alone."""
     for name, prefix, part in _named_parts(arch):
-        if part.cut == "qkv":
-            yield from _qkv_pieces(name, prefix, part, arch, tp, tp_rank)
-        elif part.cut == "columns":
-            (source,), (height, width) = part.sources, part.engine_shape(tp, arch.head_dim)
-            yield Piece(prefix + source.tensor, (source.first, tp_rank * width), (height, width), name, (0, 0))
-        elif part.cut == "vocabulary":
-            (source,), count = part.sources, _vocab_rows(arch, tp, tp_rank)
-            if count:
-                first = source.first + tp_rank * (padded(arch.vocab, ENGINE_VOCAB_UNIT) // tp)
-                yield rows(prefix + source.tensor, first, count, part.width, name, 0)
-        else:  # whole, or each source's share below the one before it
-            at = 0
-            for source in part.sources:
-                share = source.rows if part.cut == "whole" else source.rows // tp
-                first = source.first if part.cut == "whole" else source.first + tp_rank * share
-                yield rows(prefix + source.tensor, first, share, part.width, name, at)
-                at += share
+        if not part.experts:
+            yield from _part_pieces(name, prefix, part, arch, tp, tp_rank)
+            continue
+        count = part.experts // tp if expert_parallel else part.experts
+        first, cut = (tp_rank * count, (1, 0)) if expert_parallel else (0, (tp, tp_rank))
+        for slab in range(count):
+            for piece in _part_pieces(name, prefix, part.of_expert(first + slab), arch, *cut):
+                yield replace(piece, local_start=(slab, *piece.local_start))
+
+
+def _part_pieces(name: str, prefix: str, part: Part, arch: Sizes, tp: int, tp_rank: int) -> Iterator[Piece]:
+    if part.cut == "qkv":
+        yield from _qkv_pieces(name, prefix, part, arch, tp, tp_rank)
+    elif part.cut == "columns":
+        (source,), (height, width) = part.sources, part.engine_shape(tp, arch.head_dim)
+        yield Piece(prefix + source.tensor, (source.first, tp_rank * width), (height, width), name, (0, 0))
+    elif part.cut == "vocabulary":
+        (source,), count = part.sources, _vocab_rows(arch, tp, tp_rank)
+        if count:
+            first = source.first + tp_rank * (padded(arch.vocab, ENGINE_VOCAB_UNIT) // tp)
+            yield rows(prefix + source.tensor, first, count, part.width, name, 0)
+    else:  # whole, or each source's share below the one before it
+        at = 0
+        for source in part.sources:
+            share = source.rows if part.cut == "whole" else source.rows // tp
+            first = source.first if part.cut == "whole" else source.first + tp_rank * share
+            yield rows(prefix + source.tensor, first, share, part.width, name, at)
+            at += share
 
 
 def _named_parts(arch: Sizes) -> Iterator[tuple[str, str, Part]]:
@@ -161,9 +179,9 @@ def _named_parts(arch: Sizes) -> Iterator[tuple[str, str, Part]]:
     parts = parts_of(arch)
     for part in parts.outer[:1]:
         yield part.vllm, "", part
-    for layer in range(arch.layers):
-        prefix = f"model.layers.{layer}."
-        for part in parts.layer:
+    for number, layer in enumerate(parts.layers):
+        prefix = f"model.layers.{number}."
+        for part in layer:
             yield prefix + part.vllm, prefix, part
     for part in parts.outer[1:]:
         yield part.vllm, "", part
@@ -186,8 +204,8 @@ def _vocab_rows(arch: Sizes, tp: int, tp_rank: int) -> int:
     return max(0, min(arch.vocab, (tp_rank + 1) * share) - tp_rank * share)
 
 
-def _check_divisible(arch: Sizes, tp: int) -> None:
-    arch.check_split("rollout.tp", tp)
+def _check_divisible(arch: Sizes, tp: int, expert_parallel: bool) -> None:
+    arch.check_engine_split(tp, expert_parallel)
     vocabulary = padded(arch.vocab, ENGINE_VOCAB_UNIT)
     if vocabulary % tp:
         raise ConfigError(f"rollout.tp: {tp} does not divide the model's padded vocabulary of {vocabulary}")
