@@ -65,27 +65,27 @@ def _leave_fp8_unpacked() -> None:
 
 
 def _leave_experts_unpacked() -> None:
-    """Keep experts' weights as they are pushed, and have each rank compute its own where they are spread over ranks.
+    """Compute experts from the parameters that pushes write, and on each rank its own where they are spread over ranks.
 
-    vLLM's kernel packs them in place, under the same name and shape, and takes every expert for one of this rank's.
+    vLLM's kernel packs weights in place, under the same name and shape, its other form keeps the tensors that were
+    there when they were loaded, and both take every expert for one of this rank's.
     """
     from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
     fused = cpu_fused_moe.CPUFusedMOE
-    whole = fused.__call__
-    if getattr(whole, "treepo", False):
+    if getattr(fused.__call__, "treepo", False):
         return
+    signature, choices = inspect.signature(fused.__call__), inspect.signature(cpu_fused_moe.select_experts).parameters
 
     def own_experts(kernel: Any, layer: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        call = inspect.signature(whole).bind(kernel, layer, x, *arguments, **keywords)
+        call = signature.bind(kernel, layer, x, *arguments, **keywords)
         call.apply_defaults()
         given = call.arguments
-        if given["expert_map"] is None:
-            return whole(*call.args, **call.kwargs)
-        # What vLLM's own kernel asks for, too; the numbers that come are of all ranks' experts.
-        names = inspect.signature(cpu_fused_moe.select_experts).parameters.keys() & given.keys()
-        weights, ids = cpu_fused_moe.select_experts(hidden_states=x, **{name: given[name] for name in names})
-        local = given["expert_map"][ids.long()]  # -1: another rank's; the runner adds up what ranks give
+        chosen = {name: given[name] for name in choices.keys() & given.keys()}
+        weights, ids = cpu_fused_moe.select_experts(hidden_states=x, **chosen)
+        local = ids
+        if given["expert_map"] is not None:  # -1: another rank's; the runner adds up what ranks give
+            local = given["expert_map"][ids.long()]
         out = torch.zeros(x.shape, dtype=weights.dtype)
         activation = cpu_fused_moe._CPU_MOE_ACT_FN[given["activation"]]
         for expert in range(len(layer.w13_weight)):
@@ -97,7 +97,7 @@ def _leave_experts_unpacked() -> None:
         return out.to(x.dtype)
 
     own_experts.treepo = True  # type: ignore[attr-defined]
-    fused.check_grouped_gemm = lambda kernel, layer: (False, "none")
+    fused.__init__ = lambda kernel, layer: None
     fused.__call__ = own_experts
 
 
