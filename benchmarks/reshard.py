@@ -186,7 +186,7 @@ class _Bench:
 
         with megatron_device():
             model = build_model(megatron_configs(self.config.actor, self.arch), self.arch)
-        self.pieces = megatron_layout(model, self.arch, self.grid)
+        self.pieces = megatron_layout(model, self.arch, self.grid.place)
         self.tensors = megatron_tensors(model)
         torch.manual_seed(0)  # replicas agree
         for tensor in self.tensors.values():

@@ -48,7 +48,7 @@ def main() -> None:
     configs = megatron_configs(actor, arch)
     with megatron_device():
         chunks = build_model(configs, arch)
-        pieces, tensors = megatron_layout(chunks, arch, grid), megatron_tensors(chunks)
+        pieces, tensors = megatron_layout(chunks, arch, grid.place), megatron_tensors(chunks)
         if options.direction == "to-megatron":
             check_weights(options.model, arch)
             load_pieces(options.model, pieces, tensors)

@@ -9,6 +9,7 @@ Every layer is in the precision of the cell, also the first and the last, which 
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -102,10 +103,12 @@ def how_many_layers(arch: Any, memory: int, capability: tuple[int, int]) -> int:
 
     actor = ActorConfig.model_validate(configuration("blockwise", Path())["actor"])
 
+    deep = dataclasses.replace(arch, layers=80)
+
     def needed(layers: int) -> int:
-        stage = Stage(layers, True, True)
-        work = update_working(actor, arch, stage, 0, BUDGET, capability)
-        return sum(actor_state(actor, arch, stage, 1).values()) + sum(work.values()) + CONTEXT_BYTES
+        stage = Stage(tuple(range(layers)), True, True)
+        work = update_working(actor, deep, stage, 0, BUDGET, capability)
+        return sum(actor_state(actor, deep, stage, 1).values()) + sum(work.values()) + CONTEXT_BYTES
 
     return max(layers for layers in range(1, 81) if layers == 1 or needed(layers) <= FILLED * memory)
 

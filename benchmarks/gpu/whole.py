@@ -99,6 +99,7 @@ def shards_on(arch: Any, shards: int, device: str) -> tuple[list[Any], dict[str,
     import torch
 
     from treepo_mcore.actor.layout import parameter_pieces
+    from treepo_mcore.actor.parallel import Place
     from treepo_mcore.weights.layout import Piece
 
     pieces: list[Piece] = []
@@ -107,7 +108,7 @@ def shards_on(arch: Any, shards: int, device: str) -> tuple[list[Any], dict[str,
         for name, shape in megatron_shapes(arch, shards).items():
             local = f"{rank}.{name}"
             tensors[local] = torch.randn(shape, dtype=torch.bfloat16, device=device)
-            pieces += parameter_pieces(arch, name, local, shape, 0, rank)
+            pieces += parameter_pieces(arch, name, local, shape, 0, Place(rank))
     # Norms are on all ranks; one of them sends.
     return [p for p in pieces if "norm" not in p.tensor or p.local.startswith("0.")], tensors
 

@@ -120,13 +120,14 @@ def test_quantised_copies_of_weights_are_found_and_forgotten(grid, tmp_path):
 def test_ranks_hold_every_element(arch, grid, tp, pp, fp8):
     """Once, but replicated tensors on every rank of a stage, and a tied embedding on both ends of a pipeline."""
     from treepo_mcore.actor.layout import megatron_layout
+    from treepo_mcore.actor.parallel import Place
 
     held = {name: torch.zeros(shape, dtype=torch.int) for name, shape in hf_shapes(arch).items()}
     for rank in range(tp * pp):
         grid(tp, pp, rank)
         settings = {"tp": tp, "pp": pp, "sequence_parallel": tp > 1, "fp8": fp8}
         model = build(arch, True, **settings)
-        for piece in megatron_layout([model], arch, rank % tp):
+        for piece in megatron_layout([model], arch, Place(rank % tp)):
             held[piece.tensor][tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))] += 1
     for name, count in held.items():
         copies = tp if "norm" in name else 2 if arch.tied and pp > 1 and "embed" in name else 1
@@ -136,6 +137,7 @@ def test_ranks_hold_every_element(arch, grid, tp, pp, fp8):
 def test_same_tensors_as_megatrons_own_layers(arch, grid):
     """Shapes, dtypes and places in the checkpoint do not depend on whose layers they are."""
     from treepo_mcore.actor.layout import megatron_layout
+    from treepo_mcore.actor.parallel import Place
 
     tables = []
     for te_layers in (True, False):
@@ -145,7 +147,7 @@ def test_same_tensors_as_megatrons_own_layers(arch, grid):
         tables.append(
             {
                 (p.tensor, p.start, p.shape, p.local_start, shapes[p.local[2:]])
-                for p in megatron_layout([model], arch, 1)
+                for p in megatron_layout([model], arch, Place(1))
             }
         )
     assert tables[0] == tables[1]

@@ -72,7 +72,7 @@ def sizes(tmp_path_factory):
 @pytest.fixture
 def saved(sizes, tmp_path, monkeypatch):
     """The layers of a checkpoint, as Megatron lays them out."""
-    shapes = {part.megatron[0]: (sizes.layers, *part.actor_shape(1)) for part in parts_of(sizes).layer}
+    shapes = {part.megatron[0]: (sizes.layers, *part.actor_shape(1)) for part in parts_of(sizes).layers[0]}
     tensors = {f"decoder.layers.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     dcp.save(tensors, checkpoint_id=tmp_path / "iter_0000003", no_dist=True)
     (tmp_path / "iter_0000003" / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))

@@ -34,10 +34,10 @@ def arch(model_directory):
 def test_parts_that_do_not_cover_a_tensor_once_are_named(arch, second, message):
     parts = decoder_parts(arch)
     layer = [
-        replace(part, sources=(part.sources[0], second)) if part.cut == "stacked" else part for part in parts.layer
+        replace(part, sources=(part.sources[0], second)) if part.cut == "stacked" else part for part in parts.layers[0]
     ]
     with pytest.raises(ConfigError, match=message):
-        hf_shapes(Parts(parts.outer, tuple(layer)), arch.layers)
+        hf_shapes(Parts(parts.outer, (tuple(layer),)))
 
 
 def test_a_tensor_that_no_part_holds_is_named(model_directory, tmp_path):
@@ -65,7 +65,7 @@ def test_every_family_is_found_by_its_name():
 
 
 def test_flops_of_a_token_are_twice_its_weights(arch):
-    layer = parts_of(arch).layer
+    layer = parts_of(arch).layers[0]
     matrices = 128 * 128 * 2 + 2 * 64 * 128 + 3 * 128 * 256
     assert sum(part.flops for part in layer) == 2 * matrices
 

@@ -152,7 +152,7 @@ def test_checkpoints_need_host_memory():
 
     assert passes_through(1) == 20 * parameters  # saving: gathered by one rank
     assert passes_through(8) == 8 * 12 * parameters  # loading: read by all
-    fullest = max(stage_parameters(arch, stage, 1, 4) for stage in stages(ActorConfig(pp=4), 4))
+    fullest = max(stage_parameters(arch, stage, ActorConfig(pp=4)) for stage in stages(ActorConfig(pp=4), 4))
     assert passes_through(4, pp=4) == 4 * 20 * fullest  # all stages on one node, and each of them is gathered
     assert passes_through(8, tp=8) == pytest.approx(20 * parameters, rel=2e-2)  # norms are on every rank
 
@@ -197,15 +197,17 @@ def test_what_comes_and_goes_is_what_the_planner_says(actor):
 def test_quantised_copies_of_weights(actor, capability, bytes_a_weight):
     """Of a first stage with four layers."""
     arch = architecture()
-    found = fp8_weights(ActorConfig.model_validate(actor | {"tp": 2}), arch, Stage(4, True, False), capability)
-    assert found == bytes_a_weight * matrix_parameters(arch) // 2
+    found = fp8_weights(
+        ActorConfig.model_validate(actor | {"tp": 2}), arch, Stage((0, 1, 2, 3), True, False), capability
+    )
+    assert found == bytes_a_weight * (matrix_parameters(arch) // arch.layers) // 2
 
 
 def test_fp8_parameters_are_read_through_plain_copies():
     arch, own = architecture(), {"fp8_param": True, "fp8_param_gather": True}
     live = SimpleNamespace(arch=arch, layers=arch.layers, grid=SimpleNamespace(pp=1, pp_rank=0))
     found = working_bytes(config(actor={"fp8": "current", "megatron": own}), live, (9, 0))
-    assert found[Phase.PUSH]["plain copies"] == 2 * 2 * matrix_parameters(arch)  # of two layers in bf16
+    assert found[Phase.PUSH]["plain copies"] == 2 * 2 * matrix_parameters(arch) // arch.layers  # of two layers in bf16
     assert not {"plain copies", "FP8 weights"} & (set(found[Phase.ROLLOUT]) | set(found[Phase.TRAIN]))
 
 

@@ -71,7 +71,7 @@ def test_parameters_are_those_of_the_published_checkpoints(name, count):
 def test_shards_add_up_to_the_model():
     model = sizes("Llama-3.1-70B")
     actor = ActorConfig(tp=4, pp=4)
-    shards = sum(4 * stage_parameters(model, stage, 4, 4) for stage in stages(actor, model.layers))
+    shards = sum(4 * stage_parameters(model, stage, actor) for stage in stages(actor, model.layers))
     norms = 3 * (2 * model.layers + 1) * model.hidden  # on every rank, counted once in the model
     padding = 2 * (128512 - 128256) * model.hidden
     assert shards == model_parameters(model) + norms + padding

@@ -269,7 +269,7 @@ def test_flops_of_a_chain_and_of_what_a_tree_saves():
     chain = by_hand([(0, answer)], [1])
     tokens = prompt + answer
     pairs = tokens * (tokens + 1) // 2
-    layer = 2 * tokens * matrix_parameters(sizes) + 4 * pairs * sizes.heads * sizes.head_dim
+    layer = 2 * tokens * matrix_parameters(sizes) / sizes.layers + 4 * pairs * sizes.heads * sizes.head_dim
     expected = sizes.layers * layer + 2 * answer * sizes.vocab * sizes.hidden
     assert forward_flops([chain], sizes) == pytest.approx(expected)
     assert forward_flops([chain, chain], sizes) == pytest.approx(2 * expected)

@@ -11,6 +11,7 @@ from models import EOS_IDS, Reference, make_model
 from safetensors.torch import load_file, save_file
 
 from treepo_mcore.actor.layout import parameter_pieces
+from treepo_mcore.actor.parallel import Place
 from treepo_mcore.config import ConfigError
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.model.architecture import read_architecture
@@ -52,7 +53,9 @@ def local_shapes(arch, tp):
 
 def pieces_of(arch, tp, rank) -> list[Piece]:
     shapes = local_shapes(arch, tp)
-    return [piece for name, shape in shapes.items() for piece in parameter_pieces(arch, name, name, shape, 0, rank)]
+    return [
+        piece for name, shape in shapes.items() for piece in parameter_pieces(arch, name, name, shape, 0, Place(rank))
+    ]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -200,8 +203,8 @@ def test_names_of_transformer_engine(directory, tp):
     }
     for apart, name in fused.items():
         local = f"0.decoder.layers.1.{name}"
-        found = list(parameter_pieces(arch, f"decoder.layers.1.{name}", local, (arch.hidden,), 2, tp - 1))
-        other = list(parameter_pieces(arch, f"decoder.layers.1.{apart}", local, (arch.hidden,), 2, tp - 1))
+        found = list(parameter_pieces(arch, f"decoder.layers.1.{name}", local, (arch.hidden,), 2, Place(tp - 1)))
+        other = list(parameter_pieces(arch, f"decoder.layers.1.{apart}", local, (arch.hidden,), 2, Place(tp - 1)))
         hf_name = "input_layernorm" if apart.startswith("input") else "post_attention_layernorm"
         assert found == other == [Piece(f"model.layers.3.{hf_name}.weight", (0,), (arch.hidden,), local, (0,))]
 

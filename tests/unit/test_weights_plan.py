@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_mcore.actor.layout import parameter_pieces
+from treepo_mcore.actor.parallel import Place
 from treepo_mcore.engine.vllm.layout import vllm_layout, vllm_padding, vllm_pieces, vllm_shapes
 from treepo_mcore.model.rotary import Rotary
 from treepo_mcore.model.sizes import Architecture
@@ -163,7 +164,9 @@ def megatron_side(arch, hf, tp, stages, dp, padding, vpp=1):
             for name, tensor in shard.items():
                 local = f"{chunk}.{name}"
                 shards[-1][local] = tensor
-                layouts[-1] += parameter_pieces(arch, name, local, tuple(tensor.shape), stages[stage].start, rank)
+                layouts[-1] += parameter_pieces(
+                    arch, name, local, tuple(tensor.shape), stages[stage].start, Place(rank)
+                )
     return shards, layouts
 
 

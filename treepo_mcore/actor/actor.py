@@ -61,7 +61,7 @@ class Actor:
         self.dtype = DTYPES[config.dtype]
         configs = megatron_configs(config, arch)
         bare = build_model(configs, arch)
-        self.pieces: list[Piece] = megatron_layout(bare, arch, grid)
+        self.pieces: list[Piece] = megatron_layout(bare, arch, grid.place)
         self.copies = PlainCopies(megatron_parameters(bare))
         self.tensors: dict[str, Tensor] = megatron_tensors(bare) | self.copies.tensors
         self._read_weights(directory)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from treepo_mcore.actor.model import unwrap
-from treepo_mcore.actor.parallel import Grid
+from treepo_mcore.actor.parallel import Place
 from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.family import Part
 from treepo_mcore.model.sizes import Sizes
@@ -43,19 +43,19 @@ def megatron_tensors(chunks: list[nn.Module]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in megatron_parameters(chunks).items()}
 
 
-def megatron_layout(chunks: list[nn.Module], arch: Sizes, grid: Grid) -> list[Piece]:
+def megatron_layout(chunks: list[nn.Module], arch: Sizes, place: Place) -> list[Piece]:
     """Pieces of all parameters of this rank. A parameter that is not in the table raises KeyError with its name."""
     pieces: list[Piece] = []
     for index, chunk in enumerate(chunks):
         model = unwrap(chunk)
         offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
         for name, parameter in model.named_parameters():
-            pieces += parameter_pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, grid)
+            pieces += parameter_pieces(arch, name, f"{index}.{name}", tuple(parameter.shape), offset, place)
     return pieces
 
 
 def parameter_pieces(
-    arch: Sizes, name: str, local: str, shape: tuple[int, ...], offset: int, grid: Grid
+    arch: Sizes, name: str, local: str, shape: tuple[int, ...], offset: int, place: Place
 ) -> Iterator[Piece]:
     """Pieces of one parameter of a model chunk.
 
@@ -67,9 +67,9 @@ def parameter_pieces(
         _, _, number, inner = name.split(".", 3)
         prefix, known = f"model.layers.{int(number) + offset}.", parts.layers[int(number) + offset]
     pattern, expert = _expert(inner)
-    part, tp_rank = {spelling: part for part in known for spelling in part.megatron}[pattern], grid.tp_rank
+    part, tp_rank = {spelling: part for part in known for spelling in part.megatron}[pattern], place.tp_rank
     if part.experts:
-        part, tp_rank = part.of_expert(grid.ep_rank * (part.experts // grid.ep) + expert), grid.etp_rank
+        part, tp_rank = part.of_expert(place.ep_rank * (part.experts // place.ep) + expert), place.etp_rank
     if part.cut == "qkv":
         yield from _qkv_pieces(arch, part, prefix, local, shape, tp_rank)
     elif part.cut == "columns":

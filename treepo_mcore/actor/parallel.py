@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -10,6 +11,15 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.config import ActorConfig
+
+
+class Place(NamedTuple):
+    """Which part of a pipeline stage's weights a rank holds."""
+
+    tp_rank: int
+    ep: int = 1
+    ep_rank: int = 0
+    etp_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,7 @@ class Grid:
     pp_rank: int
     dp: int
     dp_rank: int
-    ep: int = 1
-    ep_rank: int = 0
-    etp_rank: int = 0
+    place: Place
 
     @property
     def leads_model(self) -> bool:
@@ -54,9 +62,12 @@ def build_grid(actor: ActorConfig, seed: int) -> Grid:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        ep=actor.ep,
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        place=Place(
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            ep=actor.ep,
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        ),
     )
 
 

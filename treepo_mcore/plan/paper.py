@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from treepo_mcore.actor.layout import megatron_layout
 from treepo_mcore.actor.model import build_meta_model, megatron_configs
-from treepo_mcore.actor.parallel import Grid, build_grid, leave_grid
+from treepo_mcore.actor.parallel import Grid, Place, build_grid, leave_grid
 from treepo_mcore.config import Config, ConfigError, check_grid
 from treepo_mcore.engine.vllm.engine import engine_arguments
 from treepo_mcore.engine.vllm.layout import MetaEngine, vllm_layout, vllm_padding
@@ -31,7 +31,6 @@ from treepo_mcore.weights.layout import Piece
 from treepo_mcore.weights.plan import Layouts, PlanError, Transfer, make_plan
 
 Group = tuple[int, ...]  # ranks
-Place = tuple[int, ...]  # of a rank in Megatron's grid, replicas apart
 # The cluster's GPUs, where this machine has none to go by: an H100 with what requirements/gpu.lock installs.
 PLANNED = Machine(capability=(9, 0), cuda=(13, 0), te=(2, 16, 1))
 
@@ -113,12 +112,12 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
     engine = MetaEngine(arguments)
     grids: list[Grid] = []
     groups: list[Group] = []
-    held: dict[Place, list[Piece]] = {}
+    held: dict[tuple[int, Place], list[Piece]] = {}
     parameters: list[dict[str, Tensor]] = []
     for rank in range(world):
         with fake_rank(rank, world) as created, _grid(config) as grid:
-            if (place := _place(grid)) not in held:
-                held[place] = megatron_layout(build_meta_model(configs, arch), arch, grid)
+            if (place := (grid.pp_rank, grid.place)) not in held:
+                held[place] = megatron_layout(build_meta_model(configs, arch), arch, grid.place)
             with engine.groups():
                 if rank < tp:
                     parameters.append(engine.parameters(arch))
@@ -131,16 +130,12 @@ def put_on_paper(config: Config, arch: Architecture, directory: Path, nodes: int
         grids,
         places,
         groups,
-        [held[_place(grid)] for grid in grids],
+        [held[grid.pp_rank, grid.place] for grid in grids],
         [wanted[place.engine_rank] for place in places],
         parameters,
         [_padding(parameters[r], arch, tp, r) for r in range(tp)],
         [rank // gpus_per_node for rank in range(world)],
     )
-
-
-def _place(grid: Grid) -> Place:
-    return grid.pp_rank, grid.tp_rank, grid.ep_rank, grid.etp_rank
 
 
 @contextlib.contextmanager
