@@ -42,7 +42,8 @@ def main() -> None:
     arch = read_architecture(options.model)
     if options.direction == "to-hf":
         check_saved(options.checkpoint, arch)
-    actor = ActorConfig(tp=options.tp, pp=options.pp, dtype=options.dtype or _dtype_of(options.model))
+    layout = {"tp": options.tp, "sequence_parallel": options.tp > 1, "pp": options.pp, "ep": options.ep}
+    actor = ActorConfig(**layout, dtype=options.dtype or _dtype_of(options.model))
     init_process_group()
     grid = build_grid(actor, 0)
     configs = megatron_configs(actor, arch)
@@ -89,6 +90,7 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("out", type=Path)
         one.add_argument("--tp", type=int, default=1, help="tensor-parallel size while converting")
         one.add_argument("--pp", type=int, default=1, help="pipeline-parallel size while converting")
+        one.add_argument("--ep", type=int, default=1, help="ranks that share the experts while converting")
         one.add_argument("--dtype", choices=DTYPES, help="of what is written; by default that in MODEL's config.json")
     return parser.parse_args()
 

@@ -233,7 +233,7 @@ def _optimizer(context: Context) -> None:
     if found is None or not context.learns:
         return
     state = context.state or checkpoint.read_state(found)
-    checkpoint.check_layout(found, state["layout"], config.actor.tp, config.actor.pp)
+    checkpoint.check_layout(found, state["layout"], config.actor)
     for name, value in config.actor.optimizer.model_dump(mode="json").items():
         saved = state["optimizer"].get(name)
         if value != saved and name in FOR_GOOD:

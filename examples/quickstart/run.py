@@ -1,7 +1,8 @@
 """The quickstart: make data, tokenizer and a warm model, then train the model with TreePO on two processes.
 
-    python examples/quickstart/run.py [--nproc N] [key=value ...]
+    python examples/quickstart/run.py [--nproc N] [--experts] [key=value ...]
 
+With --experts the model is a mixture of eight experts in each layer, spread over the processes (actor.ep).
 What is made once is kept under .cache/quickstart; `key=value` goes to the trainer (examples/quickstart/config.yaml).
 The last line is one JSON object, also in the run's summary.json.
 """
@@ -38,15 +39,26 @@ def torchrun(nproc: int, *command: str) -> None:
         sys.exit(code)
 
 
-def prepare(nproc: int) -> float:
+def folder(experts: bool) -> Path:
+    """Of the warm model."""
+    return CACHE / "experts" if experts else CACHE
+
+
+def layout(nproc: int, experts: bool) -> list[str]:
+    """Overrides for a mixture."""
+    return [f"model.path={folder(experts) / 'model'}", f"actor.ep={nproc}"] if experts else []
+
+
+def prepare(nproc: int, experts: bool) -> float:
     """Make what is not cached; returns the seconds that the warm-up took when it ran, now or before."""
-    stamp = CACHE / "made.json"
+    own = folder(experts)
+    stamp = own / "made.json"
     digest = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in MADE_BY)).hexdigest()
     if stamp.is_file() and json.loads(stamp.read_text())["sha256"] == digest:
         seconds: float = json.loads(stamp.read_text())["warmup_seconds"]
-        print(f"quickstart: using the warm model under {CACHE} (its warm-up took {seconds:.0f} s)", flush=True)
+        print(f"quickstart: using the warm model under {own} (its warm-up took {seconds:.0f} s)", flush=True)
         return seconds
-    shutil.rmtree(CACHE, ignore_errors=True)
+    shutil.rmtree(own, ignore_errors=True)
     begin = time.perf_counter()
     data, tokenizer = CACHE / "data", CACHE / "tokenizer"
     print("quickstart: making data and tokenizer", flush=True)
@@ -54,10 +66,11 @@ def prepare(nproc: int) -> float:
     corpus = data / "sft.jsonl"
     subprocess.run([sys.executable, HERE / "make_tokenizer.py", "--corpus", corpus, "--out", tokenizer], check=True)
     print("quickstart: warming a small model up by supervised training", flush=True)
-    make_model = [sys.executable, HERE / "make_model.py", "--tokenizer", tokenizer, "--out", CACHE / "start"]
-    subprocess.run(make_model, check=True)
-    torchrun(nproc, "-m", "treepo_mcore", "sft", str(HERE / "warmup.yaml"))
-    (CACHE / "warmup" / "policy").rename(CACHE / "model")
+    make_model = [sys.executable, HERE / "make_model.py", "--tokenizer", tokenizer, "--out", own / "start"]
+    subprocess.run([*make_model, *(["--experts", "8"] if experts else [])], check=True)
+    overrides = [f"run.dir={own / 'warmup'}", *layout(nproc, experts), f"model.path={own / 'start'}"]
+    torchrun(nproc, "-m", "treepo_mcore", "sft", str(HERE / "warmup.yaml"), *overrides)
+    (own / "warmup" / "policy").rename(own / "model")
     seconds = time.perf_counter() - begin
     stamp.write_text(json.dumps({"sha256": digest, "warmup_seconds": round(seconds, 1)}))
     return seconds
@@ -86,14 +99,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="processes of the warm-up and the training run")
     parser.add_argument("--prepare", action="store_true", help="make what is missing of data and model, train nothing")
+    parser.add_argument("--experts", action="store_true", help="train a mixture of experts")
     parser.add_argument("overrides", nargs="*", help="key=value for the trainer")
     arguments = parser.parse_args()
     prepare_environment()
-    config = read_config(arguments.overrides)
-    warmup_seconds = prepare(arguments.nproc)
+    given = [*layout(arguments.nproc, arguments.experts), *arguments.overrides]
+    config = read_config(given)
+    warmup_seconds = prepare(arguments.nproc, arguments.experts)
     if arguments.prepare:
         return
-    overrides = start_over(config, arguments.overrides)
+    overrides = start_over(config, given)
     begin = time.perf_counter()
     torchrun(arguments.nproc, "-m", "treepo_mcore", "train", str(HERE / "config.yaml"), *overrides)
     file = config.run.dir / "summary.json"

@@ -16,7 +16,7 @@ from log_probs import make_actor
 from treepo_mcore.actor import checkpoint
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.saver import Keep, Saver
-from treepo_mcore.config import ConfigError
+from treepo_mcore.config import ActorConfig, ConfigError
 from treepo_mcore.learn.loss import PolicyObjective
 
 EVERYTHING = {"parameters", "gradients", "optimizer"}
@@ -179,9 +179,9 @@ def refuse_a_layout(directory: str, trees: str, out: str) -> str:
     newest = checkpoint.newest(folder)
     assert newest is not None
     layout = checkpoint.read_state(newest)["layout"]
-    checkpoint.check_layout(newest, layout, 1, 2)
+    checkpoint.check_layout(newest, layout, ActorConfig(pp=2))
     with pytest.raises(ConfigError) as caught:
-        checkpoint.check_layout(newest, layout, 2, 1)
+        checkpoint.check_layout(newest, layout, ActorConfig(tp=2))
     return str(caught.value)
 
 

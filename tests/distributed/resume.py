@@ -75,7 +75,7 @@ def change_layout(
         begin = time.perf_counter()
         found = checkpoint.newest(folder / "checkpoints")
         assert found is not None
-        layout = {"form": "fully_reshardable", "tp": first.get("tp", 1), "pp": first.get("pp", 1)}
+        layout = {"form": "fully_reshardable"} | {key: first.get(key, 1) for key in ("tp", "pp", "ep", "etp")}
         optimizer = actor.config.optimizer.model_dump(mode="json")
         assert checkpoint.read_state(found) == STATE | {"layout": layout, "optimizer": optimizer}
         checkpoint.load(found, actor)

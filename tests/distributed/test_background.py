@@ -91,8 +91,8 @@ def small_disk(tmp_path):
 
 def test_another_layout_is_refused_before_it_is_loaded(arguments):
     for told in launch("background:refuse_a_layout", 2, arguments):
-        assert told.startswith("actor.tp, actor.pp: found 2, 1; ")
-        assert "loads with 1, 2 alone; `treepo-mcore checkpoint reshard`" in told
+        assert told.startswith("actor.tp, actor.pp, actor.ep, actor.etp: found 2, 1, 1, 1; ")
+        assert "loads with 1, 2, 1, 1 alone; `treepo-mcore checkpoint reshard`" in told
 
 
 def test_the_learning_rate_may_be_another(arguments):

@@ -21,14 +21,16 @@ MODELS = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "phi3": ("phi3", {}),
     "qwen3 one kv head": ("qwen3", {"num_key_value_heads": 1}),
+    "qwen2 experts": ("qwen2_moe", {}),
 }
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_round_trip(case, model_directory, tmp_path):
     family, overrides = MODELS[case]
+    ep = ["--ep", "2"] if family == "qwen2_moe" else []
     source = model_directory(family, **overrides)
-    there = ["to-megatron", str(source), str(tmp_path / "megatron"), "--tp", "2"]
+    there = ["to-megatron", str(source), str(tmp_path / "megatron"), "--tp", "2", *ep]
     back = ["to-hf", str(tmp_path / "megatron"), str(source), str(tmp_path / "hf"), "--pp", "2"]
     launch("convert:run", 2, {"commands": [there, back]}, limit=600)
     same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(source / "model.safetensors"))

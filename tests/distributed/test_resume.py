@@ -26,6 +26,13 @@ LAYOUTS = {
     "pp2 vpp2": {"pp": 2, "vpp": 2},
     "plain optimizer": {"distributed": False},
 }
+OF_MIXTURES = {
+    "dp2 ep2": {"ep": 2},
+    "dp2": {},
+    "tp2 ep2": {"tp": 2, "sequence_parallel": True, "ep": 2},
+    "tp2 etp2": {"tp": 2, "sequence_parallel": True, "etp": 2},
+    "pp2": {"pp": 2},
+}
 
 
 def settings(layout):
@@ -33,14 +40,15 @@ def settings(layout):
     return {"optimizer": OPTIMIZER | {"distributed": layout.pop("distributed", True)}} | layout
 
 
-@pytest.mark.parametrize("first", ["dp2", "pp2"])
-def test_a_checkpoint_loads_in_another_layout(first, model_directory, tmp_path):
+@pytest.mark.parametrize(("family", "first"), [("qwen3", "dp2"), ("qwen3", "pp2"), ("qwen3_moe", "dp2 ep2")])
+def test_a_checkpoint_loads_in_another_layout(family, first, model_directory, tmp_path):
     """Weights are equal at once, and moments show in the two steps after."""
     write_trees(tmp_path / "trees.jsonl", [random_tree(seed, leaves=7) for seed in range(10)])
-    others = {name: layout for name, layout in LAYOUTS.items() if layout.get("distributed", True)}
+    layouts = OF_MIXTURES if family == "qwen3_moe" else LAYOUTS
+    others = {name: layout for name, layout in layouts.items() if layout.get("distributed", True)}
     arguments = {
-        "directory": str(model_directory("qwen3", tie_word_embeddings=True)),
-        "first": settings(LAYOUTS[first]),
+        "directory": str(model_directory(family, tie_word_embeddings=True)),
+        "first": settings(layouts[first]),
         "others": {name: settings(layout) for name, layout in others.items()},
         "trees": str(tmp_path / "trees.jsonl"),
         "out": str(tmp_path),

@@ -267,9 +267,10 @@ def test_a_run_continued_with_another_optimizer_or_layout(config, start):
     more = [f"run.start_from={checkpoint}", f"run.dir={config.parent / 'other'}"] if start else []
     text = refused(config, "actor.optimizer.betas=[0.9,0.95]", *more)
     assert text.startswith(f"actor.optimizer.betas: found [0.9, 0.95], {checkpoint} was made with [0.9, 0.999]")
-    write_state(checkpoint, layout={"form": "dp_reshardable", "tp": 2, "pp": 1})
+    write_state(checkpoint, layout={"form": "dp_reshardable", "tp": 2, "pp": 1, "ep": 1, "etp": 1})
     text = refused(config, *more)
-    assert text.startswith(f"actor.tp, actor.pp: found 1, 1; {checkpoint} was written while the run went on, and loads")
+    assert text.startswith("actor.tp, actor.pp, actor.ep, actor.etp: found 1, 1, 1, 1; ")
+    assert f"{checkpoint} was written while the run went on, and loads with 2, 1, 1, 1 alone" in text
     assert "`treepo-mcore checkpoint reshard` with these" in text
 
 

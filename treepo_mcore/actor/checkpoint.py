@@ -20,9 +20,16 @@ from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.model import unwrap
 from treepo_mcore.actor.saved import ADVICE
 from treepo_mcore.actor.saver import SHARED, STATE
-from treepo_mcore.actor.sharded import any_adam, rates_while_loading, sharded_state, sharded_weights
+from treepo_mcore.actor.sharded import (
+    SHARDS,
+    any_adam,
+    rates_while_loading,
+    sharded_state,
+    sharded_weights,
+    shards_of,
+)
 from treepo_mcore.actor.sums import differences, read_sums
-from treepo_mcore.config import NEWEST_CHECKPOINT, ConfigError
+from treepo_mcore.config import NEWEST_CHECKPOINT, ActorConfig, ConfigError
 
 # What the trainer goes on from, and how the tensors lie.
 STATE_PARTS = {"step": int, "prompts": dict, "rollout": dict, "optimizer": dict, "layout": dict}
@@ -66,12 +73,15 @@ def check_sums(checkpoint: Path) -> None:
         raise ConfigError(f"{found[0]}{more}; {ADVICE}")
 
 
-def check_layout(checkpoint: Path, layout: dict[str, Any], tp: int, pp: int) -> None:
+def check_layout(checkpoint: Path, layout: dict[str, Any], actor: ActorConfig) -> None:
     """Raise `ConfigError` where the optimizer's state lies as it did in another layout. layout: of `read_state`."""
-    if layout["form"] == "dp_reshardable" and (layout["tp"], layout["pp"]) != (tp, pp):
+    found, saved = shards_of(actor), {key: layout.get(key) for key in SHARDS}
+    if layout["form"] == "dp_reshardable" and found != saved:
+        names = ", ".join(f"actor.{key}" for key in SHARDS)
+        now, then = (", ".join(map(str, each.values())) for each in (found, saved))
         raise ConfigError(
-            f"actor.tp, actor.pp: found {tp}, {pp}; {checkpoint} was written while the run went on, and loads with "
-            f"{layout['tp']}, {layout['pp']} alone; `treepo-mcore checkpoint reshard` with these makes it load with any"
+            f"{names}: found {now}; {checkpoint} was written while the run went on, and loads with "
+            f"{then} alone; `treepo-mcore checkpoint reshard` with these makes it load with any"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -15,7 +16,7 @@ from treepo_mcore.model.families import parts_of
 from treepo_mcore.model.files import read_json
 from treepo_mcore.model.sizes import Sizes
 
-LAYERS = "decoder.layers."  # Megatron keeps all layers' tensors of one name as one, layers first
+LAYERS = "decoder.layers."
 ADVICE = "name an older one in latest_checkpointed_iteration.txt, or begin anew with run.resume: false"
 
 
@@ -71,13 +72,33 @@ def _check_files(checkpoint: Path, metadata: Metadata) -> None:
 def _check_shapes(checkpoint: Path, metadata: Metadata, sizes: Sizes) -> None:
     saved = metadata.state_dict_metadata
     found = {name: tuple(entry.size) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
-    for part in parts_of(sizes).layers[0]:
+    for names, expected in _expected(sizes):
         # TransformerEngine's layers have some tensors under other names than Megatron's own.
-        name = next((LAYERS + name for name in part.megatron if LAYERS + name in found), None)
+        name = next((name for name in names if name in found), None)
         if name is None:
-            raise ConfigError(f"{checkpoint}: of another model: it has no {LAYERS}{part.megatron[0]}")
-        expected = (sizes.layers, *part.actor_shape(1))
+            raise ConfigError(f"{checkpoint}: of another model: it has no {names[0]}")
         if found[name] != expected:
             raise ConfigError(
                 f"{checkpoint}: of another model: {name} has the shape {list(found[name])}, expected {list(expected)}"
             )
+
+
+def _expected(sizes: Sizes) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Names that a tensor of the layers may have, and its shape.
+
+    Megatron keeps all layers' tensors of one name as one, layers first, and where layers differ, those of a mixture,
+    each layer's by itself; a layer's experts are one tensor, experts first.
+    """
+    layers = parts_of(sizes).layers
+    if sizes.experts is None:
+        for part in layers[0]:
+            yield [LAYERS + name for name in part.megatron], (sizes.layers, *part.actor_shape(1))
+        return
+    for number, layer in enumerate(layers):
+        for part in layer:
+            prefix, shape = f"{LAYERS}{number}.", part.actor_shape(1)
+            if part.experts:
+                linear = part.megatron[0].rsplit("{}.", 1)[1]  # linear_fc1.weight
+                yield [f"{prefix}mlp.experts.experts.{linear}"], (part.experts, *shape)
+            else:
+                yield [prefix + name for name in part.megatron], shape

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.memory import ActorMemory
-from treepo_mcore.actor.sharded import Form, any_adam, sharded_state
+from treepo_mcore.actor.sharded import Form, any_adam, sharded_state, shards_of
 from treepo_mcore.actor.sums import settle, write_sums, written_by
 from treepo_mcore.config import NEWEST_CHECKPOINT
 
@@ -85,7 +85,7 @@ class Saver:
         if told[0] is not None:
             raise RuntimeError(told[0])
         whole = not actor.config.optimizer.distributed
-        layout = {"form": "fully_reshardable" if whole else form, "tp": actor.grid.tp, "pp": actor.grid.pp}
+        layout = {"form": "fully_reshardable" if whole else form} | shards_of(actor.config)
         with any_adam(actor.optimizer):  # without state, if no step so far had an informative prompt
             sharded = sharded_state(actor, form, loading=False)
         state = state | {"layout": layout, "optimizer": actor.config.optimizer.model_dump(mode="json")}

@@ -13,10 +13,19 @@ from torch import nn
 
 from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.model import unwrap
+from treepo_mcore.config import ActorConfig
 
 # Of the distributed optimizer, by Megatron's names. The first is gathered on each first data-parallel rank and loads in
 # any layout; of the second each rank writes what it has, and tensor and pipeline parallelism stay as they were.
 Form = Literal["fully_reshardable", "dp_reshardable"]
+
+
+SHARDS = ("tp", "pp", "ep", "etp")
+
+
+def shards_of(config: ActorConfig) -> dict[str, int]:
+    """What has to stay for `dp_reshardable`, by the configuration's keys."""
+    return {key: getattr(config, key) for key in SHARDS}
 
 
 def sharded_weights(chunks: list[nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
