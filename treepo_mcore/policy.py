@@ -137,7 +137,10 @@ class Policy:
     @property
     def layout(self) -> str:
         """For people."""
-        return f"tp{self.grid.tp} pp{self.grid.pp} dp{self.grid.dp} rollout-tp{self.config.rollout.tp}"
+        actor, rollout = self.config.actor, self.config.rollout
+        experts = f" ep{actor.ep} etp{actor.etp}" if self.arch.experts else ""
+        engine = f"rollout-tp{rollout.tp}" + (" with expert parallelism" if rollout.expert_parallel else "")
+        return f"tp{actor.tp} pp{actor.pp} dp{self.grid.dp}{experts} {engine}"
 
     def metrics(self) -> dict[str, float]:
         """What moves and checkpoints took since the last call: `Phases.metrics`, `Saver.metrics`."""

@@ -56,19 +56,15 @@ TP2 = {"tp": 2, "sequence_parallel": True}
 OF_MIXTURES = {
     1: {"flat packing": {"packing": "flat"}, "recompute full": {"recompute": "full"}},
     2: {
-        "dp2 ep2": {"ep": 2},
         "dp2 ep2 flat packing": {"ep": 2, "packing": "flat"},
         "dp2 ep2 distributed optimizer": {"ep": 2, "distributed": True},
         "tp2 ep2 recompute full": TP2 | {"ep": 2, "recompute": "full"},
-        "tp2": TP2,
         "tp2 etp2": TP2 | {"etp": 2},
         "pp2 distributed optimizer": {"pp": 2, "distributed": True},
     },
     4: {
-        "tp2 dp2 ep4": TP2 | {"ep": 4},
         "tp2 dp2 ep2 etp2 distributed optimizer": TP2 | {"ep": 2, "etp": 2, "distributed": True},
         "tp2 pp2 ep2": TP2 | {"pp": 2, "ep": 2},
-        "pp2 dp2 ep2": {"pp": 2, "ep": 2},
         "pp2 vpp2 dp2 ep2 overlapped": {"pp": 2, "vpp": 2, "ep": 2, "distributed": True, "megatron": OVERLAP},
     },
 }

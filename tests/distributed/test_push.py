@@ -47,6 +47,8 @@ EXPERTS = {"enable_expert_parallel": True}
 MIXTURES = {
     "dp2 ep2 to tp2, experts": (2, {"family": "qwen2_moe"}, {"ep": 2}, 2),
     "dp2 ep2 to tp2 ep2, experts": (2, {"family": "qwen3_moe"}, {"ep": 2}, 2, EXPERTS),
+}
+MIXTURES_LONG = {
     "tp2 dp2 ep4 to two engines of tp2 ep2, experts": (
         4,
         {"family": "qwen3_moe"},
@@ -54,14 +56,12 @@ MIXTURES = {
         2,
         EXPERTS,
     ),
-}
-MIXTURES_LONG = {
     "tp2 pp2 etp2 to four engines, experts": (
         4,
         {"family": "qwen2_moe"},
         {"tp": 2, "sequence_parallel": True, "pp": 2, "etp": 2},
         1,
-    )
+    ),
 }
 PROMPTS = torch.randint(4, VOCAB, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
 

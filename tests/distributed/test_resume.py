@@ -28,9 +28,7 @@ LAYOUTS = {
 }
 OF_MIXTURES = {
     "dp2 ep2": {"ep": 2},
-    "dp2": {},
     "tp2 ep2": {"tp": 2, "sequence_parallel": True, "ep": 2},
-    "tp2 etp2": {"tp": 2, "sequence_parallel": True, "etp": 2},
     "pp2": {"pp": 2},
 }
 

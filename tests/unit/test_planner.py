@@ -62,6 +62,8 @@ def config(**sections):
         ("Llama-3.1-70B", 70_553_706_496),
         ("Qwen2.5-72B", 72_706_203_648),
         ("Llama-3.1-405B", 405_853_388_800),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen3-235B-A22B", 235_093_634_560),
     ],
 )
 def test_parameters_are_those_of_the_published_checkpoints(name, count):

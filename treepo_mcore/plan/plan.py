@@ -158,6 +158,12 @@ def _precision_errors(config: Config, sizes: Sizes, gpu: Gpu) -> list[str]:
     fp8_engine = engine_in_fp8(config)
     if gpu.fp8 is None and (fp8_engine or in_fp8(config.actor)):
         found.append(f"{gpu.name} has no FP8 tensor cores")
+    if sizes.experts and fp8_engine:
+        found.append(
+            "rollout.engine.quantization: expected none with a mixture of experts: pushes do not know FP8 experts"
+        )
+    if sizes.experts and in_fp8(config.actor):
+        found.append(f"actor.fp8: not supported with a mixture of experts ({sizes.family})")
     if fp8_engine and rollout.dtype == "float32":
         found.append(f"rollout.dtype: float32 with quantization {BLOCK_FP8}; vLLM takes bfloat16 or float16")
     inputs = {"hidden": (sizes.hidden, 1), "attention": (sizes.heads * sizes.head_dim, rollout.tp)}

@@ -81,10 +81,12 @@ def covered_once(transfers: Iterable[Transfer], to_fill: dict[str, int]) -> bool
 
     to_fill: local tensor -> elements to be written.
     """
-    boxes: dict[str, list[Box]] = defaultdict(list)
+    boxes: dict[tuple[str, tuple[int, ...]], list[Box]] = defaultdict(list)  # by local tensor and slab of it
     written: dict[str, int] = defaultdict(int)
     for transfer in transfers:
-        boxes[transfer.target_local].append((transfer.target_start, transfer.shape))
+        slab = len(transfer.target_start) - len(transfer.shape)
+        start = transfer.target_start
+        boxes[transfer.target_local, start[:slab]].append((start[slab:], transfer.shape))
         written[transfer.target_local] += transfer.numel
     return written == to_fill and all(_disjoint(found) for found in boxes.values())
 

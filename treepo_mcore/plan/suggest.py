@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from rich.console import Console
@@ -35,6 +36,7 @@ class Layout:
     tp: int
     pp: int
     vpp: int | None
+    ep: int
     rollout_tp: int
     recompute: str
     micro_batch_tokens: int
@@ -46,6 +48,7 @@ class Layout:
             "actor.tp": self.tp,
             "actor.pp": self.pp,
             "actor.vpp": self.vpp,
+            "actor.ep": self.ep,
             "actor.first_stage_layers": first,
             "actor.last_stage_layers": last,
             "actor.sequence_parallel": self.tp > 1,
@@ -150,21 +153,40 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _layouts(config: Config, sizes: Sizes, cluster: Cluster, one_batch: bool) -> Iterator[Layout]:
-    """Tensor parallelism within a node, pipelines that come out even, micro-batches that hold a path."""
+    """Tensor parallelism within a node, pipelines that come out even, micro-batches that hold a path, whole experts."""
     least = config.actor.micro_batch_tokens
     batches = [least] if one_batch else [least, 2 * least]
-    engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and not sizes.split_problem(n)]
+    engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and _engine_splits(config, sizes, n)]
     for tp in (1, 2, 4, 8):
         if cluster.crosses(tp) or sizes.split_problem(tp):
             continue
         for pp in (1, 2, 4, 8, 16, 32):
             if cluster.world % (tp * pp) or pp > sizes.layers or not _splits(sizes.layers, pp):
                 continue
-            for vpp in _interleavings(sizes.layers, pp):
-                for rollout_tp in engines:
-                    for recompute in ("none", "full"):
-                        for tokens in batches:
-                            yield Layout(tp, pp, vpp, rollout_tp, recompute, tokens)
+            rest = product(
+                _interleavings(sizes.layers, pp),
+                _expert_ranks(sizes, cluster.world // pp),
+                engines,
+                ("none", "full"),
+                batches,
+            )
+            for vpp, ep, rollout_tp, recompute, tokens in rest:
+                yield Layout(tp, pp, vpp, ep, rollout_tp, recompute, tokens)
+
+
+def _engine_splits(config: Config, sizes: Sizes, tp: int) -> bool:
+    try:
+        sizes.check_engine_split(tp, tp > 1 and bool(config.rollout.engine.get("enable_expert_parallel")))
+    except ConfigError:
+        return False
+    return True
+
+
+def _expert_ranks(sizes: Sizes, ranks: int) -> list[int]:
+    """Numbers of a stage's ranks that may share the experts."""
+    if sizes.experts is None:
+        return [1]
+    return [ep for ep in (1, 2, 4, 8, 16, 32, 64) if ranks % ep == 0 and sizes.experts.count % ep == 0]
 
 
 def uneven(layers: int, pp: int) -> tuple[int | None, int | None]:
@@ -247,7 +269,7 @@ def _distinct(verdicts: list[Verdict]) -> list[Verdict]:
     seen = set()
     result = []
     for verdict in verdicts:
-        key = (verdict.layout.tp, verdict.layout.pp, verdict.layout.rollout_tp)
+        key = (verdict.layout.tp, verdict.layout.pp, verdict.layout.ep, verdict.layout.rollout_tp)
         if key not in seen:
             seen.add(key)
             result.append(verdict)
@@ -257,7 +279,7 @@ def _distinct(verdicts: list[Verdict]) -> list[Verdict]:
 def _neighbours(best: Layout, verdicts: list[Verdict]) -> Iterator[tuple[str, Verdict]]:
     """Layouts that differ from the best in one choice, by one step."""
     table = {verdict.layout: verdict for verdict in verdicts}
-    for name in ("tp", "pp", "vpp", "rollout_tp", "recompute", "micro_batch_tokens"):
+    for name in ("tp", "pp", "vpp", "ep", "rollout_tp", "recompute", "micro_batch_tokens"):
         here = getattr(best, name)
         values = sorted({getattr(layout, name) for layout in table}, key=lambda v: (v is not None, v or 0))
         at = values.index(here)
@@ -295,8 +317,9 @@ def print_suggestions(found: Suggestions, console: Console) -> None:
     for verdict, plan in zip(found.best, found.plans, strict=True):
         layout = verdict.layout
         interleaved = f" vpp{layout.vpp}" if layout.vpp else ""
+        experts = f" ep{layout.ep}" if found.sizes.experts else ""
         table.add_row(
-            f"tp{layout.tp} pp{layout.pp}{interleaved} dp{plan.data_parallel}",
+            f"tp{layout.tp} pp{layout.pp}{interleaved} dp{plan.data_parallel}{experts}",
             str(layout.rollout_tp),
             f"{plan.memory.engine.bytes / plan.memory.available:.2f}",
             layout.recompute,

@@ -85,7 +85,7 @@ class MetaEngine:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         self.config.compilation_config.static_forward_context.clear()  # of the model built before
-        with set_default_torch_dtype(self.config.model_config.dtype), torch.device("meta"):
+        with set_default_torch_dtype(self.config.model_config.dtype), _untold_experts(), torch.device("meta"):
             model = initialize_model(self.config)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         if self.quantised:  # what vLLM leaves of weights that are nowhere here
@@ -94,6 +94,19 @@ class MetaEngine:
                 parameters[name] = parameters[name].to(FP8)
                 parameters[name + SCALE] = torch.empty(scales, dtype=torch.float32, device="meta")
         return parameters
+
+
+@contextlib.contextmanager
+def _untold_experts() -> Iterator[None]:
+    """vLLM logs which experts a rank has, which a map on the meta device does not say."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
+    told = ExpertMapManager.get_compressed_map_string
+    ExpertMapManager.get_compressed_map_string = lambda manager: ""
+    try:
+        yield
+    finally:
+        ExpertMapManager.get_compressed_map_string = told
 
 
 def vllm_layout(
