@@ -135,16 +135,16 @@ def shares_of_two_ranks(directory: str, trees: str) -> dict[str, Any]:
     (batch,) = mini_batches(actor, trees, 8, "tree")
     batch *= 2
     mine = 1 + actor.grid.rank
-    counts = [actor._most(mine)]
+    counts = [actor._most(mine, backward=True)]
     actor.megatron.fp8 = "hybrid"
-    counts.append(len(actor._micro_batches(batch[:mine], least=actor._most(mine))))
+    counts.append(len(actor._micro_batches(batch[:mine], least=actor._most(mine, backward=True))))
     actor.megatron.fp8 = None
     return {"counts": counts} | _not_finite(actor, batch)
 
 
-def idle_rank(directory: str, trees: str, megatron: dict[str, Any]) -> float:
+def idle_rank(directory: str, trees: str, settings: dict[str, Any]) -> float:
     """A first step in which the second rank has no tree; the mini-batch's tokens as it reports them."""
-    actor = make_actor(Path(directory), {"optimizer": {"distributed": True}, "megatron": megatron})
+    actor = make_actor(Path(directory), {"optimizer": {"distributed": True}} | settings)
     (batch,) = mini_batches(actor, trees, 8, "tree")
     assert bool(batch) == (actor.grid.rank == 0)
     old = [out[0] for out in actor.log_probs(batch)]

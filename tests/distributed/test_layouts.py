@@ -179,6 +179,21 @@ def log_prob_error(table, reference):
     return (mine - torch.tensor([reference[key] for key in table])).abs().max().item()
 
 
+def test_the_load_of_experts_is_that_of_one_process(single, directories, tmp_path):
+    """Every token chooses two of eight; in a random model not evenly, and neither all of them the same."""
+    one = single["experts"]["reference", "qwen3 experts"]["metrics"][0]
+    assert 1.05 < one["moe/load_max"] < 4
+    assert 0.5 < one["moe/load_entropy"] < 0.999
+    layouts = {"tp2 ep2": TP2 | {"ep": 2}, "pp2": {"pp": 2}}
+    results = run(2, layouts, named(["qwen3 experts"], directories), tmp_path)
+    for layout in layouts:
+        two = results[layout, "qwen3 experts"]["metrics"][0]
+        # An empty micro-batch of a rank that has fewer sequences is a token more.
+        assert two["moe/load_max"] == pytest.approx(one["moe/load_max"], rel=0.02)
+        assert two["moe/load_entropy"] == pytest.approx(one["moe/load_entropy"], rel=0.01)
+    assert "moe/load_max" not in single["dense"]["reference", "qwen2"]["metrics"][0]
+
+
 def metric_error(result, reference, name):
     assert all(math.isfinite(mine[name]) for mine in result["metrics"])
     pairs = zip(result["metrics"], reference["metrics"], strict=True)
@@ -210,8 +225,16 @@ def test_ranks_with_unequal_shares(directories, tmp_path):
         assert rank["finite"]
 
 
-def test_a_rank_without_trees_in_the_first_step(directories, tmp_path):
-    """Megatron gathers overlapped parameters with the first forward pass, which that rank does not make."""
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        # Megatron gathers overlapped parameters with the first forward pass, which that rank does not make.
+        ("qwen2", {"megatron": OVERLAP}),
+        # The other rank's tokens go to experts that are on it.
+        ("qwen3 experts", {"ep": 2}),
+    ],
+)
+def test_a_rank_without_trees_in_the_first_step(model, settings, directories, tmp_path):
     write_trees(tmp_path / "trees.jsonl", [random_tree(0, leaves=4)])
-    arguments = {"directory": str(directories["qwen2"]), "trees": str(tmp_path / "trees.jsonl"), "megatron": OVERLAP}
+    arguments = {"directory": str(directories[model]), "trees": str(tmp_path / "trees.jsonl"), "settings": settings}
     assert launch("layouts:idle_rank", 2, arguments, limit=120) == [random_tree(0, leaves=4).logical_tokens] * 2

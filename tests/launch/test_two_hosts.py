@@ -20,17 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = {f"treepo{os.getpid()}-{number}": f"10.77.0.{number + 1}" for number in range(2)}
 
 
-def can_make_namespaces() -> bool:
-    """Root in a container often may not."""
-    if os.geteuid() or shutil.which("ip") is None:
-        return False
-    made = subprocess.run(["ip", "netns", "add", "treepo-try"], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "delete", "treepo-try"]).returncode == 0
-
-
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(not can_make_namespaces(), reason="needs root and ip netns"),
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip netns"),
 ]
 
 
@@ -39,7 +31,8 @@ def hosts():
     """Named as their namespaces; each resolves both names, and its interface to the other is eth0."""
     for name in HOSTS:
         made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-        assert made.returncode == 0, made.stderr
+        if made.returncode:  # root in a container often may not
+            pytest.skip(f"needs to make network namespaces, which this machine refuses: {made.stderr.strip()}")
         folder = Path("/etc/netns") / name  # `ip netns exec` puts these files in place of /etc's
         folder.mkdir(parents=True)
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {host}\n" for host, ip in HOSTS.items()))

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from treepo_mcore.actor.attention import attention_multiple, choose_attention
+from treepo_mcore.actor.balance import ExpertLoad
 from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.layout import is_expert, megatron_layout, megatron_parameters, megatron_tensors
@@ -37,7 +38,11 @@ from treepo_mcore.weights.layout import Piece
 
 
 class Actor:
-    """A sharded policy and its optimizer. Every method is collective over the model's tensor and pipeline groups."""
+    """A sharded policy and its optimizer.
+
+    Every method is collective over the model's tensor and pipeline groups, and with experts over all ranks that have a
+    part of them: also ranks without sequences take part.
+    """
 
     @on_megatron_device
     def __init__(
@@ -78,6 +83,7 @@ class Actor:
         self.chunks = _data_parallel(bare, configs)
         # The distributed optimizer moves parameters into one buffer: look them up again.
         self.tensors = megatron_tensors(self.chunks) | self.copies.tensors
+        self.load = ExpertLoad(self.chunks)
         self.optimizer = get_megatron_optimizer(configs.optimizer, self.chunks)
         self.memory = ActorMemory(self.chunks, self.optimizer, megatron_parameters(self.chunks))
         self.scheduler = _scheduler(self.optimizer, config, total_steps)
@@ -164,6 +170,7 @@ class Actor:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.load.clear()
         outputs = self._run(batches, partial(_loss, objective, normaliser), objective.entropy_grad)
         # As `step` does by itself, which would not look before it moves the weights.
         self.optimizer.prepare_grads()
@@ -171,7 +178,8 @@ class Actor:
         skips = not math.isfinite(grad_norm)
         if not skips:
             self.optimizer.step()
-        return objective.means(self._totals(outputs, objective)) | {"grad_norm": grad_norm, "skipped": float(skips)}
+        measured = objective.means(self._totals(outputs, objective)) | self.load.metrics()
+        return measured | {"grad_norm": grad_norm, "skipped": float(skips)}
 
     @on_megatron_device
     def finish_updates(self) -> None:

@@ -80,6 +80,7 @@ OF_THE_TRAINER = {
     "moe_z_loss_coeff": _BALANCE,
     "moe_input_jitter_eps": _BALANCE,
     "moe_router_force_load_balancing": _BALANCE,
+    "moe_router_force_biased": _BALANCE,
     "moe_expert_capacity_factor": _BALANCE,
     "moe_pad_expert_input_to_capacity": _BALANCE,
     "moe_token_dispatcher_type": "nothing: trees differ in tokens, which only alltoall takes",

@@ -148,5 +148,5 @@ def _step_metrics(results: list[dict[str, float]], config: Config) -> dict[str, 
         value = max(column) if name.endswith("_max") else sum(column) / len(column)
         if name == "skipped":
             value = sum(column)
-        values[name if name.startswith("mismatch/") else f"actor/{name}"] = value
+        values[name if "/" in name else f"actor/{name}"] = value
     return values
