@@ -103,7 +103,8 @@ class Actor:
             True: parallel_state.get_expert_data_parallel_group(),
         }
         read = [piece for piece in self.pieces if groups[is_expert(piece.local)].rank() == 0]
-        load_pieces(directory, read, self.tensors)
+        if read:
+            load_pieces(directory, read, self.tensors)
         for name in sorted({piece.local for piece in self.pieces}):
             group = groups[is_expert(name)]
             if group.size() > 1:
