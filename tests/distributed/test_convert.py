@@ -20,7 +20,6 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 MODELS = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "phi3": ("phi3", {}),
-    "qwen3 one kv head": ("qwen3", {"num_key_value_heads": 1}),
     "qwen2 experts": ("qwen2_moe", {}),
 }
 

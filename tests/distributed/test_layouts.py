@@ -115,6 +115,7 @@ def test_reference_clips_and_moves(single, model):
     reference = single["dense" if model in MODELS else "experts"]["reference", model]
     first, second = reference["metrics"]
     assert 0.05 < first["clipped"] < 0.95
+    assert ("moe/load_max" in first) == (model in MIXTURES)
     assert abs(first["loss"]) > 1e-3
     assert first["grad_norm"] > OPTIMIZER["clip_grad"]
     assert second["tokens"] != first["tokens"]
@@ -134,10 +135,22 @@ def test_equal_one_process(kind, processes, directories, single, tmp_path):
     for layout in layouts[processes]:
         for model in models:
             found = errors(results[layout, model], alone["reference", model])
+            if kind == "experts":
+                same_load(results[layout, model], alone["reference", model])
             worst = {what: max(worst[what], found.get(what, 0.0)) for what in worst}
             wrong |= {(layout, model, w): error for w, error in found.items() if not error < limits[w]}
     print("largest errors:", {what: f"{error:.1e}" for what, error in worst.items()})
     assert not wrong
+
+
+def same_load(result, reference):
+    """Of experts. An empty micro-batch of a rank that has fewer sequences is a token more, flat packing sees shared
+    tokens once for each leaf."""
+    one, two = reference["metrics"][0], result["metrics"][0]
+    assert 1.05 < one["moe/load_max"] < 4  # two of eight, chosen by a random model
+    assert 0.5 < one["moe/load_entropy"] < 0.999
+    assert two["moe/load_max"] == pytest.approx(one["moe/load_max"], rel=0.3)
+    assert two["moe/load_entropy"] == pytest.approx(one["moe/load_entropy"], rel=0.02)
 
 
 LIMITS = {
@@ -177,21 +190,6 @@ def log_prob_error(table, reference):
     assert table.keys() <= reference.keys()
     mine = torch.tensor(list(table.values()))
     return (mine - torch.tensor([reference[key] for key in table])).abs().max().item()
-
-
-def test_the_load_of_experts_is_that_of_one_process(single, directories, tmp_path):
-    """Every token chooses two of eight; in a random model not evenly, and neither all of them the same."""
-    one = single["experts"]["reference", "qwen3 experts"]["metrics"][0]
-    assert 1.05 < one["moe/load_max"] < 4
-    assert 0.5 < one["moe/load_entropy"] < 0.999
-    layouts = {"tp2 ep2": TP2 | {"ep": 2}, "pp2": {"pp": 2}}
-    results = run(2, layouts, named(["qwen3 experts"], directories), tmp_path)
-    for layout in layouts:
-        two = results[layout, "qwen3 experts"]["metrics"][0]
-        # An empty micro-batch of a rank that has fewer sequences is a token more.
-        assert two["moe/load_max"] == pytest.approx(one["moe/load_max"], rel=0.02)
-        assert two["moe/load_entropy"] == pytest.approx(one["moe/load_entropy"], rel=0.01)
-    assert "moe/load_max" not in single["dense"]["reference", "qwen2"]["metrics"][0]
 
 
 def metric_error(result, reference, name):

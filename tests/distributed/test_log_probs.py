@@ -39,11 +39,7 @@ LAYOUTS = {
     },
 }
 MIXTURES = {"qwen3 experts": ("qwen3_moe", {}), "qwen2 experts, one shared": ("qwen2_moe", {})}
-TP2 = {"tp": 2, "sequence_parallel": True}
-OF_MIXTURES = {  # test_layouts.py has more, and compares their log-probs, too
-    1: {"one process": {}},
-    4: {"tp2 dp2 ep2 etp2": TP2 | {"ep": 2, "etp": 2}, "pp2 vpp2 ep2": {"pp": 2, "vpp": 2, "ep": 2}},
-}
+OF_MIXTURES = {1: {"one process": {}}}  # test_layouts.py compares log-probs of other layouts with this one's
 CASES = [(MODELS, LAYOUTS, count) for count in LAYOUTS] + [(MIXTURES, OF_MIXTURES, count) for count in OF_MIXTURES]
 
 

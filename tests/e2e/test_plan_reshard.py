@@ -15,14 +15,13 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = EXAMPLES / "models"
 RECIPES = {  # -> nodes of 8
     "qwen2.5-7b-8gpu/config.yaml": 1,
+    "qwen3-30b-a3b-8gpu/config.yaml": 1,
     "llama-3.1-70b-64gpu/config.yaml": 8,
     "llama-3.1-70b-64gpu/config_fp8.yaml": 8,
     "qwen2.5-72b-64gpu/config.yaml": 8,
-    "llama-3.1-405b-256gpu/config.yaml": 32,
     "llama-3.1-405b-256gpu/config_fp8.yaml": 32,
 }
 GB = 1e9
-PP16 = ["actor.pp=16", "actor.first_stage_layers=7", "actor.last_stage_layers=7"]  # of 126 layers
 CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vocabulary padding left out
     "70B tp8 pp4": ("Llama-3.1-70B", 8, ["actor.tp=8", "actor.pp=4", "rollout.tp=8"], 17.64),
     "70B tp8 pp4, fp8": (
@@ -32,8 +31,6 @@ CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vo
         9.09,
     ),
     "70B tp4 pp4": ("Llama-3.1-70B", 8, ["actor.tp=4", "actor.pp=4", "rollout.tp=8"], 17.64),
-    "72B tp8 pp4": ("Qwen2.5-72B", 8, ["actor.tp=8", "actor.pp=4", "rollout.tp=8"], 18.18),
-    "405B tp8 pp16": ("Llama-3.1-405B", 32, ["actor.tp=8", *PP16, "rollout.tp=16"], 51.27),
 }
 
 
