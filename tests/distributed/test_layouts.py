@@ -135,7 +135,7 @@ def test_equal_one_process(kind, processes, directories, single, tmp_path):
     for layout in layouts[processes]:
         for model in models:
             found = errors(results[layout, model], alone["reference", model])
-            if kind == "experts":
+            if kind == "experts" and "vpp" not in layouts[processes][layout]:  # which pads all to the longest
                 same_load(results[layout, model], alone["reference", model])
             worst = {what: max(worst[what], found.get(what, 0.0)) for what in worst}
             wrong |= {(layout, model, w): error for w, error in found.items() if not error < limits[w]}

@@ -37,7 +37,7 @@ class ExpertLoad:
     def metrics(self) -> dict[str, float]:
         """What was counted since `clear`, the same on every rank; nothing for a dense model. Collective.
 
-        Recomputed layers count twice and empty micro-batches a token each, which shares hardly show. `moe/load_max`:
+        Padding counts: it is computed. Recomputed layers count twice, which shares do not show. `moe/load_max`:
         the fullest expert's tokens over the mean expert's, in the layer where that is most. `moe/load_entropy`: of the
         shares of the experts, over that of equal shares, mean of the layers: 1 when all have as many.
         """
