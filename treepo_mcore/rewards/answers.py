@@ -29,7 +29,8 @@ def tell_unreadable(file: Path, answers: Mapping[str, str]) -> list[str]:
     with RewardPool(config) as pool:
         for answer, name in looked.items():
             pool.submit(name, "", answer, "", {})
-        unread = sorted(str(result.key) for result in pool.drain() if not result.correct)
+        # A call that failed, such as on a machine too busy for it in time, says nothing of its answer.
+        unread = sorted(str(result.key) for result in pool.drain() if not result.correct and result.error is None)
     if unread:
         example = next(answer for answer, name in looked.items() if name == unread[0])
         log.warning(
