@@ -69,8 +69,8 @@ def start(host: str, script: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_a_host_is_cut_off_and_comes_back(rendezvous, task, hosts, tmp_path):
+def test_a_host_is_cut_off_and_comes_back(task, hosts, tmp_path):
+    """By c10d; test_torchrun.py and test_slurm.py meet by a static rendezvous."""
     script = tmp_path / "train.sh"
     settings = ["run.dir=run", "trainer.save_every=1", "trainer.eval_before=false", "trainer.eval_after=false"]
     job = TorchrunJob(
@@ -83,12 +83,11 @@ def test_a_host_is_cut_off_and_comes_back(rendezvous, task, hosts, tmp_path):
         interface="eth0",
         disk_gib=1,
         memory_gib=1,
-        rendezvous=rendezvous,
-        head=HOSTS[hosts[0]] if rendezvous == "static" else hosts[0],
+        rendezvous="c10d",
+        head=hosts[0],
     )
     script.write_text(render(job))
-    numbers = [[str(node)] if rendezvous == "static" else [] for node in range(2)]
-    running = [start(host, script, *number) for host, number in zip(hosts, numbers, strict=True)]
+    running = [start(host, script) for host in hosts]
     tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 600
     while not (tracker.is_file() and int(tracker.read_text()) >= 2):
@@ -103,7 +102,7 @@ def test_a_host_is_cut_off_and_comes_back(rendezvous, task, hosts, tmp_path):
         node.wait(180)
         seconds.append(time.monotonic() - cut)
     said = [node.communicate()[0] for node in running]
-    print(f"{rendezvous}: ended {seconds[0]:.0f} s and {seconds[1]:.0f} s after the cut")
+    print(f"ended {seconds[0]:.0f} s and {seconds[1]:.0f} s after the cut")
     print("\n=====\n".join(text[-2500:] for text in said))
     assert all(node.returncode not in (0, 75) for node in running)
     assert max(seconds) < 90
@@ -113,7 +112,7 @@ def test_a_host_is_cut_off_and_comes_back(rendezvous, task, hosts, tmp_path):
     link(hosts[1], "up")
     again = script.with_name("again.sh")
     again.write_text(script.read_text().replace("trainer.steps=1000", f"trainer.steps={done + 2}"))
-    running = [start(host, again, *number) for host, number in zip(hosts, numbers, strict=True)]
+    running = [start(host, again) for host in hosts]
     said = [node.communicate(timeout=600)[0] for node in running]
     assert [node.returncode for node in running] == [0, 0], said
     assert f"resumed at step {done}" in said[0] + said[1]

@@ -13,7 +13,7 @@ from treepo_mcore.rewards.pool import RewardPool
 log = logging.getLogger(__name__)
 
 LOOKS = 500  # answers, at most; the rest of a large file is of the same kinds
-SECONDS = 1.0  # an answer
+SECONDS = 4.0  # an answer; the first of a worker on a slow machine takes more than one
 
 
 def tell_unreadable(file: Path, answers: Mapping[str, str]) -> list[str]:
