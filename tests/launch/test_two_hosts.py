@@ -56,11 +56,11 @@ def link(host: str, state: str, device: str = "eth0") -> None:
     subprocess.run(["ip", "-n", host, "link", "set", device, state], check=True)
 
 
-def start(host: str, script: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The script on a host, with a host name of its own."""
+def start(host: str, script: Path, number: int) -> subprocess.Popen[str]:
+    """The script as a node of this number on a host, with a host name of its own."""
     command = f'hostname {host} && exec bash "$@"'
     return subprocess.Popen(
-        ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c", command, "-", script, *arguments],
+        ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c", command, "-", script, str(number)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -70,7 +70,7 @@ def start(host: str, script: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_a_host_is_cut_off_and_comes_back(task, hosts, tmp_path):
-    """By c10d; test_torchrun.py and test_slurm.py meet by a static rendezvous."""
+    """By the static rendezvous that scripts have by default; c10d differs in torchrun's own part."""
     script = tmp_path / "train.sh"
     settings = ["run.dir=run", "trainer.save_every=1", "trainer.eval_before=false", "trainer.eval_after=false"]
     job = TorchrunJob(
@@ -83,11 +83,10 @@ def test_a_host_is_cut_off_and_comes_back(task, hosts, tmp_path):
         interface="eth0",
         disk_gib=1,
         memory_gib=1,
-        rendezvous="c10d",
-        head=hosts[0],
+        head=HOSTS[hosts[0]],
     )
     script.write_text(render(job))
-    running = [start(host, script) for host in hosts]
+    running = [start(host, script, number) for number, host in enumerate(hosts)]
     tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 600
     while not (tracker.is_file() and int(tracker.read_text()) >= 2):
@@ -112,7 +111,7 @@ def test_a_host_is_cut_off_and_comes_back(task, hosts, tmp_path):
     link(hosts[1], "up")
     again = script.with_name("again.sh")
     again.write_text(script.read_text().replace("trainer.steps=1000", f"trainer.steps={done + 2}"))
-    running = [start(host, again) for host in hosts]
+    running = [start(host, again, number) for number, host in enumerate(hosts)]
     said = [node.communicate(timeout=600)[0] for node in running]
     assert [node.returncode for node in running] == [0, 0], said
     assert f"resumed at step {done}" in said[0] + said[1]
