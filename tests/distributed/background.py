@@ -126,14 +126,20 @@ def fail(directory: str, trees: str, out: str) -> str:
     return str(caught.value)
 
 
-def fill_the_disk(directory: str, trees: str, out: str) -> str:
-    """There is room for one checkpoint: the second is refused on all ranks, and the first stays."""
+def _saved_once(directory: str, trees: str, out: str) -> tuple[Actor, Path, Saver]:
+    """An actor that has learnt, and the folder with its first checkpoint."""
     actor, folder = make_actor(Path(directory), {}), Path(out)
     learn(actor, trees)
     saver = Saver(folder, Keep(2), timeout_seconds=60)
     saver.plan(1, actor, {}, "dp_reshardable")
     saver.write(actor.memory)
     saver.wait()
+    return actor, folder, saver
+
+
+def fill_the_disk(directory: str, trees: str, out: str) -> str:
+    """There is room for one checkpoint: the second is refused on all ranks, and the first stays."""
+    actor, folder, saver = _saved_once(directory, trees, out)
     with pytest.raises(RuntimeError) as caught:
         saver.plan(2, actor, {}, "dp_reshardable")
     saver._check_room = lambda planned: None  # type: ignore[method-assign]  # somebody else fills it meanwhile
@@ -149,12 +155,7 @@ def fill_the_disk(directory: str, trees: str, out: str) -> str:
 
 def write_protect_the_disk(directory: str, trees: str, out: str) -> str:
     """Behind one checkpoint the file system takes no more: all ranks are told, and the first one loads."""
-    actor, folder = make_actor(Path(directory), {}), Path(out)
-    learn(actor, trees)
-    saver = Saver(folder, Keep(2), timeout_seconds=60)
-    saver.plan(1, actor, {}, "dp_reshardable")
-    saver.write(actor.memory)
-    saver.wait()
+    actor, folder, saver = _saved_once(directory, trees, out)
     dist.barrier()
     if dist.get_rank() == 0:
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
