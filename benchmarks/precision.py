@@ -99,11 +99,11 @@ def measure_gradients(trainer: str, trees: Path, out: Path, overrides: Sequence[
     from treepo_mcore.actor.parallel import build_grid
     from treepo_mcore.config import load_config
     from treepo_mcore.learn.advantage import advantages
-    from treepo_mcore.learn.deal import token_work
     from treepo_mcore.learn.loss import PolicyObjective
     from treepo_mcore.learn.step import mini_batches
     from treepo_mcore.model.architecture import read_architecture
     from treepo_mcore.model.files import resolve_model
+    from treepo_mcore.model.shards import token_work
     from treepo_mcore.system.placement import init_process_group
     from treepo_mcore.tree.files import read_trees
     from treepo_mcore.tree.stats import informative

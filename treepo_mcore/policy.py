@@ -140,7 +140,8 @@ class Policy:
         actor, rollout = self.config.actor, self.config.rollout
         experts = f" ep{actor.ep} etp{actor.etp}" if self.arch.experts else ""
         engine = f"rollout-tp{rollout.tp}" + (" with expert parallelism" if rollout.expert_parallel else "")
-        return f"tp{actor.tp} pp{actor.pp} dp{self.grid.dp}{experts} {engine}"
+        context = f" cp{actor.cp}" if actor.cp > 1 else ""
+        return f"tp{actor.tp}{context} pp{actor.pp} dp{self.grid.dp}{experts} {engine}"
 
     def metrics(self) -> dict[str, float]:
         """What moves and checkpoints took since the last call: `Phases.metrics`, `Saver.metrics`."""
@@ -180,7 +181,7 @@ def working_bytes(config: Config, actor: Actor, capability: tuple[int, int] | No
     grid = actor.grid
     always = {"context": CONTEXT_BYTES, "staging": config.rollout.push_staging_mb << 20}
     stage = stages(config.actor, actor.arch.layers)[grid.pp_rank]
-    tokens = config.actor.micro_batch_tokens
+    tokens = config.actor.rank_tokens
     update = update_working(config.actor, actor.arch, stage, grid.pp_rank, tokens, capability or (0, 0))
     if update["FP8 weights"] and "gradients" not in config.memory.offloaded(capability is not None):
         always["FP8 weights"] = update["FP8 weights"]

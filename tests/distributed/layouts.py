@@ -15,9 +15,10 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.actor.layout import unwrap
 from treepo_mcore.config import AdvantageConfig
 from treepo_mcore.learn.advantage import advantages
-from treepo_mcore.learn.deal import balance, token_work
+from treepo_mcore.learn.deal import balance
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.learn.packing import pack_flat, pack_trees
+from treepo_mcore.model.shards import token_work
 from treepo_mcore.records import PackedSequence
 from treepo_mcore.tree.files import read_trees
 from treepo_mcore.tree.tree import Tree

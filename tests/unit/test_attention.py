@@ -27,10 +27,12 @@ def inputs(size, heads, groups, seed):
 
 
 def attend(name, sequence, q, k, v):
+    index = torch.arange(len(sequence.tokens))
     if name == "dense":
-        return dense_attention(q, k, v, ancestor_mask(sequence.subtree_end), SCALE)
+        return dense_attention(q, k, v, ancestor_mask(sequence.subtree_end, index), SCALE)
     short = {"chain": 64, "chain in parts": 0}[name]
-    return ChainAttention.apply(q, k, v, find_chains(sequence.parent, sequence.subtree_end, short), SCALE)
+    follows = (sequence.parent == index - 1) & (index > 0)
+    return ChainAttention.apply(q, k, v, find_chains(follows, sequence.subtree_end, index, short), SCALE)
 
 
 def by_hand(sequence, q, k, v):

@@ -10,6 +10,7 @@ from trees import random_tree
 from treepo_mcore.actor import flex as module
 from treepo_mcore.actor.attention import ancestor_mask, attention_multiple, dense_attention
 from treepo_mcore.actor.batch import empty_sequence, micro_batch
+from treepo_mcore.actor.context import whole
 from treepo_mcore.actor.flex import BLOCK, flex, tree_block_mask
 from treepo_mcore.learn.advantage import LeafAdvantage
 from treepo_mcore.learn.packing import pack_trees
@@ -35,8 +36,8 @@ CASES = [([1], 1), ([2, 3], 5), ([4], 9), ([5, 6, 7], 11)]
 @pytest.mark.parametrize(("seeds", "scale"), CASES)
 def test_blocks_are_those_of_the_whole_mask(seeds, scale):
     end = ends(seeds, scale)
-    mine = tree_block_mask(end)
-    allowed = ancestor_mask(end)
+    mine = tree_block_mask(end, torch.arange(len(end)))
+    allowed = ancestor_mask(end, torch.arange(len(end)))
     theirs = library.create_block_mask(
         lambda b, h, q, k: allowed[q, k], None, None, len(end), len(end), device="cpu", BLOCK_SIZE=BLOCK
     )
@@ -51,7 +52,7 @@ def test_blocks_are_those_of_the_whole_mask(seeds, scale):
 
 def test_some_blocks_are_full_and_some_are_left_out():
     end = ends([8], 40)
-    mask = tree_block_mask(end)
+    mask = tree_block_mask(end, torch.arange(len(end)))
     assert mask.full_kv_num_blocks.sum() > 0
     assert mask.to_dense().sum() < len(end) // BLOCK * (len(end) // BLOCK + 1) // 2
 
@@ -67,8 +68,8 @@ def test_values_and_gradients_equal_the_dense_reference(seeds, scale, heads, mon
     seen = torch.randn(tensors[0].shape, generator=draw)
     results = []
     for attend in (
-        lambda q, k, v: flex(q, k, v, tree_block_mask(end)),
-        lambda q, k, v: dense_attention(q, k, v, ancestor_mask(end), SCALE),
+        lambda q, k, v: flex(q, k, v, tree_block_mask(end, torch.arange(len(end)))),
+        lambda q, k, v: dense_attention(q, k, v, ancestor_mask(end, torch.arange(len(end))), SCALE),
     ):
         inputs = [x.clone().requires_grad_() for x in tensors]
         out = attend(*inputs)
@@ -81,7 +82,10 @@ def test_values_and_gradients_equal_the_dense_reference(seeds, scale, heads, mon
 def test_packed_sequences_are_padded_to_whole_blocks():
     """Two at least: a single one would be compiled for itself."""
     settings = {"implementation": "flex", "device": torch.device("cpu")}
-    batch = micro_batch(empty_sequence(), None, None, multiple=attention_multiple("flex"), **settings)
+    sequence = empty_sequence()
+    batch = micro_batch(
+        sequence, whole(sequence.subtree_end), None, None, multiple=attention_multiple("flex"), **settings
+    )
     assert batch.attention.blocks.shape[-2:] == (2 * BLOCK, 2 * BLOCK)
 
 
@@ -109,7 +113,7 @@ def graphs(monkeypatch):
 def attend(blocks, heads=(8, 4)):
     """Both passes of a sequence, as in a step: log-probs without gradients, then an update."""
     size = blocks * BLOCK
-    mask = tree_block_mask(torch.arange(size) + 1)
+    mask = tree_block_mask(torch.arange(size) + 1, torch.arange(size))
     for grad in (False, True):
         q, k, v = (torch.randn(size, h, HEAD, requires_grad=grad) for h in (heads[0], heads[1], heads[1]))
         with torch.set_grad_enabled(grad):

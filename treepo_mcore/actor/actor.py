@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from treepo_mcore.actor.attention import attention_multiple, choose_attention
 from treepo_mcore.actor.balance import ExpertLoad
-from treepo_mcore.actor.batch import MicroBatch, empty_sequence, micro_batch
+from treepo_mcore.actor.batch import MicroBatch, Shares, empty_sequence, micro_batch
 from treepo_mcore.actor.cpu import on_megatron_device
 from treepo_mcore.actor.layout import is_expert, megatron_layout, megatron_parameters, megatron_tensors
 from treepo_mcore.actor.log_probs import edge_log_probs
@@ -31,6 +31,7 @@ from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.actor.precision import token_multiple
 from treepo_mcore.actor.quantised import PlainCopies
 from treepo_mcore.config import ActorConfig
+from treepo_mcore.model.shards import token_work
 from treepo_mcore.model.sizes import Architecture
 from treepo_mcore.records import EdgeValues, Objective, PackedSequence
 from treepo_mcore.weights.hf import load_pieces
@@ -73,6 +74,7 @@ class Actor:
         self.copies.write()
         self.megatron = configs.transformer
         self.implementation = choose_attention(config.attention, torch.cuda.is_available())
+        self.shares = Shares(grid.cp, grid.cp_rank, token_work(arch))
         self.chunks: list[Any] = bare
         self.optimizer: Any = None
         self.reference: HostTensors | None = None
@@ -99,7 +101,7 @@ class Actor:
     def _read_weights(self, directory: Path) -> None:
         """One replica reads the files and the others get its weights: a file system serves every byte once a job."""
         groups = {
-            False: parallel_state.get_data_parallel_group(),
+            False: parallel_state.get_data_parallel_group(with_context_parallel=True),
             True: parallel_state.get_expert_data_parallel_group(),
         }
         read = [piece for piece in self.pieces if groups[is_expert(piece.local)].rank() == 0]
@@ -117,11 +119,16 @@ class Actor:
         most = self._most(len(sequences), backward=False)
         if not most:
             return []
-        outputs = self._run(self._micro_batches(sequences, least=most), None)
+        batches = self._micro_batches(sequences, least=most)
+        outputs = self._run(batches, None)
         results = []
         for index, sequence in enumerate(sequences):
-            edges = len(sequence.target)
-            out = outputs[index] if outputs else torch.empty(2, edges, device=self._device())
+            out = torch.zeros(2, len(sequence.target), device=self._device())
+            if outputs:
+                edges = batches[index].edges
+                out[:, edges] = outputs[index][:, : len(edges)]
+                if self.grid.cp > 1:
+                    dist.all_reduce(out, group=parallel_state.get_context_parallel_group())
             if self.grid.pp > 1:
                 last = parallel_state.get_pipeline_model_parallel_last_rank()
                 dist.broadcast(out, last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -253,10 +260,14 @@ class Actor:
         rows += [empty] * (self._needed(max(least, len(rows))) - len(rows))
         multiple = token_multiple(vars(self.megatron)) * (self.grid.tp if self.config.sequence_parallel else 1)
         multiple = math.lcm(multiple, attention_multiple(self.implementation))
+        shares = [self.shares.of(row[0]) for row in rows]
         if self.config.vpp:  # no shapes are exchanged (see `megatron_configs`): all become as long as the longest
-            multiple *= -(-max(len(row[0].tokens) for row in rows) // multiple)
+            multiple *= -(-max(len(share.own) for share in shares) // multiple)
         settings: Any = {"multiple": multiple, "implementation": self.implementation, "device": self._device()}
-        return [micro_batch(*row, **settings) for row in rows]
+        return [
+            micro_batch(sequence, share, *log_probs, **settings)
+            for (sequence, *log_probs), share in zip(rows, shares, strict=True)
+        ]
 
     def _run(self, batches: list[MicroBatch], loss: Callable[..., Any] | None, entropy_grad: bool = False) -> list[Any]:
         """Forward, and backward from `loss` if there is one; returns what each micro-batch gave on the last stage."""
@@ -267,7 +278,8 @@ class Actor:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=len(batches[0].sequence.tokens),  # only used by virtual stages; others exchange shapes
+            # Only used by virtual stages, which divide it by the ranks that share it; others exchange shapes.
+            seq_length=len(batches[0].sequence.tokens) * self.grid.cp,
             micro_batch_size=1,
             forward_only=loss is None,
             collect_non_loss_data=loss is None,

@@ -1,9 +1,10 @@
 """Tree attention: a token sees its ancestors and nothing else.
 
 A packed sequence lists trees depth first, so the whole mask is one number a token: key k is visible to query q
-when ``k <= q < subtree_end[k]``. Three ways of computing it, equal in value:
+when ``k <= q < subtree_end[k]``. A rank has the queries of its own tokens, and keys of these and of what is above them
+(`actor/context.py`): all, where there is no context parallelism. Three ways of computing it, equal in value:
 
-- ``dense``: scaled dot-product attention with the [S, S] mask; the reference.
+- ``dense``: scaled dot-product attention with the [queries, keys] mask; the reference.
 - ``chain``: every maximal run of tokens that follow one another (one run a leaf) is one query block. It attends
   causally to itself and, without a mask, to keys and values gathered along its ancestors; the two are merged by their
   sums of exponentials. Nothing masked is computed. A short chain takes both at once, with a small mask: for it the
@@ -18,11 +19,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from treepo_mcore.actor.context import Exchange, Share
 from treepo_mcore.actor.flex import MULTIPLE, flex, tree_block_mask
 from treepo_mcore.config import ConfigError
 
@@ -38,14 +41,14 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class Part:
     """Keys of a chain, of which every query sees all, those up to itself (causal), or what the bias says."""
 
-    keys: slice | Tensor  # packed indices, int64
+    keys: slice | Tensor  # indices of keys, int64
     causal: bool = False
     bias: Tensor | None = None  # float32 [queries, keys], 0 or -inf
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Tokens [begin, end), each following the one before, and what they see."""
+    """Own tokens [begin, end), each following the one before, and what they see."""
 
     begin: int
     end: int
@@ -56,8 +59,9 @@ class Chain:
 class TreeParams(PackedSeqParams):
     """Rides through Megatron's layers in the place of `PackedSeqParams`."""
 
-    positions: Any = None  # int64 [S], depth of every token in its path
-    allowed: Any = None  # bool [S, S], dense only
+    positions: Any = None  # int64 [S], depth of every own token in its path
+    share: Any = None  # Share, where some keys come from other ranks of the context-parallel group
+    allowed: Any = None  # bool [S, keys], dense only
     chains: Any = None  # list[Chain], chain only
     blocks: Any = None  # BlockMask, flex only
 
@@ -78,48 +82,50 @@ def attention_multiple(implementation: Implementation) -> int:
     return MULTIPLE if implementation == "flex" else 1
 
 
-def tree_params(parent: Tensor, subtree_end: Tensor, positions: Tensor, implementation: Implementation) -> TreeParams:
-    """Attention arguments of one packed sequence.
+def tree_params(share: Share, follows: Tensor, positions: Tensor, implementation: Implementation) -> TreeParams:
+    """Attention arguments of a rank's share of a packed sequence.
 
-    parent: int64 [S], packed index of the preceding token, -1 at roots; subtree_end, positions: int64 [S].
+    follows: bool [S], whether a token's predecessor is the own token before it; positions: int64 [S].
     """
     longest = int(positions.max()) + 1
     params = TreeParams(qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions)
+    if share.order is not None:
+        params.share = share
     if implementation == "dense":
-        params.allowed = ancestor_mask(subtree_end)
+        params.allowed = ancestor_mask(share.end, share.rows)
     elif implementation == "flex":
-        params.blocks = tree_block_mask(subtree_end)
+        params.blocks = tree_block_mask(share.end, share.rows)
     else:
-        params.chains = find_chains(parent, subtree_end)
+        params.chains = find_chains(follows, share.end, share.rows)
     return params
 
 
-def ancestor_mask(subtree_end: Tensor) -> Tensor:
-    """bool [S, S]: row q is True at the keys that q sees."""
-    index = torch.arange(len(subtree_end), device=subtree_end.device)
-    return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
+def ancestor_mask(end: Tensor, rows: Tensor) -> Tensor:
+    """bool [queries, keys]: row q is True at the keys that q sees. See `Share` for the arguments."""
+    index = torch.arange(len(end), device=end.device)
+    return (index[None, :] <= rows[:, None]) & (rows[:, None] < end[None, :])
 
 
-def find_chains(parent: Tensor, subtree_end: Tensor, short: int = SHORT) -> list[Chain]:
-    """Split a packed sequence into runs in which each token follows the one before.
+def find_chains(follows: Tensor, end: Tensor, rows: Tensor, short: int = SHORT) -> list[Chain]:
+    """Split a rank's tokens into runs in which each follows the one before. See `tree_params`, `Share`.
 
     short: tokens up to which a chain attends to itself and to its ancestors at once.
     """
-    size = len(parent)
-    index = torch.arange(size, device=parent.device)
-    starts = [0, *(parent != index - 1).nonzero()[:, 0].tolist()]
+    size = len(follows)
+    starts = (~follows).nonzero()[:, 0].tolist()
     chains = []
-    for begin, end in zip(starts, [*starts[1:], size], strict=True):
-        last = int(parent[begin])
-        ancestors = (subtree_end[: last + 1] > last).nonzero()[:, 0]
-        own = slice(begin, end)
+    for begin, stop in zip(starts, [*starts[1:], size], strict=True):
+        first = int(rows[begin])
+        ancestors = (end[:first] > first).nonzero()[:, 0]
+        own = slice(first, first + stop - begin)
         if not len(ancestors):
             parts: tuple[Part, ...] = (Part(own, causal=True),)
-        elif end - begin <= short:
-            parts = (Part(torch.cat([ancestors, index[own]]), bias=_causal_bias(end - begin, len(ancestors))),)
+        elif stop - begin <= short:
+            index = torch.arange(own.start, own.stop, device=end.device)
+            parts = (Part(torch.cat([ancestors, index]), bias=_causal_bias(stop - begin, len(ancestors))),)
         else:
             parts = (Part(own, causal=True), Part(ancestors))
-        chains.append(Chain(begin, end, parts))
+        chains.append(Chain(begin, stop, parts))
     return chains
 
 
@@ -152,6 +158,10 @@ class TreeAttention(MegatronModule):
     ) -> Tensor:
         """Returns [S, 1, heads / tp * d]."""
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if packed_seq_params.share is not None:
+            group = parallel_state.get_context_parallel_group()
+            both = Exchange.apply(torch.cat([k, v], dim=-1), packed_seq_params.share, group)
+            k, v = (half.contiguous() for half in both.split([k.shape[-1], v.shape[-1]], dim=-1))
         if packed_seq_params.chains is not None:
             out = ChainAttention.apply(q, k, v, packed_seq_params.chains, self.scale)
         elif packed_seq_params.blocks is not None:
@@ -162,7 +172,7 @@ class TreeAttention(MegatronModule):
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """q [S, heads, d]; k, v [S, groups, d]; allowed bool [S, S]. Returns [S, heads, d]."""
+    """q [S, heads, d]; k, v [keys, groups, d]; allowed bool [S, keys]. Returns [S, heads, d]."""
     out = F.scaled_dot_product_attention(
         _heads_first(q), _heads_first(k), _heads_first(v), attn_mask=allowed, scale=scale, enable_gqa=True
     )
@@ -235,7 +245,7 @@ def _attend(queries: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> 
 
 
 def _keys_and_values(k: Tensor, v: Tensor, part: Part, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Two of [S, groups, d] -> their rows as [groups, heads / groups, keys, d]."""
+    """Two of [keys, groups, d] -> their rows as [groups, heads / groups, keys, d]."""
     shape = (-1, queries.shape[1], -1, -1)
     return k[part.keys].transpose(0, 1)[:, None].expand(shape), v[part.keys].transpose(0, 1)[:, None].expand(shape)
 

@@ -45,7 +45,7 @@ class ExpertLoad:
             return {}
         counts = torch.stack(self.counts).double()
         # Ranks of a stage have tokens of their own, those of a tensor group, too: sequence parallelism cuts them.
-        dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group())
+        dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group(True))
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         experts = shares.shape[1]
         entropy = -torch.xlogy(shares, shares).sum(1) / math.log(experts)

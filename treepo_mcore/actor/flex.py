@@ -2,7 +2,8 @@
 
 Key k is visible to query q when ``k <= q < subtree_end[k]``. For a block of 128 x 128 that follows from two numbers a
 block of keys, so the table of blocks costs (S / 128)^2 and no mask of S x S is ever made. The kernel is compiled
-for lengths that vary, with and without a backward pass; sequences come padded to whole blocks, two at least.
+for lengths that vary, with and without a backward pass; sequences come padded to whole blocks, two at least. Queries
+are a rank's own tokens; where keys come from other ranks (`actor/context.py`), there are more of these.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -19,29 +21,33 @@ BLOCK = 128  # FlexAttention's default
 MULTIPLE = 2 * BLOCK
 
 
-def tree_block_mask(subtree_end: Tensor) -> BlockMask:
-    """Of a packed sequence: int64 [S], S a multiple of 128."""
-    size = len(subtree_end)
+def tree_block_mask(end: Tensor, rows: Tensor) -> BlockMask:
+    """Of a rank's share of a packed sequence (`Share`): end int64 [keys], rows int64 [S], S a multiple of 128."""
+    size, keys = len(rows), len(end)
     assert size % BLOCK == 0, f"{size} tokens are not whole blocks of {BLOCK}"
-    ends = subtree_end.view(-1, BLOCK)
-    first = torch.arange(0, size, BLOCK, device=subtree_end.device)  # token of every block
-    rows, columns = first[:, None], first[None, :]
-    # Some key of an earlier block still sees the first query; on the diagonal every token sees itself.
-    some = (columns < rows) & (ends.amax(1)[None, :] > rows) | (columns == rows)
-    every = (columns < rows) & (ends.amin(1)[None, :] >= rows + BLOCK)
+    end = F.pad(end, (0, -keys % BLOCK))  # keys behind the last, which nobody sees
+    ends, places = end.view(-1, BLOCK), rows.view(-1, BLOCK)
+    first = torch.arange(0, len(end), BLOCK, device=end.device)[None, :]  # key of every block
+    lowest, highest = places.amin(1)[:, None], places.amax(1)[:, None]
+    # A block of keys begins before the last query, and is not over before the first.
+    some = (first <= highest) & (ends.amax(1)[None, :] > lowest)
+    every = (first + BLOCK - 1 <= lowest) & (ends.amin(1)[None, :] > highest)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < subtree_end[key])
+        return (key <= rows[query]) & (rows[query] < end[key])
 
-    return BlockMask.from_kv_blocks(*_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(size, len(end))
+    )
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """q [S, heads, d]; k, v [S, groups, d]. Returns [S, heads, d]. On a CPU forward only (torch 2.11).
+    """q [S, heads, d]; k, v [keys, groups, d]. Returns [S, heads, d]. On a CPU forward only (torch 2.11).
 
     Scores are divided by sqrt(d), FlexAttention's own scale: a number handed over would vary, to the compiler.
     """
     attend: Any = _compiled() if q.is_cuda else flex_attention
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, -len(x) % BLOCK)) for x in (k, v))
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, h, S, d]
     out = attend(*heads_first, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)

@@ -44,7 +44,6 @@ from treepo_mcore.system.machine import Machine, this_machine
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _MODEL = "model.path"
-_NO_CONTEXT = "nothing: trees are not split over ranks by their tokens"
 _BALANCE = "nothing: the loss is the objective's alone, and no token may lose an expert that the engine gave it"
 _NO_FSDP = "nothing: Megatron's FSDP is not supported"
 _OTHER_MODEL = "nothing: the engine would sample from another model than the actor trains"
@@ -57,9 +56,9 @@ OF_THE_TRAINER = {
     "num_layers_in_first_pipeline_stage": "actor.first_stage_layers",
     "num_layers_in_last_pipeline_stage": "actor.last_stage_layers",
     "sequence_parallel": "actor.sequence_parallel",
-    "context_parallel_size": _NO_CONTEXT,
-    "hierarchical_context_parallel_sizes": _NO_CONTEXT,
-    "hybrid_context_parallel": _NO_CONTEXT,
+    "context_parallel_size": "actor.cp",
+    "hierarchical_context_parallel_sizes": "actor.cp",
+    "hybrid_context_parallel": "actor.cp",
     "expert_model_parallel_size": "actor.ep",
     "expert_tensor_parallel_size": "actor.etp",
     "num_moe_experts": _MODEL,
@@ -232,6 +231,7 @@ def _transformer_fields(actor: ActorConfig, arch: Architecture, dtype: torch.dty
         "virtual_pipeline_model_parallel_size": actor.vpp,
         "num_layers_in_first_pipeline_stage": actor.first_stage_layers,
         "num_layers_in_last_pipeline_stage": actor.last_stage_layers,
+        "context_parallel_size": actor.cp,
         "sequence_parallel": actor.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -470,6 +470,8 @@ def _set_rotary(model: TreeGPTModel, arch: Architecture) -> None:
     model.rotary_pos_emb.inv_freq = torch.tensor(
         arch.rope_inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
     )
+    assert hasattr(model.rotary_pos_emb, "cp_group"), "Megatron renamed its group"
+    model.rotary_pos_emb.cp_group = None  # or its table would be cut as Megatron cuts a sequence: positions pick rows
     for layer in model.decoder.layers:
         assert hasattr(layer.self_attention, "_yarn_concentration_factor"), "Megatron renamed its rotary factor"
         layer.self_attention._yarn_concentration_factor = arch.rope_scale

@@ -1,4 +1,6 @@
-"""The actor's process grid: Megatron's groups, with ranks numbered as it does by default (tensor, data, pipeline)."""
+"""The actor's process grid: Megatron's groups, with ranks numbered as it does by default (tensor, context, data,
+pipeline).
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,15 @@ class Grid:
     tp_rank: int
     pp: int
     pp_rank: int
+    cp: int
+    cp_rank: int
     dp: int
     dp_rank: int
     place: Place
 
     @property
     def leads_model(self) -> bool:
-        """Whether this rank reports for its model replica: first of its tensor group on the last stage."""
+        """Whether this rank reports for its tokens: first of its tensor group on the last stage."""
         return self.tp_rank == 0 and self.pp_rank == self.pp - 1
 
 
@@ -49,6 +53,7 @@ def build_grid(actor: ActorConfig, seed: int) -> Grid:
         tensor_model_parallel_size=actor.tp,
         pipeline_model_parallel_size=actor.pp,
         virtual_pipeline_model_parallel_size=actor.vpp,
+        context_parallel_size=actor.cp,
         expert_model_parallel_size=actor.ep,
         expert_tensor_parallel_size=actor.etp,
     )
@@ -60,6 +65,8 @@ def build_grid(actor: ActorConfig, seed: int) -> Grid:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp=actor.pp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp=actor.cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         place=Place(

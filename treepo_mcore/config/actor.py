@@ -38,6 +38,7 @@ class ActorConfig(Section):
     tp: int = Field(1, ge=1)
     pp: int = Field(1, ge=1)
     vpp: int | None = Field(None, ge=2)  # virtual pipeline stages per rank
+    cp: int = Field(1, ge=1)  # context parallel: ranks that share the tokens of each packed sequence
     ep: int = Field(1, ge=1)  # ranks that share the experts of a mixture, in runs of neighbours
     etp: int = Field(1, ge=1)  # ranks that share each expert; actor.tp splits everything else
     first_stage_layers: int | None = Field(None, ge=1)  # uneven pipelines
@@ -51,7 +52,8 @@ class ActorConfig(Section):
     # actor.megatron.fp8_param and fp8_param_gather, together (docs/gpu.md).
     fp8: Literal["none", "current", "blockwise"] = "none"
     packing: str = "tree"  # flat: every leaf its own copy of the prefix, for comparison; or package.module:name
-    # Unique tokens of one packed sequence, at most; a pipeline with few sequences gets shorter ones, of whole trees.
+    # Unique tokens of one packed sequence, at most, of all its actor.cp ranks together; a pipeline with few sequences
+    # gets shorter ones, of whole trees.
     micro_batch_tokens: int = Field(8192, ge=1)
     attention: Literal["auto", "dense", "chain", "flex"] = "auto"  # auto: chain on a CPU, flex on a GPU
     recompute: Literal["none", "selective", "full"] = "none"
@@ -78,6 +80,16 @@ class ActorConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     megatron: dict[str, Any] = {}  # any field of Megatron's TransformerConfig, OptimizerConfig or DDP config
+
+    @property
+    def replica(self) -> int:
+        """Ranks that train on the same trees."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def rank_tokens(self) -> int:
+        """Of a full micro-batch, on one rank."""
+        return -(-self.micro_batch_tokens // self.cp)
 
     @property
     def least_micro_batches(self) -> int:

@@ -102,10 +102,13 @@ class Config(Section):
 def check_grid(config: Config, world: int) -> None:
     """Raise `ConfigError` when the processes do not fill the layout."""
     actor, rollout = config.actor, config.rollout
-    model = actor.tp * actor.pp
+    model = actor.replica
     if world % model:
+        names, sizes = ("actor.tp x actor.pp", f"{actor.tp} x {actor.pp}")
+        if actor.cp > 1:
+            names, sizes = ("actor.tp x actor.cp x actor.pp", f"{actor.tp} x {actor.cp} x {actor.pp}")
         raise ConfigError(
-            f"actor.tp x actor.pp = {actor.tp} x {actor.pp}: {world} processes are not a multiple of {model}; "
+            f"{names} = {sizes}: {world} processes are not a multiple of {model}; "
             f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
         )
     if (world // actor.pp) % (actor.ep * actor.etp):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from treepo_mcore.model.shards import matrix_parameters
+from treepo_mcore.model.shards import token_work
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.tree.tree import Tree
 
@@ -43,8 +43,3 @@ def forward_flops(trees: Sequence[Tree], sizes: Sizes) -> float:
     pairs = sum(tree_work(tree, token_work(sizes)) for tree in trees)
     predicted = sum(tree.unique_tokens for tree in trees)
     return 4 * pairs * sizes.heads * sizes.head_dim * sizes.layers + 2 * predicted * sizes.vocab * sizes.hidden
-
-
-def token_work(sizes: Sizes) -> float:
-    """Query-key pairs that take as many multiplications as one token in the linear layers: 52,000 in Llama 70B."""
-    return matrix_parameters(sizes) / sizes.layers / (2 * sizes.heads * sizes.head_dim)

@@ -16,9 +16,10 @@ from treepo_mcore.actor.parallel import Grid
 from treepo_mcore.config import Config
 from treepo_mcore.learn.advantage import advantages
 from treepo_mcore.learn.correction import find_correction, leaf_factors
-from treepo_mcore.learn.deal import balance, forward_flops, token_work
+from treepo_mcore.learn.deal import balance, forward_flops
 from treepo_mcore.learn.loss import PolicyObjective
 from treepo_mcore.learn.packing import find_packing
+from treepo_mcore.model.shards import token_work
 from treepo_mcore.records import Advantage, Deliver, PackedSequence, Step, all_are_here
 from treepo_mcore.tree.tree import Tree
 
@@ -68,8 +69,7 @@ def learn(actor: Actor, step: Step, config: Config) -> None:
     # An update is a forward pass and twice as much backward; what recomputation repeats is not counted.
     passes = 3 + (config.actor.old_logprobs == "recompute") + (config.actor.reference == "host")
     flops = passes * forward_flops(step.kept, actor.arch)
-    ranks = actor.grid.tp * actor.grid.pp * actor.grid.dp
-    step.values["time/tflops"] = flops / (time.perf_counter() - begin) / ranks / 1e12
+    step.values["time/tflops"] = flops / (time.perf_counter() - begin) / actor.grid.world / 1e12
 
 
 def mini_batch_sizes(trees: int, most: int) -> list[int]:
@@ -87,7 +87,7 @@ def mini_batches(
     work: float,
     deliver: Deliver = all_are_here,
 ) -> list[MiniBatch]:
-    """This data-parallel rank's share of every mini-batch. worth: of each tree; work: see `deal.token_work`.
+    """This data-parallel rank's share of every mini-batch. worth: of each tree; work: see `model.shards.token_work`.
 
     trees may be outlines, where `deliver` brings whole ones; it is called once.
     """

@@ -11,9 +11,10 @@ from treepo_mcore.actor.actor import Actor
 from treepo_mcore.config import Config
 from treepo_mcore.data.prepared import Prompt
 from treepo_mcore.learn.advantage import LeafAdvantage
-from treepo_mcore.learn.deal import balance, token_work
+from treepo_mcore.learn.deal import balance
 from treepo_mcore.learn.loss import SupervisedObjective
 from treepo_mcore.learn.packing import pack_trees
+from treepo_mcore.model.shards import token_work
 from treepo_mcore.records import Step
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree
 

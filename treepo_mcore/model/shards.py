@@ -91,6 +91,11 @@ def matrix_parameters(sizes: Sizes, stage: Stage | None = None) -> int:
     return sum(part.flops for part in _parts(sizes, stage)) // 2
 
 
+def token_work(sizes: Sizes) -> float:
+    """Query-key pairs that take as many multiplications as one token in the linear layers: 52,000 in Llama 70B."""
+    return matrix_parameters(sizes) / sizes.layers / (2 * sizes.heads * sizes.head_dim)
+
+
 def active_parameters(sizes: Sizes) -> int:
     """Weights of the checkpoint that compute one token: all but the experts that were not chosen."""
     parts = parts_of(sizes)

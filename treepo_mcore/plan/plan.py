@@ -70,7 +70,7 @@ class Plan:
     @property
     def data_parallel(self) -> int:
         """Replicas of the actor."""
-        return self.cluster.world // (self.config.actor.tp * self.config.actor.pp)
+        return self.cluster.world // self.config.actor.replica
 
     @property
     def engines(self) -> int:
@@ -85,7 +85,7 @@ def plan_run(config: Config, sizes: Sizes, cluster: Cluster, assumed: Assumption
     """
     _check_layout(config, sizes, cluster)
     work = make_workload(config, assumed)
-    memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens)
+    memory = plan_memory(config, sizes, cluster, config.actor.rank_tokens)
     engine = memory.engine
     rollout = rollout_time(config, sizes, cluster, engine, work)
     update = update_time(config, sizes, cluster, work)
@@ -225,8 +225,12 @@ def _waiting(plan: Plan) -> list[str]:
             f"pipeline stages wait {passes.bubble:.0%} of the update: {passes.micro_batches} micro-batches of a rank "
             f"on actor.pp = {config.actor.pp}; fewer stages, actor.vpp, or more prompts an update"
         )
-    for key, ranks in (("actor.tp", config.actor.tp), ("rollout.tp", config.rollout.tp)):
-        if cluster.crosses(ranks):
+    actor = config.actor
+    groups = {"actor.tp": (actor.tp, actor.tp), "rollout.tp": (config.rollout.tp, config.rollout.tp)}
+    if actor.cp > 1:
+        groups["actor.cp"] = (actor.cp, actor.tp * actor.cp)
+    for key, (ranks, side_by_side) in groups.items():
+        if cluster.crosses(side_by_side):
             found.append(f"{key} = {ranks} crosses nodes of {cluster.gpus_per_node} GPUs: every layer waits for it")
     return found
 
@@ -251,6 +255,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "layout": {
             "tp": config.actor.tp,
+            "cp": config.actor.cp,
             "pp": config.actor.pp,
             "vpp": config.actor.vpp,
             "dp": plan.data_parallel,

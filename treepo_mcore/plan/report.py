@@ -28,7 +28,11 @@ def headline(plan: Plan) -> str:
     """Model, cluster and layout in two lines."""
     cluster, actor = plan.cluster, plan.config.actor
     details = [
-        f"tp{actor.tp} pp{actor.pp}" + (f" vpp{actor.vpp}" if actor.vpp else "") + f" dp{plan.data_parallel}",
+        f"tp{actor.tp}"
+        + (f" cp{actor.cp}" if actor.cp > 1 else "")
+        + f" pp{actor.pp}"
+        + (f" vpp{actor.vpp}" if actor.vpp else "")
+        + f" dp{plan.data_parallel}",
         "sequence parallel" if actor.sequence_parallel else "",
         f"recompute {actor.recompute}",
         f"micro-batches of {actor.micro_batch_tokens} tokens",

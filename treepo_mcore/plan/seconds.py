@@ -70,7 +70,7 @@ def pass_time(
 ) -> PassTime:
     """One pass over the trees of `prompts` prompts; `limit` is the length of a micro-batch in tokens."""
     actor = config.actor
-    dp = cluster.world // (actor.tp * actor.pp)
+    dp = cluster.world // actor.replica
     tokens = prompts * work.packed / dp
     pieces = prompts / dp * (work.profile.leaves if actor.packing == "flat" else 1)
     least = min(actor.least_micro_batches, max(1, int(pieces)))  # as learn/step.py packs
@@ -80,7 +80,13 @@ def pass_time(
     each = tokens / count
     rows = each * work.predicted / work.packed
     split = stages(actor, sizes.layers)
-    busy = [_stage_seconds(config, sizes, cluster, stage, each, rows, work.attended, backward) for stage in split]
+    share = each / actor.cp, rows / actor.cp
+    busy = [_stage_seconds(config, sizes, cluster, stage, *share, work.attended, backward) for stage in split]
+    # Of the path to a rank's first token, which is as long as others, the part that is not its own.
+    fetched = min(2 * work.attended, each) * (actor.cp - 1) / actor.cp
+    ways = 3 if backward and actor.recompute == "full" else 2 if backward else 1
+    exchanges = [ways * stage.layers * _exchange_seconds(actor, sizes, cluster, fetched) for stage in split]
+    busy = [arithmetic + exchange for arithmetic, exchange in zip(busy, exchanges, strict=True)]
     slowest, mean = max(busy), sum(busy) / len(busy)
     seconds = (count + (actor.pp - 1) / (actor.vpp or 1)) * slowest
     return PassTime(seconds, count, 1 - count * mean / seconds)
@@ -107,7 +113,8 @@ def _stage_seconds(
     attended: float,
     backward: bool,
 ) -> float:
-    """One micro-batch through one stage: arithmetic, tensor-parallel messages, the hand-over to the next stage."""
+    """One rank's tokens of a micro-batch through one stage: arithmetic, tensor-parallel messages, the hand-over to the
+    next stage."""
     actor = config.actor
     flops = _stage_flops(sizes, stage, tokens, rows, attended)
     again = {
@@ -155,6 +162,14 @@ def _all_to_all_seconds(actor: ActorConfig, sizes: Sizes, cluster: Cluster, toke
     copies = tokens / actor.tp * sizes.experts.topk * (actor.ep - 1) / actor.ep
     moved = 2 * copies * sizes.hidden * ELEMENT[actor.dtype]
     return moved / (cluster.link(actor.ep * actor.etp) * LINK_EFFICIENCY)
+
+
+def _exchange_seconds(actor: ActorConfig, sizes: Sizes, cluster: Cluster, keys: float) -> float:
+    """Keys and values of the tokens above a rank's own, in one layer and pass (actor/context.py)."""
+    if actor.cp == 1:
+        return 0.0
+    moved = 2 * keys * max(1.0, sizes.kv_heads / actor.tp) * sizes.head_dim * ELEMENT[actor.dtype]
+    return moved / (cluster.link(actor.cp, actor.tp) * LINK_EFFICIENCY)
 
 
 def update_time(

@@ -34,6 +34,7 @@ class Layout:
     """The choices of a search."""
 
     tp: int
+    cp: int
     pp: int
     vpp: int | None
     ep: int
@@ -46,6 +47,7 @@ class Layout:
         first, last = uneven(sizes.layers, self.pp)
         return {
             "actor.tp": self.tp,
+            "actor.cp": self.cp,
             "actor.pp": self.pp,
             "actor.vpp": self.vpp,
             "actor.ep": self.ep,
@@ -153,15 +155,16 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _layouts(config: Config, sizes: Sizes, cluster: Cluster, one_batch: bool) -> Iterator[Layout]:
-    """Tensor parallelism within a node, pipelines that come out even, micro-batches that hold a path, whole experts."""
+    """Tensor and context parallelism within a node, pipelines that come out even, micro-batches that hold a path, whole
+    experts."""
     least = config.actor.micro_batch_tokens
     batches = [least] if one_batch else [least, 2 * least]
     engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and _engine_splits(config, sizes, n)]
-    for tp in (1, 2, 4, 8):
-        if cluster.crosses(tp) or sizes.split_problem(tp):
+    for tp, cp in product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if cluster.crosses(tp * cp) or sizes.split_problem(tp):
             continue
         for pp in (1, 2, 4, 8, 16, 32):
-            if cluster.world % (tp * pp) or pp > sizes.layers or not _splits(sizes.layers, pp):
+            if cluster.world % (tp * cp * pp) or pp > sizes.layers or not _splits(sizes.layers, pp):
                 continue
             rest = product(
                 _interleavings(sizes.layers, pp),
@@ -171,7 +174,7 @@ def _layouts(config: Config, sizes: Sizes, cluster: Cluster, one_batch: bool) ->
                 batches,
             )
             for vpp, ep, rollout_tp, recompute, tokens in rest:
-                yield Layout(tp, pp, vpp, ep, rollout_tp, recompute, tokens)
+                yield Layout(tp, cp, pp, vpp, ep, rollout_tp, recompute, tokens)
 
 
 def _engine_splits(config: Config, sizes: Sizes, tp: int) -> bool:
@@ -223,12 +226,12 @@ class _Search:
         sizes, cluster = self.sizes, self.cluster
         if not config.rollout.engine.keys() & {FILL_KEY, "kv_cache_memory_bytes"}:
             config = _filled(config, FILL[-1])
-            memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens)
+            memory = plan_memory(config, sizes, cluster, config.actor.rank_tokens)
             engine = memory.engine
             others = memory.total("rollout") - engine.weights - engine.working - engine.cache
             room = 1 - others / memory.available
             config = _filled(config, max((fill for fill in FILL if fill <= room), default=FILL[-1]))
-        memory = plan_memory(config, sizes, cluster, config.actor.micro_batch_tokens)
+        memory = plan_memory(config, sizes, cluster, config.actor.rank_tokens)
         engine = memory.engine
         if errors := errors_of(config, sizes, cluster, self.work, memory):
             return Verdict(layout, config, {}, errors[0])
@@ -269,7 +272,7 @@ def _distinct(verdicts: list[Verdict]) -> list[Verdict]:
     seen = set()
     result = []
     for verdict in verdicts:
-        key = (verdict.layout.tp, verdict.layout.pp, verdict.layout.ep, verdict.layout.rollout_tp)
+        key = (verdict.layout.tp, verdict.layout.cp, verdict.layout.pp, verdict.layout.ep, verdict.layout.rollout_tp)
         if key not in seen:
             seen.add(key)
             result.append(verdict)
@@ -279,7 +282,7 @@ def _distinct(verdicts: list[Verdict]) -> list[Verdict]:
 def _neighbours(best: Layout, verdicts: list[Verdict]) -> Iterator[tuple[str, Verdict]]:
     """Layouts that differ from the best in one choice, by one step."""
     table = {verdict.layout: verdict for verdict in verdicts}
-    for name in ("tp", "pp", "vpp", "ep", "rollout_tp", "recompute", "micro_batch_tokens"):
+    for name in ("tp", "cp", "pp", "vpp", "ep", "rollout_tp", "recompute", "micro_batch_tokens"):
         here = getattr(best, name)
         values = sorted({getattr(layout, name) for layout in table}, key=lambda v: (v is not None, v or 0))
         at = values.index(here)
@@ -316,10 +319,11 @@ def print_suggestions(found: Suggestions, console: Console) -> None:
         table.add_column(name, justify="right")
     for verdict, plan in zip(found.best, found.plans, strict=True):
         layout = verdict.layout
+        context = f" cp{layout.cp}" if layout.cp > 1 else ""
         interleaved = f" vpp{layout.vpp}" if layout.vpp else ""
         experts = f" ep{layout.ep}" if found.sizes.experts else ""
         table.add_row(
-            f"tp{layout.tp} pp{layout.pp}{interleaved} dp{plan.data_parallel}{experts}",
+            f"tp{layout.tp}{context} pp{layout.pp}{interleaved} dp{plan.data_parallel}{experts}",
             str(layout.rollout_tp),
             f"{plan.memory.engine.bytes / plan.memory.available:.2f}",
             layout.recompute,
