@@ -43,12 +43,17 @@ LAYOUTS = {
         "dp2 flat packing": {"packing": "flat"},
         "dp2 distributed optimizer": {"distributed": True},
         "dp2 overlapped": {"distributed": True, "megatron": OVERLAP},
+        "cp2 recompute selective": {"cp": 2, "recompute": "selective"},
+        "cp2 dense attention, distributed optimizer": {"cp": 2, "attention": "dense", "distributed": True},
     },
     4: {
-        "tp2 pp2": {"tp": 2, "pp": 2},
         "tp2 pp2 sp vpp2": {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
         "tp2 dp2 distributed optimizer": {"tp": 2, "distributed": True},
-        "pp2 dp2": {"pp": 2},
+        "cp4": {"cp": 4},
+        "tp2 sp cp2 recompute full": {"tp": 2, "cp": 2, "sequence_parallel": True, "recompute": "full"},
+        "pp2 vpp2 cp2": {"pp": 2, "vpp": 2, "cp": 2},
+        "pp2 cp2": {"pp": 2, "cp": 2},
+        "dp2 cp2 overlapped": {"cp": 2, "distributed": True, "megatron": OVERLAP},
     },
 }
 MIXTURES = {"qwen3 experts": ("qwen3_moe", {}), "qwen2 experts, one shared": ("qwen2_moe", {})}
@@ -64,7 +69,7 @@ OF_MIXTURES = {
     },
     4: {
         "tp2 dp2 ep2 etp2 distributed optimizer": TP2 | {"ep": 2, "etp": 2, "distributed": True},
-        "tp2 pp2 ep2": TP2 | {"pp": 2, "ep": 2},
+        "pp2 cp2 ep2": {"pp": 2, "cp": 2, "ep": 2},
         "pp2 vpp2 dp2 ep2 overlapped": {"pp": 2, "vpp": 2, "ep": 2, "distributed": True, "megatron": OVERLAP},
     },
 }

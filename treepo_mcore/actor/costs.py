@@ -28,6 +28,7 @@ from treepo_mcore.model.shards import (
 from treepo_mcore.model.sizes import Sizes
 
 CONTEXT_BYTES = 3 << 30  # assumed: CUDA context, NCCL's buffers, cuBLAS workspaces, a sleeping engine's rest
+LOGITS_BYTES = 1 << 30  # of a block of logits, see `block_columns`
 SAVING, LOADING = 20, 12  # bytes of host memory a parameter: 12 of the optimizer, one part twice more on the way
 
 
@@ -211,13 +212,25 @@ def attention_mask(actor: ActorConfig, tokens: int) -> int:
     return tokens * tokens * (1 + ELEMENT[actor.dtype]) if actor.attention == "dense" else 0
 
 
-def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
-    """At the height of `VocabParallelLogProb` on one GPU of the last stage.
+def block_columns(rows: int, element: int) -> int:
+    """Columns of logits that are there at once, of `rows` rows, within `LOGITS_BYTES`; in whole units of 128.
 
-    Logits (or their gradient) in the actor's type; the exponentials and the shifted logits (the gradient) in float32.
+    element: bytes of the actor's type, in which logits are made; on the way to log-probs they are there in float32
+    twice more.
     """
-    columns = vocabulary_parameters(sizes, actor.tp) // sizes.hidden
-    return rows * columns * (ELEMENT[actor.dtype] + 2 * 4)
+    return max(1, LOGITS_BYTES // (max(rows, 1) * (element + 8)) // 128) * 128
+
+
+def logits(actor: ActorConfig, sizes: Sizes, rows: int) -> int:
+    """At the height of `LinearLogProb` on one GPU of the last stage.
+
+    A block of logits (or their gradient) in the actor's type; the exponentials and the shifted logits (the gradient) in
+    float32; and where there are several blocks, the sum of the rows' gradients in float32.
+    """
+    size, columns = ELEMENT[actor.dtype], vocabulary_parameters(sizes, actor.tp) // sizes.hidden
+    block = block_columns(rows, size)
+    added_up = rows * sizes.hidden * 4 if block < columns else 0
+    return rows * min(block, columns) * (size + 2 * 4) + added_up
 
 
 def host_memory(

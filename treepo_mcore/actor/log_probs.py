@@ -10,56 +10,94 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-NOTHING = -1e30  # the logit of a padded column: its exponential is 0, and 0 times it is not NaN
+from treepo_mcore.actor.costs import block_columns
+
+NOTHING = -1e30  # below any logit: the maximum of no columns. Its exponential is 0, and 0 times it is not NaN
 
 
-class VocabParallelLogProb(torch.autograd.Function):
-    """log p(target) and entropy from logits whose columns are spread over the tensor-parallel group.
+class LinearLogProb(torch.autograd.Function):
+    """log p(target) and entropy from hidden states and an output layer whose rows are spread over a tensor group.
 
-    logits [E, V_padded / tp], to be divided by temperature (columns at and beyond `vocab` are padding and never enter
-    the softmax), target int64 [E]. Returns float32 [E] twice. Makes two float32 copies of the logits and keeps one of
-    them, the exponentials, for the backward pass.
-    (Megatron's `vocab_parallel_cross_entropy` counts padded columns, has no entropy, and overwrites its input.)
+    rows [E, H]; weight [V_padded / tp, H], of which rows at and beyond `vocab` are padding and never enter the softmax;
+    target int64 [E]; logits are divided by temperature. Returns float32 [E] twice.
+
+    Logits are made block by block of the vocabulary, with the running maximum and sums of an online softmax, and again
+    in the backward pass: no more of them than `block` columns are ever there. Where one block is all, it is kept for
+    the backward pass, which needs nothing again. (Megatron's `vocab_parallel_cross_entropy` wants all logits, counts
+    padded columns, has no entropy, and overwrites its input.)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float,
+        vocab: int,
+        group: dist.ProcessGroup,
+        block: int,
     ) -> tuple[Tensor, Tensor]:
-        columns = logits.shape[-1]
-        first = group.rank() * columns
-        real = min(max(0, vocab - first), columns)
-        top = logits[:, :real].amax(-1).float() if real else logits.new_full((len(logits),), NOTHING).float()
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        x = logits - top[:, None]  # in float32, as `top` is
-        if temperature != 1:
-            x /= temperature
-        x[:, real:] = NOTHING
+        """block: columns of logits that are there at once."""
+        first = group.rank() * len(weight)
+        real = min(max(0, vocab - first), len(weight))
         local = target - first
-        elsewhere = (local < 0) | (local >= columns)
-        local = local.masked_fill(elsewhere, 0)
-        chosen = x.gather(1, local[:, None])[:, 0].masked_fill(elsewhere, 0.0)
-        exps = x.exp()
-        sums = torch.stack([exps.sum(-1), x.mul_(exps).sum(-1), chosen])
+        top = rows.new_full((len(rows),), NOTHING, dtype=torch.float32)
+        total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        for begin in range(0, real, block):
+            logits = rows @ weight[begin : min(begin + block, real)].t()
+            before, top = top, torch.maximum(top, logits.amax(-1).float())
+            x = (logits - top[:, None]).div_(temperature)  # in float32, as `top` is
+            at, here = _within(local, begin, x.shape[1])
+            chosen = torch.where(here, logits.gather(1, at)[:, 0].float(), chosen)
+            exps = x.exp()
+            shift = (before - top) / temperature
+            weighted = shift.exp() * (weighted + total * shift) + x.mul_(exps).sum(-1)
+            total = shift.exp() * total + exps.sum(-1)
+        everywhere = top.clone()
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=group)
+        shift = (top - everywhere) / temperature
+        mine = (local >= 0) & (local < real)
+        chosen = torch.where(mine, (chosen - everywhere) / temperature, 0.0)
+        sums = torch.stack([shift.exp() * total, shift.exp() * (weighted + total * shift), chosen])
         dist.all_reduce(sums, group=group)
         total, weighted, chosen = sums
         entropy = total.log() - weighted / total
-        ctx.save_for_backward(exps, total, local, elsewhere, entropy)
-        ctx.temperature = temperature
+        kept = logits if 0 < real <= block else None
+        ctx.save_for_backward(rows, weight, local, everywhere + temperature * total.log(), entropy, kept)
+        ctx.temperature, ctx.real, ctx.block = temperature, real, block
         ctx.set_materialize_grads(False)
         return chosen - total.log(), entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        exps, total, local, elsewhere, entropy = ctx.saved_tensors
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the rows (this rank's part of the sum over the vocabulary) and of the weight."""
+        rows, weight, local, norm, entropy, kept = ctx.saved_tensors
         grad_logp = grad_logp / ctx.temperature
-        grad = exps * (-grad_logp / total)[:, None]
-        grad.scatter_add_(1, local[:, None], (grad_logp * ~elsewhere)[:, None])
-        if grad_entropy is not None:
-            # dH/dx_j = -p_j (log p_j + H)
-            p = exps / total[:, None]
-            grad -= (grad_entropy / ctx.temperature)[:, None] * (torch.xlogy(p, p) + p * entropy[:, None])
-        return grad, None, None, None, None
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight)
+        for begin in range(0, ctx.real, ctx.block):
+            part = slice(begin, min(begin + ctx.block, ctx.real))
+            logits = rows @ weight[part].t() if kept is None else kept
+            x = (logits - norm[:, None]).div_(ctx.temperature)  # log p
+            if grad_entropy is None:
+                grad = x.exp_().mul_(-grad_logp[:, None])
+            else:  # dH/dx_j = -p_j (log p_j + H)
+                grad = x.exp()
+                x.add_(entropy[:, None]).mul_((grad_entropy / ctx.temperature)[:, None]).add_(grad_logp[:, None])
+                grad.mul_(x.neg_())
+            at, here = _within(local, begin, grad.shape[1])
+            grad.scatter_add_(1, at, (grad_logp * here)[:, None])
+            grad = grad.to(rows.dtype)
+            grad_weight[part] = grad.t() @ rows
+            grad_rows += grad @ weight[part]
+        return grad_rows.to(rows.dtype), grad_weight, None, None, None, None, None
+
+
+def _within(local: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Of the targets, int64 [E, 1], their columns in a block, 0 for others; and bool [E], which are in it."""
+    here = (local >= begin) & (local < begin + columns)
+    return (local - begin).masked_fill(~here, 0)[:, None], here
 
 
 def edge_log_probs(
@@ -71,23 +109,18 @@ def edge_log_probs(
     point gives one row for each child. context: source and target int64 [E], temperature, vocab, and whether the
     entropy needs a gradient (`entropy_grad`).
     """
-    config = output_layer.config
     group = parallel_state.get_tensor_model_parallel_group()
-    if config.sequence_parallel:
+    split = output_layer.config.sequence_parallel
+    if split:
         hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=True
         )
     rows = hidden_states[:, 0].index_select(0, context["source"])
-    logits = tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
-        input=rows[:, None],
-        weight=output_layer.weight if output_weight is None else output_weight,
-        bias=None,
-        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
-        allreduce_dgrad=group.size() > 1 and not config.sequence_parallel,
-        sequence_parallel=False,
-        tp_group=group,
-    )[:, 0]
-    logp, entropy = VocabParallelLogProb.apply(
-        logits, context["target"], context["temperature"], context["vocab"], group
+    if not split:  # gradients of the ranks' columns are added up; gathering does that by itself
+        rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows)
+    weight = output_layer.weight if output_weight is None else output_weight
+    block = block_columns(len(rows), rows.element_size())
+    logp, entropy = LinearLogProb.apply(
+        rows, weight, context["target"], context["temperature"], context["vocab"], group, block
     )
     return torch.stack([logp, entropy if context["entropy_grad"] else entropy.detach()])
