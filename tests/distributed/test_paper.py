@@ -112,7 +112,7 @@ def test_nothing_of_the_fake_job_stays():
     ("actor", "rollout_tp", "engine", "line"),
     [
         ({"tp": 3}, 1, {}, "actor.tp: 3 does not divide the model's attention heads of 4"),
-        ({"pp": 4, "tp": 2}, 1, {}, "actor.tp x actor.pp = 2 x 4: 4 processes are not a multiple of 8"),
+        ({"pp": 4, "tp": 2}, 1, {}, "actor.tp x actor.cp x actor.pp = 2 x 1 x 4: 4 processes are not a multiple of 8"),
         ({}, 3, {}, "rollout.tp: 3 does not divide"),
         ({"pp": 2}, 8, {}, "rollout.tp: 8 does not divide the model's attention heads of 4"),
         ({"pp": 3}, 1, {}, "actor: Megatron-Core refuses this"),

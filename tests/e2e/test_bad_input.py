@@ -92,7 +92,10 @@ def command(file, *overrides, processes=None):
         ("rollout.temprature=1", "error: {file}: unknown key rollout.temprature; did you mean rollout.temperature?"),
         ("trainer.steps=many", "error: {file}: trainer.steps: input should be a valid integer, * found 'many'"),
         ("data.train=nowhere.jsonl", "error: nowhere.jsonl: no such file"),
-        ("actor.tp=2", "error: actor.tp x actor.pp = 2 x 1: 1 processes are not a multiple of 2; start torchrun *"),
+        (
+            "actor.tp=2",
+            "error: actor.tp x actor.cp x actor.pp = 2 x 1 x 1: 1 processes are not a multiple of 2; start torchrun *",
+        ),
     ],
 )
 def test_the_command_prints_one_line_and_exits_with_2(config, override, line):
@@ -108,7 +111,9 @@ def test_processes_that_do_not_fill_the_layout_under_torchrun(config):
     result = command(config, "actor.pp=4", processes=2)
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert lines[0].startswith("error: actor.tp x actor.pp = 1 x 4: 2 processes are not a multiple of 4;")
+    assert lines[0].startswith(
+        "error: actor.tp x actor.cp x actor.pp = 1 x 1 x 4: 2 processes are not a multiple of 4;"
+    )
     # On a slow machine torchrun may not have ended the other rank before that says the same.
     assert len({line.split(": ", 1)[1] for line in lines}) == 1
     assert "ConfigError" not in result.stderr  # that is, no traceback but torchrun's own

@@ -92,7 +92,7 @@ def test_dry_run_says_what_it_looked_at(small):
     [
         (
             ["--dry-run", "--nodes", 1, "actor.tp=8", "actor.pp=2"],
-            "error: actor.tp x actor.pp = 8 x 2: 8 processes are ",
+            "error: actor.tp x actor.cp x actor.pp = 8 x 1 x 2: 8 processes are ",
         ),
         (["--nodes", 2], "error: --nodes, --gpus-per-node: only with --dry-run; "),
     ],

@@ -22,10 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
 
 LAYOUTS = {
-    "tp2, two engines": (2, ["actor.tp=2"]),
     "tp2 with sequence parallelism, one engine": (2, ["actor.tp=2", "actor.sequence_parallel=true", "rollout.tp=2"]),
     "pp2": (2, ["actor.pp=2"]),
-    "dp2, one engine": (2, ["rollout.tp=2"]),
+    "cp2, one engine": (2, ["actor.cp=2", "rollout.tp=2"]),
     "tp2 x pp2, four engines": (4, ["actor.tp=2", "actor.pp=2"]),
 }
 

@@ -171,7 +171,10 @@ def test_the_script_says_how_it_was_made():
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        (SlurmJob(CONFIG, ("actor.tp=3",)), "actor.tp x actor.pp = 3 x 1: 8 processes are not a multiple of 3"),
+        (
+            SlurmJob(CONFIG, ("actor.tp=3",)),
+            "actor.tp x actor.cp x actor.pp = 3 x 1 x 1: 8 processes are not a multiple of 3",
+        ),
         (SlurmJob(CONFIG, ("actor.tpp=3",)), "unknown key actor.tpp"),
         (SlurmJob(CONFIG, gpus_per_node=0), "--processes-per-node: needed where --gpus-per-node is 0"),
         (SlurmJob(CONFIG, processes_per_node=4), "--processes-per-node: 4, expected one for each of --gpus-per-node 8"),

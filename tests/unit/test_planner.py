@@ -299,6 +299,7 @@ def test_layouts_without_meaning_are_refused():
     cluster = make_cluster("h100", "ib400", 1, 8)
     for sections, said in (
         ({"actor": {"tp": 8, "pp": 2}}, r"8 processes are not a multiple of 16"),
+        ({"actor": {"cp": 3}}, r"actor.tp x actor.cp x actor.pp = 1 x 3 x 1: 8 processes are not a multiple of 3"),
         ({"rollout": {"tp": 16}}, r"rollout\.tp: 8 processes"),
         ({"actor": {"tp": 8}}, r"actor\.tp: 8 does not divide the model's attention heads of 28"),
         ({"rollout": {"tp": 8}}, r"rollout\.tp: 8 does not divide the model's attention heads of 28"),

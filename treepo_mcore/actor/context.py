@@ -19,8 +19,7 @@ from torch import Tensor
 
 Runs = list[tuple[int, int]]  # [begin, end) of packed indices, ascending
 
-EVEN = 1.1  # the fullest rank's tokens over the mean, up to which they are even enough
-SAME_WORK = 1.02  # the same of work
+EVEN = 1.1  # the fullest rank's tokens over the mean, up to which memory is even enough
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def whole(subtree_end: Tensor) -> Share:
 
 
 def cut(positions: Tensor, token_work: float, ranks: int) -> list[Runs]:
-    """The runs of every rank: one each, of equal work; two of equal size where that leaves fewer tokens to the fullest.
+    """The runs of every rank: one each, of equal work, or two of equal size, whichever is more even.
 
     positions: int64 [S] of the tokens in their paths; a token's work is the keys it sees and `token_work`, which stands
     for the linear layers. In a tree its tokens are as deep as one another, mostly, and runs of equal work have about as
@@ -82,9 +81,7 @@ def cut(positions: Tensor, token_work: float, ranks: int) -> list[Runs]:
     one = [[run] for run in pairwise([0, *marks, size])]
     pieces = list(pairwise([number * size // (2 * ranks) for number in range(2 * ranks + 1)]))
     two = [[pieces[rank], pieces[-1 - rank]] for rank in range(ranks)]
-    if _most(one, torch.ones_like(work)) > EVEN and _most(two, work) <= SAME_WORK:
-        return two
-    return one
+    return min(one, two, key=lambda shares: _most(shares, work) * max(1.0, _most(shares, torch.ones_like(work)) / EVEN))
 
 
 def _most(shares: list[Runs], work: Tensor) -> float:

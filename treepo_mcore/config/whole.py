@@ -104,12 +104,9 @@ def check_grid(config: Config, world: int) -> None:
     actor, rollout = config.actor, config.rollout
     model = actor.replica
     if world % model:
-        names, sizes = ("actor.tp x actor.pp", f"{actor.tp} x {actor.pp}")
-        if actor.cp > 1:
-            names, sizes = ("actor.tp x actor.cp x actor.pp", f"{actor.tp} x {actor.cp} x {actor.pp}")
         raise ConfigError(
-            f"{names} = {sizes}: {world} processes are not a multiple of {model}; "
-            f"start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
+            f"actor.tp x actor.cp x actor.pp = {actor.tp} x {actor.cp} x {actor.pp}: {world} processes are not a "
+            f"multiple of {model}; start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
         )
     if (world // actor.pp) % (actor.ep * actor.etp):
         raise ConfigError(
