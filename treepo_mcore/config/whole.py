@@ -106,7 +106,8 @@ def check_grid(config: Config, world: int) -> None:
     if world % model:
         raise ConfigError(
             f"actor.tp x actor.cp x actor.pp = {actor.tp} x {actor.cp} x {actor.pp}: {world} processes are not a "
-            f"multiple of {model}; start torchrun with --nproc-per-node {model * max(1, world // model)} or change the layout"
+            f"multiple of {model}; start torchrun with --nproc-per-node {model * max(1, world // model)} "
+            "or change the layout"
         )
     if (world // actor.pp) % (actor.ep * actor.etp):
         raise ConfigError(
