@@ -117,6 +117,7 @@ class Policy:
         if found is None or self.rollbacks > most:
             raise error
         self.load(found)
+        self.rollout.drop_unfinished()
         return f"{error}: back to {found.name}'s weights, and on with other prompts ({self.rollbacks} of {most})"
 
     def save(self, step: int, state: dict[str, Any], last: bool) -> None:

@@ -30,7 +30,9 @@ class Counts:
     failed_prompts: int = 0
     rewards: int = 0  # calls that were answered
     failed_rewards: int = 0  # of these, the function raised, died or ran too long
-    unfinished_prompts: int = 0  # given up in the tail
+    unfinished_prompts: int = 0  # given up in the tail, or put off
+    resumed_prompts: int = 0  # that an earlier step left unfinished, under rollout.unfinished: resume
+    resumed_tokens: int = 0  # decoded for these in that step
     resting_prompts: int = 0  # that the data would pass over now
     stopped_prompts: int = 0  # with their first answers, which agreed
     restarted_prompts: int = 0  # of these, those that went on behind a remembered answer

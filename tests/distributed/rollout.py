@@ -11,7 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from treepo_mcore.config import parse_config
+from treepo_mcore.config import AdvantageConfig, parse_config
+from treepo_mcore.learn.advantage import advantages
+from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.trainer import Trainer
 from treepo_mcore.tree.files import write_trees
 
@@ -95,6 +97,29 @@ def restarts(config: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (trainer.config.run.dir / "metrics.jsonl").read_text().splitlines()]
     remembered = trainer.policy.rollout.state_dict()["rare"]["paths"]
     return [row | {"remembered": len(remembered)} for row in rows if "actor/updates" in row]
+
+
+def resumes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two rollout phases with the same weights: their trees, and how far the actor's log-probs are from the tokens'."""
+    trainer = Trainer(parse_config(config))
+    trainer.policy.push()
+    with trainer.policy.phases.rollout():
+        batches = [trainer.policy.rollout.collect(trainer.checked.prompts, step) for step in (0, 1)]
+    found = []
+    with trainer.policy.training():
+        for batch in batches:
+            trees = batch.deliver([batch.trees], 0)
+            sequences = pack_trees(trees, advantages(trees, AdvantageConfig()), 1024)
+            outputs = trainer.policy.actor.log_probs(sequences)
+            pairs = zip(outputs, sequences, strict=True)
+            gap = max(float((out[0] - sequence.behaviour_logprob).abs().max()) for out, sequence in pairs)
+            prompts = {
+                tree.prompt_id: [len(tree.leaves), all(leaf.reward is not None for leaf in tree.leaves)]
+                for tree in trees
+            }
+            found.append({"prompts": prompts, "gap": gap, "counts": vars(batch.counts)})
+    trainer.close()
+    return found
 
 
 def killed(config: dict[str, Any]) -> None:

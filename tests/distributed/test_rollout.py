@@ -111,6 +111,30 @@ def test_two_engines_repeat_a_run_token_for_token(model_directory, tmp_path):
     assert runs[0][1]["unfinished_prompts"] > 0
 
 
+@pytest.mark.parametrize(("tp", "deterministic"), [(1, True), (2, False)])
+def test_what_is_unfinished_goes_on_in_the_next_step(model_directory, tmp_path, tp, deterministic):
+    """On its engine, from its tokens; and these are still the ones that the actor gives their log-probs to."""
+    settings = {"tp": tp, "tail_steps": 8, "unfinished": "resume", "engine": {"max_num_seqs": 4}}
+    config = configuration(model_directory("qwen3"), tmp_path, **settings)
+    config["run"]["deterministic"] = deterministic
+    config["data"]["shuffle"] = False
+    config["trainer"] = {"prompts_per_step": 6, "prompts_per_update": 6}
+    ranks = launch("rollout:resumes", 2, {"config": config})
+    for first, second in ranks:
+        put_off = first["counts"]["unfinished_prompts"]
+        assert put_off > 0
+        assert first["counts"]["discarded_tokens"] == 0
+        assert second["counts"]["resumed_prompts"] == put_off
+        assert second["counts"]["resumed_tokens"] > 0
+        done = first["prompts"] | second["prompts"]
+        assert len(done) == len(first["prompts"]) + len(second["prompts"])
+        # The first six are there by now; what was put off came before all others.
+        assert len(first["prompts"]) == 6 - put_off
+        assert {f"prompts-{index}" for index in range(6)} <= done.keys()
+        assert all(rewarded for _, rewarded in done.values())
+        assert max(first["gap"], second["gap"]) < 1e-5
+
+
 def test_all_ranks_of_an_engine_hear_which_prompts_go_on(model_directory, tmp_path):
     tree = configuration(model_directory("qwen3"), tmp_path)["rollout"]["tree"]
     tree |= {"early_stop": {"leaves": 2, "min_chance": 1.0}, "fallback": {"candidates": "none"}}

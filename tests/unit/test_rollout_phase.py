@@ -50,7 +50,11 @@ def slow_last(request, position):
 
 @pytest.mark.parametrize(
     ("unfinished", "expected"),
-    [("carry", ["p8", "p9", "p10", "p11"]), ("drop", ["p10", "p11", "p12", "p13"])],
+    [
+        ("carry", ["p8", "p9", "p10", "p11"]),
+        ("resume", ["p8", "p9", "p10", "p11"]),
+        ("drop", ["p10", "p11", "p12", "p13"]),
+    ],
 )
 def test_unfinished_prompts(unfinished, expected):
     config = make_config(
@@ -64,6 +68,7 @@ def test_unfinished_prompts(unfinished, expected):
     trees, counts = batch.trees, batch.counts
     assert [tree.prompt_id for tree in trees] == [f"p{i}" for i in range(8)]
     assert counts.unfinished_prompts == 2
+    assert (counts.discarded_tokens == 0) == (unfinished == "resume")
     assert [prompt.id for prompt in stream.peek(4)] == expected
 
 
@@ -93,8 +98,64 @@ def test_what_was_carried_is_not_given_up_again():
     ]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_was_put_off_goes_on_from_its_tokens(deterministic):
+    """With verdicts that come late: those on leaves that were there when the step ended are asked for again."""
+    slow = {"p8", "p9", "p11"}
+
+    def draw(request, position):
+        length = len(request.context) + position - 5
+        slowly = request.id.split(":")[1].split("/")[0] in slow
+        return EOS_TOKEN if length >= (17 if slowly else 2) else 5 + length % 7
+
+    config = make_config(
+        {"tail_steps": 12, "unfinished": "resume"},
+        run={"deterministic": deterministic},
+        filter={"enabled": False},
+        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
+    )
+    stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
+    engine = FakeEngine(draw)
+    rewards = FakeRewards(lambda text, prompt: stable_seed(text) % 2, delay=3)
+    rollout = Rollout(config, PLACEMENT, engine, FakeTokenizer(), rewards)
+    seen = []
+    for step in range(3):
+        begun = len(engine.submitted)
+        batch = rollout.collect(stream, step)
+        seen.append(([tree.prompt_id for tree in batch.trees], batch.counts.unfinished_prompts))
+        assert batch.counts.resumed_prompts == (seen[step - 1][1] if step else 0)
+        assert batch.counts.discarded_tokens == 0
+        assert all(leaf.reward is not None for tree in batch.trees for leaf in tree.leaves)
+        assert [tree.meta["number"] for tree in batch.trees] == sorted(tree.meta["number"] for tree in batch.trees)
+        longest = max(len(request.context) for request in engine.submitted[begun : begun + 8])
+        assert longest > 5 + 8 if step else longest == 5
+    assert seen == [
+        ([f"p{i}" for i in range(8)], 2),
+        (["p8", "p9", "p10", *(f"p{i}" for i in range(12, 18))], 1),
+        (["p11", *(f"p{i}" for i in range(18, 27))], 0),
+    ]
+
+
+def test_what_was_put_off_is_sampled_anew_behind_a_checkpoint():
+    config = make_config(
+        {"tail_steps": 12, "unfinished": "resume"},
+        filter={"enabled": False},
+        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
+    )
+    stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
+    rollout = Rollout(config, PLACEMENT, FakeEngine(slow_last), FakeTokenizer(), None)
+    assert rollout.collect(stream, 0).counts.unfinished_prompts == 2
+    rollout.load_state_dict(rollout.state_dict())
+    batch = rollout.collect(stream, 1)
+    assert batch.counts.resumed_prompts == 0
+    assert batch.counts.drawn_prompts == 10
+    assert [tree.prompt_id for tree in batch.trees][:2] == ["p8", "p9"]
+
+
 class TwoEngines:
     """In place of a collector: two of them in lockstep, the second with room for few prompts."""
+
+    parked = ()
 
     def __init__(self, config, rewards, monkeypatch):
         self.config, self.rewards = config, rewards

@@ -96,6 +96,8 @@ def check_trees(config, seed, hazard, vocabulary):
     assert tree.to_json() == waits.to_json()
     looks, _ = grow(config.model_copy(update={"early_stop": EarlyStopConfig(leaves=2)}), draw, order=seed + 3)
     assert tree.to_json() == looks.to_json()
+    resumed, _ = grow(config, draw, order=seed + 4, suspends=0.1)
+    assert tree.to_json() == resumed.to_json()
 
 
 def test_seeds_and_ids_do_not_depend_on_arrival():

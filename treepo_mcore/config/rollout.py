@@ -172,8 +172,10 @@ class RolloutConfig(Section):
     # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
     # of its steps in that state the engine gives up what is unfinished; default: never.
     tail_steps: int | None = Field(None, ge=0)
-    # carry: such prompts come first in the next step, sampled anew, and are then left to finish.
-    unfinished: Literal["carry", "drop"] = "carry"
+    # Such prompts come first in the next step, and are then left to finish. carry: sampled anew. resume: on the same
+    # engine from where they were, so that nothing decoded is lost; tokens of before are of the policy of before, which
+    # actor.correction is for. A checkpoint does not hold them: a run that goes on samples them anew.
+    unfinished: Literal["carry", "resume", "drop"] = "carry"
     # Engine steps between two looks for new prompts of an engine of several ranks, where the last one found none; under
     # run.deterministic, engines wait so often for outstanding rewards and share what they know.
     agreement_every: int = Field(16, ge=1)

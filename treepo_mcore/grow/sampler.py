@@ -87,6 +87,7 @@ class TreeSampler:
         self._answer = tree.nodes[PROMPT].end - tree.replayed  # where answers begin
         self._paths: dict[str, _Path] = {}
         self._ended: set[str] = set()  # ids of requests that ended or were aborted
+        self._parked: list[_Path] = []  # see `suspend`
         self._wave: list[int] = []  # nodes, in the order of their parents
         self._waves = 0  # processed
         self._arrived: set[int] = set()  # nodes that ended or reached their boundary, not yet processed
@@ -165,6 +166,28 @@ class TreeSampler:
         actions = Actions(abort=list(self._paths))
         for request_id in actions.abort:
             self._end(request_id)
+        return actions
+
+    def suspend(self) -> Actions:
+        """End all requests for now; `resume` starts them again from what they have, in another step and engine call."""
+        self._parked = list(self._paths.values())
+        actions = Actions(abort=list(self._paths))
+        for request_id in actions.abort:
+            self._end(request_id)
+        return actions
+
+    def resume(self) -> Actions:
+        """Behind `suspend`. With the same weights the tree is the one that it would have been."""
+        actions = Actions()
+        parked, self._parked = self._parked, []
+        for path in parked:
+            context, done = self.tree.context(path.node), len(self.tree.nodes[path.node].tokens)
+            request_id = self._name(path.node, context)
+            while request_id in self._ended:  # suspended without a new token
+                request_id += "'"
+            self._paths[request_id] = path
+            most = self._max_tokens(path.node) - done
+            actions.submit.append(Request(request_id, path.node, context, most, self._seed(path.node, context)))
         return actions
 
     # Tokens.
@@ -308,13 +331,18 @@ class TreeSampler:
         response = context[self._answer :]
         children = [self._child(parent, from_fallback) for _ in range(count)]
         for node in children:
-            # Splits rename paths, so the name alone could come twice; with the start position it cannot.
-            key = self.tree.key(node)
-            request_id = f"{self.tree.prompt_id}/{'.'.join(map(str, key))}@{len(context)}"
-            seed = stable_seed(self._seed_key, "request", key, len(context))
+            request_id = self._name(node, context)
             self._paths[request_id] = _Path(node, self._room(node), self._stopper.watch(response))
-            actions.submit.append(Request(request_id, node, context, self._max_tokens(node), seed))
+            most = self._max_tokens(node)
+            actions.submit.append(Request(request_id, node, context, most, self._seed(node, context)))
         return children
+
+    def _name(self, node: int, context: Sequence[int]) -> str:
+        """Of a request. Splits rename paths, so that of the path alone could come twice; with the length it cannot."""
+        return f"{self.tree.prompt_id}/{'.'.join(map(str, self.tree.key(node)))}@{len(context)}"
+
+    def _seed(self, node: int, context: Sequence[int]) -> int:
+        return stable_seed(self._seed_key, "request", self.tree.key(node), len(context))
 
     def _child(self, parent: int, from_fallback: bool) -> int:
         return self.tree.add_node(parent, self.tree.nodes[parent].depth + 1, from_fallback)

@@ -186,6 +186,8 @@ def rollout_metrics(batch: Batch, seconds: float) -> dict[str, Any]:
         "rollout/failed_prompts": counts.failed_prompts,
         "reward/failed": counts.failed_rewards,
         "rollout/unfinished_prompts": counts.unfinished_prompts,
+        "rollout/resumed_prompts": counts.resumed_prompts,
+        "rollout/resumed_tokens": counts.resumed_tokens,
         "data/resting_prompts": counts.resting_prompts,
         "rollout/stopped_prompts": counts.stopped_prompts,
         "rollout/restarted_prompts": counts.restarted_prompts,

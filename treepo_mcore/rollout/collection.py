@@ -16,7 +16,7 @@ class Collection:
     trees: list[Tree] = field(default_factory=list)  # complete, in the order of their numbers
     restarts: list[Tree] = field(default_factory=list)  # behind remembered answers, in the order of their numbers
     drawn: list[int] = field(default_factory=list)  # numbers of all prompts that were started
-    unfinished: list[int] = field(default_factory=list)  # numbers of the prompts given up in the tail
+    unfinished: list[int] = field(default_factory=list)  # numbers of the prompts given up in the tail, or put off
     rare: list[tuple[int, Rare]] = field(default_factory=list)  # answers to remember, with the numbers of their prompts
     counts: Counts = field(default_factory=Counts)
 

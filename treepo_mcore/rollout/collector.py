@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -57,6 +58,12 @@ class Collector:
         stopping = self.tree_config.stopping
         self.stopper = RuleStopper(stopping, BoxDetector(_decoder(tokenizer)) if stopping.boxed != "none" else None)
         self.warned = False
+        # Of the step before, by their numbers in it, and then, as `number_resumed` says, in the next one.
+        self.parked: dict[int, Growing] = {}
+
+    def number_resumed(self, unfinished: Sequence[int]) -> None:
+        """What is parked comes first in the next step, in the order of its numbers in the last one, on all engines."""
+        self.parked = {now: self.parked[then] for now, then in enumerate(unfinished) if then in self.parked}
 
     def collect(
         self,
@@ -121,6 +128,8 @@ class _Collect:
         self.scoring: dict[int, Growing] = {}  # complete, rewards outstanding
         temperature = self.config.rollout.temperature
         self.requests = Requests(self.engine, self.tree_config, temperature, self.counts)
+        self.resumed, collector.parked = collector.parked, {}
+        self.parked = collector.parked
         self.dry = False  # the queue had nothing for this engine at the last look
         self.tail = False  # nor will it, unless prompts are rejected
         self.next_look = 0
@@ -129,6 +138,8 @@ class _Collect:
 
     def run(self) -> Collection:
         preempted = self.engine.preemptions()
+        for number, entry in self.resumed.items():
+            self._resume(number, entry)
         while True:
             self._admit()
             if self.active:
@@ -204,6 +215,20 @@ class _Collect:
         self.result.drawn.append(number)
         self.counts.drawn_prompts += 1
         self._apply(entry, entry.sampler.start())
+
+    def _resume(self, number: int, entry: Growing) -> None:
+        """A prompt of the step before, under its number in this one; verdicts that were outstanding are asked for."""
+        entry.number, entry.unscored = number, 0
+        tree = entry.sampler.tree
+        tree.meta["number"] = number
+        self.active[number] = entry
+        self.result.drawn.append(number)
+        self.counts.resumed_prompts += 1
+        self.counts.resumed_tokens += entry.decoded
+        waiting = [index for index, leaf in enumerate(tree.leaves) if leaf.reward is None]
+        actions = entry.sampler.resume()
+        self._apply(entry, replace(actions, leaves=waiting))
+        self._look(entry)
 
     def _idle(self) -> None:
         """Nothing runs, but other engines or rewards may still bring prompts."""
@@ -369,20 +394,25 @@ class _Collect:
             self.queue.report(rejected=True)
 
     def _cut_tail(self) -> None:
-        """Give up what is unfinished; nothing more is drawn in this step.
+        """Give up what is unfinished, or put it off; nothing more is drawn in this step.
 
         But what a step before put back is left to finish: the slowest prompts would be given up again and again.
         """
         self.over = True
+        resumes = self.config.rollout.unfinished == "resume"
         running = [*self.active.values(), *self.undecided.values()]
         for entry in [entry for entry in running if entry.number >= self.returned]:
-            self._apply(entry, entry.sampler.fail())
+            parks = resumes and not entry.restart
+            self._apply(entry, entry.sampler.suspend() if parks else entry.sampler.fail())
             self.active.pop(entry.number, None)
             self.undecided.pop(entry.number, None)
             if not entry.restart:
                 self.result.unfinished.append(entry.number)
             self.counts.unfinished_prompts += 1
-            self.counts.discarded_tokens += entry.decoded
+            if parks:
+                self.parked[entry.number] = entry
+            else:
+                self.counts.discarded_tokens += entry.decoded
             if self.queue is not None:
                 self.queue.report(rejected=False)
         if self.queue is not None:

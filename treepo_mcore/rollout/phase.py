@@ -25,7 +25,7 @@ from treepo_mcore.rollout.collection import Collection
 from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.evaluation import Answer, HeldOut
 from treepo_mcore.rollout.exchange import Exchange
-from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue
+from treepo_mcore.rollout.queue import NONE_RESUMED, LockstepQueue, PromptQueue, Resumed, SharedQueue
 from treepo_mcore.system.placement import Placement
 from treepo_mcore.tree.stats import informative
 
@@ -48,6 +48,7 @@ class Rollout:
         self.leaders = dist.new_group(list(placement.leaders), backend="gloo")
         self.exchange = Exchange(placement, self.leaders, tree_group)
         self.begun = 0  # queues; their counters in the store must not meet
+        self.parked = 0  # prompts that go on in the next step, on all engines
 
     def collect(self, stream: PromptStream, step: int) -> Batch:
         """Sample until enough prompts are informative; every rank gets outlines of all trees, see `Batch`.
@@ -58,7 +59,8 @@ class Rollout:
         # Without the filter too: another prompt takes the place of one that an engine lost.
         limit = math.ceil(wanted * self.config.filter.max_prompts_factor)
         prompts = stream.peek(limit)
-        queue = self._queue(wanted, limit) if self.placement.leads_engine else None
+        resumed = Resumed(self.parked, len(self.collector.parked))
+        queue = self._queue(wanted, limit, resumed) if self.placement.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
         known = (self.schedule.forks(), self.prior, self.rare)
         mine = self.collector.collect(prompts, queue, step, progress, stream.returned, *known)
@@ -85,10 +87,15 @@ class Rollout:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`. Trees that were put off are not in it."""
+        self.drop_unfinished()
         self.schedule.load_state_dict(state["schedule"])
         self.prior.load_state_dict(state["prior"])
         self.rare.load_state_dict(state["rare"])
+
+    def drop_unfinished(self) -> None:
+        """Trees that were put off; their prompts still come first, sampled anew."""
+        self.collector.parked, self.parked = {}, 0
 
     def _move(self, stream: PromptStream, result: Collection) -> None:
         """Behind the last prompt that was drawn; what was not drawn before it or not finished comes again.
@@ -97,19 +104,26 @@ class Rollout:
         """
         passed = stream.next(max(result.drawn) + 1)
         again = set(range(len(passed))) - set(result.drawn)
+        unfinished = sorted(result.unfinished)
         if self.config.rollout.unfinished == "carry":
-            again.update(result.unfinished)
+            again.update(unfinished)
         stream.put_back([passed[number] for number in sorted(again)])
+        if self.config.rollout.unfinished == "resume":
+            stream.put_back([passed[number] for number in unfinished])
+            self.collector.number_resumed(unfinished)
+            self.parked = len(unfinished)
 
-    def _queue(self, wanted: int, limit: int) -> PromptQueue:
+    def _queue(self, wanted: int, limit: int, resumed: Resumed = NONE_RESUMED) -> PromptQueue:
         engine, engines = self.placement.engine, len(self.placement.engines)
         assert engine is not None
         self.begun += 1
         if self.config.run.deterministic:
-            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit)
+            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit, resumed)
         # The store that the process groups met at; with one engine nobody else looks.
         store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
-        return SharedQueue(dist.PrefixStore(f"treepo/collect{self.begun}", store), engine, engines, wanted, limit)
+        return SharedQueue(
+            dist.PrefixStore(f"treepo/collect{self.begun}", store), engine, engines, wanted, limit, resumed
+        )
 
     def evaluate(self, sets: Sequence[HeldOut]) -> dict[str, float]:
         """What all engines together answer, see `evaluation.metrics`; the same values on every rank.

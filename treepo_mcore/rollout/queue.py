@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,14 @@ class PromptQueue(Protocol):
         """Whether all prompts of the step are done, on all engines."""
 
 
+class Resumed(NamedTuple):
+    """Prompts that go on from an earlier step: they have the first numbers, and nobody draws them."""
+
+    everywhere: int
+    here: int
+
+
+NONE_RESUMED = Resumed(0, 0)
 LOOKS_PER_SECOND = 2500  # of all engines together: a tenth of what a TCPStore serves (benchmarks/scale.py)
 ENGINES = 1 << 16  # at most
 # In the value of "done", one above the other: decided prompts, of these the rejected ones, engines that gave up.
@@ -52,7 +60,7 @@ class _Seen:
     """What a look at the store shows, all of one moment."""
 
     done: int
-    fresh: int  # times that one of the first numbers was asked for: it goes on behind the last one
+    fresh: int  # times that one of the first numbers was asked for or resumed: it goes on behind the last one
     again: str  # "<how many numbers behind the first ones were drawn> <engine that drew the last one>"
 
     @property
@@ -83,7 +91,9 @@ class SharedQueue:
     ask again and again are no load for the store.
     """
 
-    def __init__(self, store: dist.Store, engine: int, engines: int, wanted: int, limit: int) -> None:
+    def __init__(
+        self, store: dist.Store, engine: int, engines: int, wanted: int, limit: int, resumed: Resumed = NONE_RESUMED
+    ) -> None:
         """store: the same empty one on all engines. limit: the most prompts that may be drawn.
 
         Raises ValueError where there are more engines or prompts than the counters have room for.
@@ -91,9 +101,10 @@ class SharedQueue:
         if engines > ENGINES or limit >= REJECTED:
             raise ValueError(f"expected at most {ENGINES} engines and {REJECTED - 1} prompts: {engines} and {limit}")
         self._store, self._engine, self._limit = store, engine, limit
-        self._wanted = min(wanted, limit)
+        self._resumed = resumed.everywhere
+        self._wanted = max(min(wanted, limit), resumed.everywhere)
         self._share = math.ceil(wanted / engines)
-        self._held = 0
+        self._held = resumed.here
         self._pause = engines / LOOKS_PER_SECOND
         store.add("done", 0)
         store.add("fresh", 0)
@@ -107,7 +118,7 @@ class SharedQueue:
             return None
         number = None
         if seen.fresh < self._wanted:
-            drawn = self._store.add("fresh", 1)
+            drawn = self._store.add("fresh", 1) + self._resumed
             self._seen = replace(seen, fresh=drawn)
             number = drawn - 1 if drawn <= self._wanted else None
         if number is None:
@@ -171,19 +182,28 @@ class SharedQueue:
 
     def _look(self) -> None:
         done, fresh, again = self._store.multi_get(["done", "fresh", "again"])
-        self._seen = _Seen(int(done), int(fresh), again.decode())
+        self._seen = _Seen(int(done), int(fresh) + self._resumed, again.decode())
         self._next = time.monotonic() + self._pause
 
 
 class LockstepQueue:
     """Engine e of E draws the numbers e, e + E, ...; engines tell each other only on ticks: repeatable."""
 
-    def __init__(self, leaders: dist.ProcessGroup | None, engine: int, engines: int, wanted: int, limit: int) -> None:
+    def __init__(
+        self,
+        leaders: dist.ProcessGroup | None,
+        engine: int,
+        engines: int,
+        wanted: int,
+        limit: int,
+        resumed: Resumed = NONE_RESUMED,
+    ) -> None:
         """leaders: the first ranks of all engines, None for one engine."""
-        self._leaders, self._engines, self._wanted, self._limit = leaders, engines, wanted, limit
-        self._next = engine
+        self._leaders, self._engines, self._limit = leaders, engines, limit
+        self._wanted = max(min(wanted, limit), resumed.everywhere)
+        self._next = resumed.everywhere + engine
         self._mine = 0  # rejected here
-        self._allowed = min(wanted, limit)
+        self._allowed = self._wanted
         self._over = False
         self._closed = False
 
