@@ -29,7 +29,7 @@ from treepo_mcore.engine.protocol import Chunk
 from treepo_mcore.grow.sampler import Request
 from treepo_mcore.rewards.pool import RewardPool
 from treepo_mcore.rollout.collector import Collector
-from treepo_mcore.rollout.queue import SharedQueue
+from treepo_mcore.rollout.queue import SharedQueue, Wanted
 
 LIVE = 384
 EOS, OPEN, CLOSE, WORDS = 0, 1, 2, 1000
@@ -108,7 +108,7 @@ def measure(boxed: str, segment: int, mean: int, steps: int) -> dict[str, Any]:
     )
     prompts = [Prompt(str(i), [3] * 100, "", "7" if i % 2 else "8") for i in range(10**4)]
     engine = Engine(mean, steps)
-    queue = SharedQueue(dist.HashStore(), 0, 1, len(prompts), len(prompts))
+    queue = SharedQueue(dist.HashStore(), 0, 1, Wanted(*[len(prompts)] * 3))
     with RewardPool(config.reward) as rewards:
         collector = Collector(config, engine, Words(), rewards, None)  # type: ignore[arg-type]
         with suppress(StopIteration):

@@ -16,7 +16,7 @@ from treepo_mcore.data.prepared import Prompt
 from treepo_mcore.engine.vllm.engine import VllmEngine
 from treepo_mcore.grow.branching import first_children
 from treepo_mcore.rollout.collector import Collector
-from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
+from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue, Wanted
 
 
 @dataclass
@@ -95,9 +95,9 @@ def ours(
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"tree": tree})})
     count = len(prompts)
     queue = (
-        LockstepQueue(None, 0, 1, count, count)
+        LockstepQueue(None, 0, 1, Wanted(count, count, count))
         if config.run.deterministic
-        else SharedQueue(dist.HashStore(), 0, 1, count, count)
+        else SharedQueue(dist.HashStore(), 0, 1, Wanted(count, count, count))
     )
     leads = group is None or dist.get_rank() == 0
     collector = Collector(config, engine, None, None, group)  # type: ignore[arg-type]  # no text is looked at

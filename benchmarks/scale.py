@@ -33,7 +33,7 @@ from treepo_mcore.config import DataConfig
 from treepo_mcore.data.prepared import Prompt, load_prompts
 from treepo_mcore.data.tokenizer import load_tokenizer
 from treepo_mcore.rollout.exchange import _with_leaves
-from treepo_mcore.rollout.queue import LOOKS_PER_SECOND, SharedQueue
+from treepo_mcore.rollout.queue import LOOKS_PER_SECOND, SharedQueue, Wanted
 from treepo_mcore.tree import parquet
 from treepo_mcore.tree.tree import EOS, PROMPT, Tree
 from treepo_mcore.weights.layout import Piece
@@ -164,7 +164,7 @@ def queue() -> dict[str, Any]:
     capacity = asked_in(clients, lambda client, _: client.add("idle", 0))
     queues: list[list[SharedQueue]] = [[] for _ in clients]
     for engine in range(ENGINES):
-        queues[engine % CLIENTS].append(SharedQueue(clients[engine % CLIENTS], engine, ENGINES, 1, 1))
+        queues[engine % CLIENTS].append(SharedQueue(clients[engine % CLIENTS], engine, ENGINES, Wanted(1, 1, 1)))
     assert queues[0][0].draw() == 0  # the only prompt; the others wait for its end
     first = {id(client): own for client, own in zip(clients, queues, strict=True)}
 

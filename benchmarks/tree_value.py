@@ -76,11 +76,11 @@ class Lab:
         from treepo_mcore.config import parse_config
         from treepo_mcore.grow.schedule import resolve_forks
         from treepo_mcore.rollout.collector import Collector
-        from treepo_mcore.rollout.queue import SharedQueue
+        from treepo_mcore.rollout.queue import SharedQueue, Wanted
 
         config = parse_config(configuration(self.model, self.data, setting) | {"run": {"seed": seed}})
         many = [prompt for prompt in prompts for _ in range(repeats)]
-        queue = SharedQueue(dist.HashStore(), 0, 1, len(many), len(many))
+        queue = SharedQueue(dist.HashStore(), 0, 1, Wanted(*[len(many)] * 3))
         planned = config.rollout.tree.branching.schedule
         forks = resolve_forks(planned, config.rollout.tree, self.mean) if planned else None
         collector = Collector(config, self.engine, self.tokenizer, self.rewards, None)

@@ -111,11 +111,13 @@ def test_two_engines_repeat_a_run_token_for_token(model_directory, tmp_path):
     assert runs[0][1]["unfinished_prompts"] > 0
 
 
-@pytest.mark.parametrize(("tp", "deterministic"), [(1, True), (2, False)])
-def test_what_is_unfinished_goes_on_in_the_next_step(model_directory, tmp_path, tp, deterministic):
+@pytest.mark.parametrize(
+    ("tp", "deterministic", "ends"), [(1, True, {"tail_steps": 8}), (2, False, {"over_provision": 1.5})]
+)
+def test_what_is_unfinished_goes_on_in_the_next_step(model_directory, tmp_path, tp, deterministic, ends):
     """On its engine, from its tokens; and these are still the ones that the actor gives their log-probs to."""
-    settings = {"tp": tp, "tail_steps": 8, "unfinished": "resume", "engine": {"max_num_seqs": 4}}
-    config = configuration(model_directory("qwen3"), tmp_path, **settings)
+    settings = {"tp": tp, "unfinished": "resume", "engine": {"max_num_seqs": 4}}
+    config = configuration(model_directory("qwen3"), tmp_path, **settings, **ends)
     config["run"]["deterministic"] = deterministic
     config["data"]["shuffle"] = False
     config["trainer"] = {"prompts_per_step": 6, "prompts_per_update": 6}
@@ -128,8 +130,8 @@ def test_what_is_unfinished_goes_on_in_the_next_step(model_directory, tmp_path, 
         assert second["counts"]["resumed_tokens"] > 0
         done = first["prompts"] | second["prompts"]
         assert len(done) == len(first["prompts"]) + len(second["prompts"])
-        # The first six are there by now; what was put off came before all others.
-        assert len(first["prompts"]) == 6 - put_off
+        assert len(first["prompts"]) == (6 - put_off if tp == 1 else 9 - put_off)
+        # What was put off came before all others.
         assert {f"prompts-{index}" for index in range(6)} <= done.keys()
         assert all(rewarded for _, rewarded in done.values())
         assert max(first["gap"], second["gap"]) < 1e-5

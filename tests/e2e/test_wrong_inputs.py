@@ -120,6 +120,7 @@ OVERRIDES = [
     "rollout.agreement_every=0",
     "rollout.push_staging_mb=1",
     "rollout.unfinished=forget",
+    "rollout.over_provision=1.5",
     "rollout.tree.width=0",
     "rollout.tree.width=1",
     "rollout.tree.segment_tokens=0",

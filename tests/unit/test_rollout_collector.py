@@ -28,7 +28,7 @@ from treepo_mcore.rewards.math import final_answer
 from treepo_mcore.rollout import queue as queue_module
 from treepo_mcore.rollout.collection import Collection
 from treepo_mcore.rollout.collector import Collector
-from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue
+from treepo_mcore.rollout.queue import LockstepQueue, SharedQueue, Wanted
 from treepo_mcore.tree.stats import informative
 
 
@@ -38,9 +38,9 @@ def collect(engine, prompts, config=None, rewards=None, wanted=None, step=0, que
     if queue is None:
         deterministic = config.run.deterministic
         queue = (
-            LockstepQueue(None, 0, 1, wanted, len(prompts))
+            LockstepQueue(None, 0, 1, Wanted(wanted, wanted, len(prompts)))
             if deterministic
-            else SharedQueue(dist.HashStore(), 0, 1, wanted, len(prompts))
+            else SharedQueue(dist.HashStore(), 0, 1, Wanted(wanted, wanted, len(prompts)))
         )
     return Collector(config, engine, FakeTokenizer(), rewards, None).collect(prompts, queue, step, 0.0, rare=rare)
 
@@ -419,7 +419,7 @@ def test_verdicts_on_prompts_that_were_given_up_are_not_waited_for():
 
 def test_no_tail_while_prompts_are_left_that_the_engine_may_not_draw_yet():
     """Another engine has room for none of its own prompts: this one holds its half, and takes the rest later."""
-    queue = SharedQueue(dist.HashStore(), 0, 2, 8, 8)
+    queue = SharedQueue(dist.HashStore(), 0, 2, Wanted(8, 8, 8))
     result = collect(FakeEngine(hazard_draw(0.02)), make_prompts(8), make_config({"tail_steps": 20}), queue=queue)
     assert [tree.meta["number"] for tree in result.trees] == list(range(8))
     assert result.unfinished == []
@@ -471,7 +471,7 @@ def test_idle_engines_do_not_hammer_the_store(monkeypatch):
     """A thousand looks in a row within one pause are one request, and a new one shows what has changed meanwhile."""
     monkeypatch.setattr(queue_module, "LOOKS_PER_SECOND", 2 / 60)  # a minute for two engines
     store = CountingStore()
-    idle, busy = (SharedQueue(store, engine, 2, 2, 8) for engine in range(2))
+    idle, busy = (SharedQueue(store, engine, 2, Wanted(2, 2, 8)) for engine in range(2))
     assert [idle.draw(), busy.draw()] == [0, 1]
     idle.report(rejected=False)
     store.asked = 0
@@ -488,7 +488,7 @@ def test_engines_that_draw_at_once_share_the_numbers_out(looks_always):
     store, barrier = dist.HashStore(), threading.Barrier(16)
 
     def engine(index):
-        queue, drawn = SharedQueue(store, index, 16, 200, 230), []
+        queue, drawn = SharedQueue(store, index, 16, Wanted(200, 200, 230)), []
         barrier.wait()
         while not queue.closed():
             number = queue.draw()
@@ -504,7 +504,7 @@ def test_engines_that_draw_at_once_share_the_numbers_out(looks_always):
 
 def test_two_engines_share_one_counter(looks_always):
     store = dist.HashStore()
-    queues = [SharedQueue(store, engine, 2, 5, 8) for engine in range(2)]
+    queues = [SharedQueue(store, engine, 2, Wanted(5, 5, 8)) for engine in range(2)]
     drawn = [queues[i % 2].draw() for i in range(5)]
     assert drawn == [0, 1, 2, 3, 4]
     assert queues[0].draw() is None
@@ -521,7 +521,7 @@ def test_two_engines_share_one_counter(looks_always):
 
 def test_no_engine_takes_more_than_its_share_at_a_time(looks_always):
     store = dist.HashStore()
-    fast, slow = (SharedQueue(store, engine, 2, 5, 8) for engine in range(2))
+    fast, slow = (SharedQueue(store, engine, 2, Wanted(5, 5, 8)) for engine in range(2))
     assert [fast.draw() for _ in range(4)] == [0, 1, 2, None]
     assert fast.held_back()
     assert [slow.draw() for _ in range(3)] == [3, 4, None]
@@ -533,7 +533,7 @@ def test_no_engine_takes_more_than_its_share_at_a_time(looks_always):
 
 def test_no_replacement_after_a_tail_was_cut(looks_always):
     store = dist.HashStore()
-    queues = [SharedQueue(store, engine, 2, 2, 8) for engine in range(2)]
+    queues = [SharedQueue(store, engine, 2, Wanted(2, 2, 8)) for engine in range(2)]
     assert [queue.draw() for queue in queues] == [0, 1]
     queues[0].give_up()
     queues[0].report(rejected=False)
@@ -574,7 +574,7 @@ def test_calls_of_a_token(boxed):
 
 def test_a_step_is_not_over_while_numbers_wait_to_be_drawn():
     """A small cache: the first tree is done, there was no room yet for the second."""
-    queue = LockstepQueue(None, 0, 1, wanted=2, limit=2)
+    queue = LockstepQueue(None, 0, 1, Wanted(2, 2, 2))
     assert queue.draw() == 0
     queue.report(rejected=False)
     queue.tick(finished=True)

@@ -29,7 +29,7 @@ from treepo_mcore.rollout.collection import Collection
 from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.evaluation import HeldOut, interval, majority
 from treepo_mcore.rollout.phase import Rollout
-from treepo_mcore.rollout.queue import LockstepQueue
+from treepo_mcore.rollout.queue import LockstepQueue, Wanted
 from treepo_mcore.system.placement import colocated
 from treepo_mcore.tree.tree import Tree
 
@@ -136,6 +136,42 @@ def test_what_was_put_off_goes_on_from_its_tokens(deterministic):
     ]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_more_prompts_than_are_wanted_are_under_way_and_slow_ones_take_their_steps(deterministic, filtered):
+    """Every fifth prompt is slow; a step ends with ten accepted, no tree is lost, and none comes twice."""
+    draw_fast, draw_slow = hazard_draw(0.4), hazard_draw(0.0)
+
+    def draw(request, position):
+        slow = int(request.id.split(":")[1].split("/")[0][1:]) % 5 == 0
+        return (draw_slow if slow else draw_fast)(request, position)
+
+    config = make_config(
+        {"over_provision": 1.5, "unfinished": "resume", "agreement_every": 2, "tree": {"max_depth": 20}},
+        run={"deterministic": deterministic},
+        filter={"enabled": filtered, "max_prompts_factor": 3.0},
+        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
+    )
+    stream = PromptStream(make_prompts(3000), seed=0, shuffle=False)
+    rewards = FakeRewards(lambda text, prompt: stable_seed(text) % 2 == 0 and stable_seed(prompt) % 3 > 0)
+    rollout = Rollout(config, PLACEMENT, FakeEngine(draw), FakeTokenizer(), rewards)
+    done, kept, put_off, resumed = [], [], 0, 0
+    for step in range(8):
+        batch = rollout.collect(stream, step)
+        assert batch.counts.resumed_prompts == put_off
+        assert batch.counts.discarded_tokens == 0
+        put_off, resumed = batch.counts.unfinished_prompts, resumed + batch.counts.resumed_prompts
+        kept.append(len(choose(batch.trees, config, step)))
+        done += [tree.prompt_id for tree in batch.trees]
+    assert min(kept) >= 10
+    assert max(kept) <= 15
+    assert resumed > 10
+    assert len(set(done)) == len(done)
+    assert any(int(name[1:]) % 5 == 0 for name in done)
+    *waiting, following = [prompt.id for prompt in stream.peek(stream.returned + 1)]
+    assert sorted(done + waiting) == sorted(f"p{i}" for i in range(int(following[1:])))
+
+
 def test_what_was_put_off_is_sampled_anew_behind_a_checkpoint():
     config = make_config(
         {"tail_steps": 12, "unfinished": "resume"},
@@ -173,7 +209,8 @@ class TwoEngines:
     def collect(self, prompts, queue, step, progress, returned, forks, prior, rare):
         def one(engine):
             self.place.engine = engine
-            mine = LockstepQueue("leaders", engine, 2, self.config.trainer.prompts_per_step, len(prompts))
+            wanted = self.config.trainer.prompts_per_step
+            mine = LockstepQueue("leaders", engine, 2, Wanted(wanted, wanted, len(prompts)))
             fake = FakeEngine(hazard_draw(0.12), max_requests=(10**9, 20)[engine])
             collector = Collector(self.config, fake, FakeTokenizer(), FakeRewards(self.rewards), None)
             return collector.collect(prompts, mine, step, progress, returned)

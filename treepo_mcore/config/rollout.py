@@ -172,10 +172,14 @@ class RolloutConfig(Section):
     # A phase ends in a tail, when an engine has room for another prompt and none is left to draw. After this many
     # of its steps in that state the engine gives up what is unfinished; default: never.
     tail_steps: int | None = Field(None, ge=0)
-    # Such prompts come first in the next step, and are then left to finish. carry: sampled anew. resume: on the same
-    # engine from where they were, so that nothing decoded is lost; tokens of before are of the policy of before, which
-    # actor.correction is for. A checkpoint does not hold them: a run that goes on samples them anew.
+    # carry: such prompts come first in the next step, sampled anew, and are then left to finish. resume: first, too, on
+    # the same engine and from where they were, so that nothing decoded is lost, in as many steps as they need; tokens
+    # of before are of the policy of before, which actor.correction is for. A checkpoint does not hold them: a run that
+    # goes on samples them anew.
     unfinished: Literal["carry", "resume", "drop"] = "carry"
+    # So many times trainer.prompts_per_step are under way, and the phase ends when prompts_per_step are accepted: the
+    # slow ones go on in the next step. Needs unfinished: resume.
+    over_provision: float = Field(1.0, ge=1)
     # Engine steps between two looks for new prompts of an engine of several ranks, where the last one found none; under
     # run.deterministic, engines wait so often for outstanding rewards and share what they know.
     agreement_every: int = Field(16, ge=1)
@@ -185,6 +189,12 @@ class RolloutConfig(Section):
     # Any argument of vLLM's EngineArgs. With `quantization: fp8_per_block` it computes in FP8; then weights are
     # quantised before they are sent.
     engine: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> RolloutConfig:
+        if self.over_provision > 1 and self.unfinished != "resume":
+            raise ValueError(f"over_provision: {self.over_provision} needs unfinished: resume, found {self.unfinished}")
+        return self
 
     @property
     def expert_parallel(self) -> bool:

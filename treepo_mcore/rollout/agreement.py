@@ -6,6 +6,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,16 @@ class Next(IntEnum):
 
 
 Verdict = tuple[int, Next]  # a prompt's number, and what follows
+
+
+class Word(NamedTuple):
+    """What the first rank of an engine knows, and its other ranks have to."""
+
+    number: int | None = None  # of the prompt to start
+    closed: bool = False
+    held_back: bool = False
+    enough: bool = False
+    verdicts: Sequence[Verdict] = ()  # not more than `VERDICTS`
 
 
 class Agreement:
@@ -54,17 +65,13 @@ class Agreement:
         tokens = array("q", [token for chunk in chunks for token in chunk.tokens])
         self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(text.encode(), self._digest))
 
-    def order(
-        self, number: int | None, closed: bool, held_back: bool, verdicts: Sequence[Verdict]
-    ) -> tuple[int | None, bool, bool, list[Verdict]]:
-        """What the engine's first rank passed in, on all of its ranks. Raises RuntimeError where they differ.
-
-        verdicts: not more than `VERDICTS`.
-        """
+    def order(self, word: Word) -> Word:
+        """What the engine's first rank passed in, on all of its ranks. Raises RuntimeError where they differ."""
         if self._group is None:
-            return number, closed, held_back, list(verdicts)
+            return word
+        number, *flags, verdicts = word
         told = [len(Next) * prompt + then for prompt, then in verdicts] + [-1] * (VERDICTS - len(verdicts))
-        mine = torch.tensor([self._digest, -1 if number is None else number, int(closed), int(held_back), *told])
+        mine = torch.tensor([self._digest, -1 if number is None else number, *map(int, flags), *told])
         rows = [torch.empty_like(mine) for _ in range(self._group.size())]
         try:
             dist.all_gather(rows, mine, group=self._group)
@@ -78,5 +85,6 @@ class Agreement:
                 f"engine step {self._step} of this phase: the ranks of this engine sampled different tokens: {digests}"
             )
         first = rows[0].tolist()
-        agreed = [(value // len(Next), Next(value % len(Next))) for value in first[4:] if value >= 0]
-        return (None if first[1] < 0 else first[1]), bool(first[2]), bool(first[3]), agreed
+        agreed = [(value // len(Next), Next(value % len(Next))) for value in first[5:] if value >= 0]
+        closed, held_back, enough = map(bool, first[2:5])
+        return Word(None if first[1] < 0 else first[1], closed, held_back, enough, agreed)

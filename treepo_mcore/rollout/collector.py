@@ -21,7 +21,7 @@ from treepo_mcore.grow.shape import sampled_shape
 from treepo_mcore.grow.stopping import BoxDetector, RuleStopper
 from treepo_mcore.rewards.pool import Result, RewardPool
 from treepo_mcore.rewards.shaping import failed_score, shape
-from treepo_mcore.rollout.agreement import VERDICTS, Agreement, Next, Verdict
+from treepo_mcore.rollout.agreement import VERDICTS, Agreement, Next, Verdict, Word
 from treepo_mcore.rollout.collection import Collection
 from treepo_mcore.rollout.queue import PromptQueue
 from treepo_mcore.rollout.requests import Growing, Requests
@@ -31,6 +31,7 @@ from treepo_mcore.tree.tree import Tree
 IDLE_POLL_SECONDS = 0.005
 ANCHOR = "boxed"  # any text does; a tokenizer that cannot write this one has no boxes to find
 
+NO_WORD = Word()
 CONTRAST = 1  # in the key of a restart's draws
 
 logger = logging.getLogger(__name__)
@@ -178,27 +179,26 @@ class _Collect:
         return not self.active or self.requests.room(len(self.undecided))
 
     def _draw(self) -> int | None:
-        number, closed, held_back = None, False, False
+        word = Word()
         if self.queue is not None:
-            number = None if self.over else self.queue.draw()
-            if number is None:
+            word = Word(None if self.over else self.queue.draw())
+            if word.number is None:
                 closed = not self._busy and self.queue.closed()
-                held_back = self.queue.held_back()
-        number, self.closed, held_back = self._meet(number, closed, held_back)
-        self.dry = number is None
-        self.tail = self.dry and not held_back
-        return number
+                word = Word(None, closed, self.queue.held_back())
+        word = self._meet(word)
+        self.closed = word.closed
+        self.dry = word.number is None
+        self.tail = self.dry and not word.held_back
+        return word.number
 
-    def _meet(
-        self, number: int | None = None, closed: bool = False, held_back: bool = False
-    ) -> tuple[int | None, bool, bool]:
+    def _meet(self, word: Word = NO_WORD) -> Word:
         """What the engine's first rank knows, on all of its ranks; prompts go on or end as it says."""
         told, self.verdicts = self.verdicts[:VERDICTS], self.verdicts[VERDICTS:]
-        number, closed, held_back, agreed = self.agreement.order(number, closed, held_back, told)
-        for prompt, then in agreed:
+        word = self.agreement.order(word._replace(verdicts=told))
+        for prompt, then in word.verdicts:
             if prompt in self.undecided:  # not given up meanwhile
                 self._decide(self.undecided.pop(prompt), then)
-        return number, closed, held_back
+        return word
 
     @property
     def _busy(self) -> bool:
@@ -247,8 +247,9 @@ class _Collect:
         chunks = self.engine.step()
         counts.steps += 1
         self.agreement.saw(chunks)
+        word = Word(enough=self.queue is not None and self.queue.enough())
         if not self.agreement.alone:
-            self._meet()
+            word = self._meet(word)
         for chunk in chunks:
             self._feed(chunk)
         if self.queue is not None:
@@ -259,8 +260,10 @@ class _Collect:
         if self.tail and self._fits():
             counts.tail_steps += 1
             limit = self.config.rollout.tail_steps
-            if limit is not None and counts.tail_steps > limit and not self.over:
+            if limit is not None and counts.tail_steps > limit:
                 self._cut_tail()
+        if word.enough:
+            self._cut_tail()
 
     def _feed(self, chunk: Chunk) -> None:
         fed = self.requests.feed(chunk)
@@ -394,14 +397,18 @@ class _Collect:
             self.queue.report(rejected=True)
 
     def _cut_tail(self) -> None:
-        """Give up what is unfinished, or put it off; nothing more is drawn in this step.
+        """Once: give up what is unfinished, or put it off; nothing more is drawn in this step.
 
-        But what a step before put back is left to finish: the slowest prompts would be given up again and again.
+        What a step before gave up is left to finish: the slowest prompts would be given up again and again.
         """
+        if self.over:
+            return
         self.over = True
+        if self.queue is not None:
+            self.queue.give_up()
         resumes = self.config.rollout.unfinished == "resume"
         running = [*self.active.values(), *self.undecided.values()]
-        for entry in [entry for entry in running if entry.number >= self.returned]:
+        for entry in [entry for entry in running if resumes or entry.number >= self.returned]:
             parks = resumes and not entry.restart
             self._apply(entry, entry.sampler.suspend() if parks else entry.sampler.fail())
             self.active.pop(entry.number, None)
@@ -414,9 +421,7 @@ class _Collect:
             else:
                 self.counts.discarded_tokens += entry.decoded
             if self.queue is not None:
-                self.queue.report(rejected=False)
-        if self.queue is not None:
-            self.queue.give_up()
+                self.queue.report(rejected=True)
 
 
 def _tree(prompt: Prompt, number: int, replayed: Sequence[int] = ()) -> Tree:

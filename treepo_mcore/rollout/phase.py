@@ -25,7 +25,7 @@ from treepo_mcore.rollout.collection import Collection
 from treepo_mcore.rollout.collector import Collector
 from treepo_mcore.rollout.evaluation import Answer, HeldOut
 from treepo_mcore.rollout.exchange import Exchange
-from treepo_mcore.rollout.queue import NONE_RESUMED, LockstepQueue, PromptQueue, Resumed, SharedQueue
+from treepo_mcore.rollout.queue import LockstepQueue, PromptQueue, SharedQueue, Wanted
 from treepo_mcore.system.placement import Placement
 from treepo_mcore.tree.stats import informative
 
@@ -55,12 +55,13 @@ class Rollout:
 
         Moves the stream on by what was drawn. Raises RuntimeError when not one tree was finished.
         """
-        wanted = self.config.trainer.prompts_per_step
+        accepted = self.config.trainer.prompts_per_step
+        drawn = math.ceil(accepted * self.config.rollout.over_provision)
         # Without the filter too: another prompt takes the place of one that an engine lost.
-        limit = math.ceil(wanted * self.config.filter.max_prompts_factor)
+        limit = math.ceil(drawn * self.config.filter.max_prompts_factor)
         prompts = stream.peek(limit)
-        resumed = Resumed(self.parked, len(self.collector.parked))
-        queue = self._queue(wanted, limit, resumed) if self.placement.leads_engine else None
+        wanted = Wanted(accepted, drawn, limit, self.parked, len(self.collector.parked))
+        queue = self._queue(wanted) if self.placement.leads_engine else None
         progress = step / max(self.config.trainer.steps, 1)
         known = (self.schedule.forks(), self.prior, self.rare)
         mine = self.collector.collect(prompts, queue, step, progress, stream.returned, *known)
@@ -113,17 +114,15 @@ class Rollout:
             self.collector.number_resumed(unfinished)
             self.parked = len(unfinished)
 
-    def _queue(self, wanted: int, limit: int, resumed: Resumed = NONE_RESUMED) -> PromptQueue:
+    def _queue(self, wanted: Wanted) -> PromptQueue:
         engine, engines = self.placement.engine, len(self.placement.engines)
         assert engine is not None
         self.begun += 1
         if self.config.run.deterministic:
-            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted, limit, resumed)
+            return LockstepQueue(self.leaders if engines > 1 else None, engine, engines, wanted)
         # The store that the process groups met at; with one engine nobody else looks.
         store = dist.distributed_c10d._get_default_store() if engines > 1 else dist.HashStore()
-        return SharedQueue(
-            dist.PrefixStore(f"treepo/collect{self.begun}", store), engine, engines, wanted, limit, resumed
-        )
+        return SharedQueue(dist.PrefixStore(f"treepo/collect{self.begun}", store), engine, engines, wanted)
 
     def evaluate(self, sets: Sequence[HeldOut]) -> dict[str, float]:
         """What all engines together answer, see `evaluation.metrics`; the same values on every rank.
@@ -135,7 +134,7 @@ class Rollout:
     def _evaluate(self, held_out: HeldOut) -> dict[str, float]:
         config, asked = held_out.sampling(self.config), held_out.asked()
         collector = Collector(config, self.engine, self.tokenizer, self.rewards, self.engine_group, by_prompt=True)
-        queue = self._queue(len(asked), len(asked)) if self.placement.leads_engine else None
+        queue = self._queue(Wanted(len(asked), len(asked), len(asked))) if self.placement.leads_engine else None
         trees = collector.collect(asked, queue, step=0, progress=0.0).trees
         vote = vote_of(self.config.reward)
         mine = {int(tree.meta["number"]): Answer.of(tree, vote) for tree in trees} if self.rewards is not None else {}

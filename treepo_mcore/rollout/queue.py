@@ -37,18 +37,24 @@ class PromptQueue(Protocol):
     def give_up(self) -> None:
         """This engine's tail took too long: no more prompts take the place of rejected ones, on any engine."""
 
+    def enough(self) -> bool:
+        """Whether as many prompts are accepted as are wanted, while more are under way."""
+
     def closed(self) -> bool:
         """Whether all prompts of the step are done, on all engines."""
 
 
-class Resumed(NamedTuple):
-    """Prompts that go on from an earlier step: they have the first numbers, and nobody draws them."""
+class Wanted(NamedTuple):
+    """What a step is to bring."""
 
-    everywhere: int
-    here: int
+    accepted: int  # prompts; when they are there, the others are put off
+    drawn: int  # prompts under way, at least as many
+    limit: int  # the most that may be drawn
+    # Of these, prompts that go on from an earlier step: they have the first numbers, and nobody draws them.
+    resumed: int = 0  # on all engines
+    resumed_here: int = 0
 
 
-NONE_RESUMED = Resumed(0, 0)
 LOOKS_PER_SECOND = 2500  # of all engines together: a tenth of what a TCPStore serves (benchmarks/scale.py)
 ENGINES = 1 << 16  # at most
 # In the value of "done", one above the other: decided prompts, of these the rejected ones, engines that gave up.
@@ -91,20 +97,19 @@ class SharedQueue:
     ask again and again are no load for the store.
     """
 
-    def __init__(
-        self, store: dist.Store, engine: int, engines: int, wanted: int, limit: int, resumed: Resumed = NONE_RESUMED
-    ) -> None:
-        """store: the same empty one on all engines. limit: the most prompts that may be drawn.
+    def __init__(self, store: dist.Store, engine: int, engines: int, wanted: Wanted) -> None:
+        """store: the same empty one on all engines.
 
         Raises ValueError where there are more engines or prompts than the counters have room for.
         """
+        limit = wanted.limit
         if engines > ENGINES or limit >= REJECTED:
             raise ValueError(f"expected at most {ENGINES} engines and {REJECTED - 1} prompts: {engines} and {limit}")
         self._store, self._engine, self._limit = store, engine, limit
-        self._resumed = resumed.everywhere
-        self._wanted = max(min(wanted, limit), resumed.everywhere)
-        self._share = math.ceil(wanted / engines)
-        self._held = resumed.here
+        self._resumed, self._enough = wanted.resumed, wanted.accepted
+        self._wanted = max(min(wanted.drawn, limit), wanted.resumed)
+        self._share = math.ceil(wanted.drawn / engines)
+        self._held = wanted.resumed_here
         self._pause = engines / LOOKS_PER_SECOND
         store.add("done", 0)
         store.add("fresh", 0)
@@ -142,6 +147,11 @@ class SharedQueue:
     def give_up(self) -> None:
         """See `PromptQueue`."""
         self._add(GAVE_UP)
+
+    def enough(self) -> bool:
+        """See `PromptQueue`."""
+        seen = self._recent()
+        return self._enough <= seen.decided - seen.rejected and self._enough < self._wanted
 
     def closed(self) -> bool:
         """See `PromptQueue`."""
@@ -189,21 +199,15 @@ class SharedQueue:
 class LockstepQueue:
     """Engine e of E draws the numbers e, e + E, ...; engines tell each other only on ticks: repeatable."""
 
-    def __init__(
-        self,
-        leaders: dist.ProcessGroup | None,
-        engine: int,
-        engines: int,
-        wanted: int,
-        limit: int,
-        resumed: Resumed = NONE_RESUMED,
-    ) -> None:
+    def __init__(self, leaders: dist.ProcessGroup | None, engine: int, engines: int, wanted: Wanted) -> None:
         """leaders: the first ranks of all engines, None for one engine."""
-        self._leaders, self._engines, self._limit = leaders, engines, limit
-        self._wanted = max(min(wanted, limit), resumed.everywhere)
-        self._next = resumed.everywhere + engine
+        self._leaders, self._engines, self._limit = leaders, engines, wanted.limit
+        self._wanted, self._accepted = max(min(wanted.drawn, wanted.limit), wanted.resumed), wanted.accepted
+        self._next = wanted.resumed + engine
         self._mine = 0  # rejected here
+        self._done = 0  # decided here
         self._allowed = self._wanted
+        self._enough = False
         self._over = False
         self._closed = False
 
@@ -222,21 +226,27 @@ class LockstepQueue:
     def report(self, rejected: bool) -> None:
         """See `PromptQueue`."""
         self._mine += rejected
+        self._done += 1
 
     def tick(self, finished: bool) -> None:
         """See `PromptQueue`."""
         # An engine is busy while it runs something or has a number of its own left to draw.
         has_more = self._next < self._allowed and not self._over
-        counts = torch.tensor([self._mine, int(not finished or has_more), int(self._over)])
+        counts = torch.tensor([self._mine, int(not finished or has_more), int(self._over), self._done])
         if self._leaders is not None:
             dist.all_reduce(counts, group=self._leaders)  # summed over engines
-        rejected, busy, given_up = counts.tolist()
+        rejected, busy, given_up, done = counts.tolist()
+        self._enough = self._accepted <= done - rejected and self._accepted < self._wanted
         # Every rejected prompt lets one more be drawn, unless some engine has given its tail up.
         allowed = self._allowed if given_up else min(self._limit, self._wanted + rejected)
         # A raised limit gives engines new numbers, which they only learn of now: they must have a tick to draw them
         # before the step can be over.
         self._closed = not busy and allowed == self._allowed
         self._allowed = allowed
+
+    def enough(self) -> bool:
+        """See `PromptQueue`."""
+        return self._enough
 
     def give_up(self) -> None:
         """See `PromptQueue`."""
