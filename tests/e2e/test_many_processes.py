@@ -18,7 +18,7 @@ SETTINGS = [
     # Eight engines: 64 MB of KV cache each instead of 1 GB, and fewer requests at once.
     f"rollout.engine.kv_cache_memory_bytes={64 * 2**20}",
     "rollout.engine.max_num_seqs=32",
-    "trainer.steps=3",
+    "trainer.steps=2",
     "trainer.prompts_per_step=16",
     "trainer.prompts_per_update=8",
     "trainer.eval_before=false",
@@ -74,8 +74,8 @@ def test_eight_processes_train_within_24_gib(task: list[str], tmp_path: Path) ->
     assert process.returncode == 0, output[-4000:]
     summary = json.loads(output.strip().splitlines()[-1])
     assert summary["layout"] == "tp2 pp2 dp2 rollout-tp1"
-    assert summary["steps"] == 3
+    assert summary["steps"] == 2
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "reward/mean" in row] == [0, 1, 2]
+    assert [row["step"] for row in rows if "reward/mean" in row] == [0, 1]
     assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in rows) < 1e-4
     assert 0 < peaks[0] < 24

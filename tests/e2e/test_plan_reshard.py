@@ -15,15 +15,12 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = EXAMPLES / "models"
 RECIPES = {  # -> nodes of 8
     "qwen2.5-7b-8gpu/config.yaml": 1,
+    "qwen2.5-7b-32k-8gpu/config.yaml": 1,
     "qwen3-30b-a3b-8gpu/config.yaml": 1,
-    "llama-3.1-70b-64gpu/config.yaml": 8,
     "llama-3.1-70b-64gpu/config_fp8.yaml": 8,
-    "qwen2.5-72b-64gpu/config.yaml": 8,
-    "llama-3.1-405b-256gpu/config_fp8.yaml": 32,
 }
 GB = 1e9
 CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vocabulary padding left out
-    "70B tp8 pp4": ("Llama-3.1-70B", 8, ["actor.tp=8", "actor.pp=4", "rollout.tp=8"], 17.64),
     "70B tp8 pp4, fp8": (
         "Llama-3.1-70B",
         8,

@@ -20,27 +20,6 @@ def measure(out, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.long
-def test_small_rows(tmp_path):
-    out = tmp_path / "rows.json"
-    kept = {"case": "TP9", "processes": 9, "millions": 9, "direct_over_floor": 1.5}
-    kept |= {way: {"median": 0.002, "min": 0.001, "max": 0.003} for way in ("gather", "direct", "floor")}
-    kept |= {"ranks": [{"received_bytes": 2_000_000, "least_bytes": 1_000_000}]}
-    out.write_text(json.dumps({"rows": [kept]}))
-    done = measure(out, "--processes", "2", "--rollout-tp", "2")
-    assert done.returncode == 0, done.stderr
-    first, *rows = json.loads(out.read_text())["rows"]
-    assert first == kept
-    assert [row["case"] for row in rows] == ["TP2 -> TP2", "PP2 -> TP2", "TP1 DP2 -> TP2"]
-    for row in rows:
-        assert all(0 < row[way]["median"] < 60 for way in ("gather", "direct", "unverified", "floor"))
-        assert [rank["received_bytes"] for rank in row["ranks"]] == [rank["least_bytes"] for rank in row["ranks"]]
-        assert len(row["commit"]) >= 7
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 4
-    assert table[-1] == "| TP9 | 9, 9M | 2 (1-3) | 2 (1-3) | 2 (1-3) | 1.50 | 2.0 (1.0) |"
-
-
 def test_rows_that_fail_leave_the_others(tmp_path, monkeypatch, capsys):
     """One of three does; when all do, that is the status."""
     way = {"median": 1.0, "min": 1.0, "max": 1.0}

@@ -69,7 +69,7 @@ def test_the_loss_of_a_step_is_that_of_transformers(task: list[str], tmp_path: P
 
 
 @pytest.mark.long
-def test_it_learns_stops_at_an_accuracy_and_goes_on_bit_for_bit(task: list[str], tmp_path: Path) -> None:
+def test_it_learns_and_goes_on_bit_for_bit(task: list[str], tmp_path: Path) -> None:
     steps = ["trainer.steps=12", "trainer.prompts_per_update=16", "actor.optimizer.warmup_steps=2"]
     whole = sft(task, tmp_path / "whole", *steps, "trainer.eval_every=0")
     losses = [row["actor/loss"] for row in whole if "actor/loss" in row]
@@ -80,8 +80,4 @@ def test_it_learns_stops_at_an_accuracy_and_goes_on_bit_for_bit(task: list[str],
     sft(task, tmp_path / "cut", *steps, "trainer.save_every=5", "trainer.max_seconds=0.001", "trainer.export=false")
     again = sft(task, tmp_path / "cut", *steps, "trainer.eval_every=0")
     assert [row["actor/loss"] for row in again if "actor/loss" in row] == losses
-    early = sft(task, tmp_path / "early", *steps, "trainer.eval_every=3", "trainer.stop_at_accuracy=1e-9")
-    taught = sum("actor/loss" in row for row in early)
-    reached = [row["eval/accuracy"] for row in early if "eval/accuracy" in row]
-    assert taught == 12 or (taught % 3 == 0 and reached[-1] > 0 and not any(reached[:-1]))
     assert all(math.isfinite(loss) for loss in losses)

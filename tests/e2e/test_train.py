@@ -25,7 +25,6 @@ LAYOUTS = {
     "tp2 with sequence parallelism, one engine": (2, ["actor.tp=2", "actor.sequence_parallel=true", "rollout.tp=2"]),
     "pp2": (2, ["actor.pp=2"]),
     "cp2, one engine": (2, ["actor.cp=2", "rollout.tp=2"]),
-    "tp2 x pp2, four engines": (4, ["actor.tp=2", "actor.pp=2"]),
 }
 
 
@@ -92,10 +91,9 @@ def _check_policy(directory: Path) -> None:
 
 @pytest.mark.long
 def test_everything_offloaded_between_phases(task: list[str], tmp_path: Path) -> None:
-    """What a GPU needs, done with ordinary memory: two steps, evaluation, a checkpoint that continues, an export."""
+    """What a GPU needs, done with ordinary memory: two steps, evaluation, a checkpoint, an export."""
     overrides = [*task, f"run.dir={tmp_path}", "memory.offload=[parameters,gradients,optimizer]"]
-    train(2, [*overrides, "trainer.steps=1"])
-    assert "resumed at step 1" in train(2, [*overrides, "trainer.steps=2"])
+    train(2, [*overrides, "trainer.steps=2"])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in rows) < 1e-4
     _check_policy(tmp_path / "policy")
@@ -181,41 +179,3 @@ def test_a_sick_run_is_told_what_it_has(task: list[str], tmp_path: Path, monkeyp
     output = train(1, [*task, *(f"{key}={value}" for key, value in settings.items())])
     told = {line.split(": ")[2] for line in output.splitlines() if "observe.health: step" in line}
     assert told >= {"cut answers", "reward calls fail", "key-value cache too small"}, told
-
-
-@pytest.mark.long
-def test_demo_learns(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, QUICKSTART / "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1500
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    summary = json.loads(result.stdout.strip().splitlines()[-1])
-    assert 0.2 <= summary["accuracy_before"] <= 0.5
-    assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.15
-    assert summary["seconds"] > summary["warmup_seconds"] > 0
-    assert "treepo_mcore.observe.health" not in result.stdout + result.stderr  # a healthy run is silent
-    held_out = tmp_path / ".cache" / "quickstart" / "data" / "eval.jsonl"
-    solved = _solved_by_vllm(tmp_path / "runs" / "quickstart" / "policy", held_out, 64)
-    assert solved / 64 > summary["accuracy_after"] - 0.2  # of other problems: three standard errors
-
-
-VLLM = """
-import json, sys
-from treepo_mcore.system.environment import prepare_environment
-prepare_environment()
-from vllm import LLM, SamplingParams
-from treepo_mcore.rewards.math import boxed_answer
-policy, held_out, count = sys.argv[1:]
-rows = [json.loads(line) for line in open(held_out)][: int(count)]
-llm = LLM(policy, dtype="float32", max_model_len=160, enforce_eager=True, kv_cache_memory_bytes=1 << 28)
-answers = llm.generate([row["prompt"] for row in rows], SamplingParams(temperature=0, max_tokens=80), use_tqdm=False)
-print(sum(boxed_answer(a.outputs[0].text) == row["answer"] for a, row in zip(answers, rows)))
-"""
-
-
-def _solved_by_vllm(policy: Path, held_out: Path, count: int) -> int:
-    """vLLM alone, with the tokenizer that was exported beside the weights."""
-    command = [sys.executable, "-c", VLLM, str(policy), str(held_out), str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return int(done.stdout.split()[-1])

@@ -49,7 +49,7 @@ def test_a_signal_before_there_are_ranks_ends_torchrun(tmp_path):
 
 
 @pytest.mark.long
-def test_a_signal_to_the_script_ends_in_75_and_the_script_continues(task, tmp_path):
+def test_a_signal_to_the_script_saves_and_ends_in_75(task, tmp_path):
     running = start(task, tmp_path, 1000)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 600
@@ -62,7 +62,3 @@ def test_a_signal_to_the_script_ends_in_75_and_the_script_continues(task, tmp_pa
     done = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert running.returncode == 75, output
     assert f"SIGUSR1: saved at step {done}, exit status 75" in output
-    again = start(task, tmp_path, done + 1)
-    output, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, output
-    assert f"resumed at step {done}" in output

@@ -44,7 +44,7 @@ def test_recipes_fit(recipe):
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) == 7
+    assert len(RECIPES) == 8
 
 
 def test_the_7b_recipe_is_the_papers():
