@@ -32,7 +32,7 @@ from treepo_mcore.learn.packing import pack_trees
 from treepo_mcore.model.architecture import read_sizes
 from treepo_mcore.model.shards import engine_parameters, model_parameters, stage_parameters, stages
 from treepo_mcore.plan.hardware import make_cluster
-from treepo_mcore.plan.memory import plan_engine, plan_memory
+from treepo_mcore.plan.memory import longest_path, plan_engine, plan_memory
 from treepo_mcore.plan.plan import plan_run
 from treepo_mcore.plan.seconds import pass_time, push_time
 from treepo_mcore.plan.workload import Assumptions, grow, hazard, make_workload
@@ -320,3 +320,18 @@ def test_layouts_without_meaning_are_refused():
 def test_planning_takes_no_torch():
     code = "import sys, treepo_mcore.plan.suggest, treepo_mcore.plan.references; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_longest_path_is_the_last_that_fits_and_grows_with_context_parallelism():
+    cluster, found = make_cluster("h100", "ib400", 1, 8), []
+    for cp in (1, 2, 4):
+        ours = config(actor={"tp": 2, "cp": cp, "sequence_parallel": True})
+        found.append(longest_path(ours, sizes("Qwen2.5-7B"), cluster))
+        totals = [
+            plan_memory(ours, sizes("Qwen2.5-7B"), cluster, tokens // cp).total("update")
+            for tokens in (found[-1], found[-1] + 1000)
+        ]
+        assert totals[0] <= cluster.gpu.memory < totals[1]
+    assert found[1] == pytest.approx(2 * found[0], rel=0.1)
+    assert found[2] == pytest.approx(4 * found[0], rel=0.1)
+    assert longest_path(config(actor={"tp": 1}), sizes("Llama-3.1-70B"), cluster) == 0

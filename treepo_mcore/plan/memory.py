@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from treepo_mcore.actor.costs import (
@@ -25,6 +27,7 @@ from treepo_mcore.model.shards import (
 from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan.hardware import Cluster
 
+MOST_THOUSANDS = 10_000  # of tokens in a path: looked no further
 PHASES = ("update", "log_probs", "push", "rollout")
 DEFAULT_REQUESTS = {True: 1024, False: 256}  # vLLM's max_num_seqs: GPUs of 70 GiB and more but the A100; others
 DEFAULT_BATCHED_TOKENS = {True: 16384, False: 8192}  # vLLM's max_num_batched_tokens, likewise
@@ -57,6 +60,16 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, tokens: int) -> 
     phases = {phase: all_phases[i][phase] for phase, i in fullest.items()}
     host, disk = host_memory(config, sizes, cluster.world, cluster.gpus_per_node), checkpoint_bytes(actor, sizes)
     return Memory(fullest, phases, host, disk, engine, cluster.gpu.memory)
+
+
+def longest_path(config: Config, sizes: Sizes, cluster: Cluster) -> int:
+    """Tokens of the longest path that an update and the pass for log-probs have the memory for, in whole thousands."""
+
+    def fits(thousands: int) -> bool:
+        memory = plan_memory(config, sizes, cluster, math.ceil(1000 * thousands / config.actor.cp))
+        return max(memory.total("update"), memory.total("log_probs")) <= memory.available
+
+    return 1000 * bisect_left(range(1, MOST_THOUSANDS), True, key=lambda thousands: not fits(thousands))
 
 
 def _stage_phases(

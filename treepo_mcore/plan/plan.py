@@ -14,7 +14,7 @@ from treepo_mcore.model.sizes import Sizes
 from treepo_mcore.plan import constants
 from treepo_mcore.plan.decode import RolloutTime, rollout_time
 from treepo_mcore.plan.hardware import Cluster, Gpu
-from treepo_mcore.plan.memory import PHASES, Memory, plan_memory
+from treepo_mcore.plan.memory import PHASES, Memory, longest_path, plan_memory
 from treepo_mcore.plan.seconds import (
     PushTime,
     UpdateTime,
@@ -71,6 +71,11 @@ class Plan:
     def data_parallel(self) -> int:
         """Replicas of the actor."""
         return self.cluster.world // self.config.actor.replica
+
+    @property
+    def longest_path(self) -> int:
+        """See `memory.longest_path`."""
+        return longest_path(self.config, self.sizes, self.cluster)
 
     @property
     def engines(self) -> int:
@@ -282,6 +287,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 phase: {"total": memory.total(phase), "stage": memory.stages[phase], "items": items}
                 for phase, items in memory.phases.items()
             },
+            "longest_path": plan.longest_path,
             "host_per_node": memory.host,
             "checkpoint": memory.checkpoint,
             "engine": asdict(engine),

@@ -72,6 +72,7 @@ def memory_table(plan: Plan) -> Table:
         table.add_row("of pipeline stage", *(str(memory.stages[phase]) for phase in PHASES))
     host = _gib(sum(memory.host.values())) or "0"
     table.caption = (
+        f"Longest path that this layout can train: {plan.longest_path} tokens\n"
         f"KV cache of an engine: {memory.engine.cache_tokens} tokens\n"
         f"Host memory of a node: {host} GiB; a checkpoint: {_gib(memory.checkpoint)} GiB"
     )
