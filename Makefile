@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TE := .te
 # Two files of tests at a time: most of a test waits for one process that imports.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long test-te test-gpu test-gpu-env lint setup lock clean
 

@@ -160,7 +160,7 @@ def _layouts(config: Config, sizes: Sizes, cluster: Cluster, one_batch: bool) ->
     least = config.actor.micro_batch_tokens
     batches = [least] if one_batch else [least, 2 * least]
     engines = [n for n in (1, 2, 4, 8, 16) if cluster.world % n == 0 and _engine_splits(config, sizes, n)]
-    for tp, cp in product((1, 2, 4, 8), (1, 2, 4, 8)):
+    for tp, cp in product((1, 2, 4, 8), (1, 2, 4)):
         if cluster.crosses(tp * cp) or sizes.split_problem(tp):
             continue
         for pp in (1, 2, 4, 8, 16, 32):
