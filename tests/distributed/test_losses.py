@@ -54,7 +54,7 @@ LAYOUTS = {
     # Two trees, then one: in the second update a rank has nothing to do.
     2: {
         "dp2": {"micro_batch_tokens": 48},
-        "dp2 flat": {"packing": "flat", "micro_batch_tokens": 64},
+        "cp2": {"cp": 2, "micro_batch_tokens": 64},
         "tp2": {"tp": 2, "sequence_parallel": True, "micro_batch_tokens": 64},
         "pp2": {"pp": 2, "micro_batch_tokens": 64},
     },
