@@ -417,6 +417,31 @@ def test_verdicts_on_prompts_that_were_given_up_are_not_waited_for():
     assert sorted(result.unfinished) == [8, 9]
 
 
+def test_resumed_prompts_are_held_and_nobody_draws_them():
+    store = dist.HashStore()
+    queues = [SharedQueue(store, engine, 2, Wanted(4, 6, 12, 3, here)) for engine, here in enumerate((2, 1))]
+    for queue in queues:
+        queue._pause, queue._next = 0.0, 0.0
+    one, other = queues
+    assert [one.draw(), one.draw()] == [3, None]  # three of six each
+    assert [other.draw(), other.draw(), other.draw()] == [4, 5, None]
+    for queue in (one, one, other):
+        queue.report(rejected=False)
+    assert not one.enough()
+    other.report(rejected=True)
+    assert not other.enough()
+    assert other.draw() == 6  # in the place of that
+    other.report(rejected=False)
+    assert one.enough()
+    assert other.enough()
+    assert not one.closed()
+    one.give_up()
+    one.report(rejected=True)  # what is put off
+    other.report(rejected=True)
+    assert one.closed()
+    assert other.closed()
+
+
 def test_no_tail_while_prompts_are_left_that_the_engine_may_not_draw_yet():
     """Another engine has room for none of its own prompts: this one holds its half, and takes the rest later."""
     queue = SharedQueue(dist.HashStore(), 0, 2, Wanted(8, 8, 8))

@@ -106,7 +106,7 @@ def test_what_was_put_off_goes_on_from_its_tokens(deterministic):
     def draw(request, position):
         length = len(request.context) + position - 5
         slowly = request.id.split(":")[1].split("/")[0] in slow
-        return EOS_TOKEN if length >= (17 if slowly else 2) else 5 + length % 7
+        return EOS_TOKEN if length >= (10 + request.seed % 8 if slowly else 2) else 5 + length % 7
 
     config = make_config(
         {"tail_steps": 12, "unfinished": "resume"},
@@ -124,6 +124,7 @@ def test_what_was_put_off_goes_on_from_its_tokens(deterministic):
         batch = rollout.collect(stream, step)
         seen.append(([tree.prompt_id for tree in batch.trees], batch.counts.unfinished_prompts))
         assert batch.counts.resumed_prompts == (seen[step - 1][1] if step else 0)
+        assert batch.counts.drawn_prompts == 10 - batch.counts.resumed_prompts
         assert batch.counts.discarded_tokens == 0
         assert all(leaf.reward is not None for tree in batch.trees for leaf in tree.leaves)
         assert [tree.meta["number"] for tree in batch.trees] == sorted(tree.meta["number"] for tree in batch.trees)
