@@ -19,8 +19,8 @@ from treepo_mcore.tree.files import read_trees, write_trees
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5}
 LAYOUTS = {
     "dp2": {},
-    "tp2": {"tp": 2},
     "tp2 sp": {"tp": 2, "sequence_parallel": True},
+    "cp2": {"cp": 2},
     "pp2": {"pp": 2},
     "pp2 uneven": {"pp": 2, "first_stage_layers": 1},
     "pp2 vpp2": {"pp": 2, "vpp": 2},
