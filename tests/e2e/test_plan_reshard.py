@@ -21,12 +21,6 @@ RECIPES = {  # -> nodes of 8
 }
 GB = 1e9
 CLUSTERS = {  # model, nodes of 8, layout, GB of an engine rank's parameters, vocabulary padding left out
-    "70B tp8 pp4, fp8": (
-        "Llama-3.1-70B",
-        8,
-        ["actor.tp=8", "actor.pp=4", "rollout.tp=8", "rollout.engine.quantization=fp8_per_block"],
-        9.09,
-    ),
     "70B tp4 pp4": ("Llama-3.1-70B", 8, ["actor.tp=4", "actor.pp=4", "rollout.tp=8"], 17.64),
 }
 
