@@ -48,6 +48,13 @@ def slow_last(request, position):
     return EOS_TOKEN if int(request.id.split(":")[0]) < 8 and position >= 1 else 5 + position % 7
 
 
+def ten_prompts(unfinished, **sections):
+    """A step of ten, whose tail is cut after twelve engine steps."""
+    trainer = {"prompts_per_step": 10, "prompts_per_update": 10}
+    rollout = {"tail_steps": 12, "unfinished": unfinished}
+    return make_config(rollout, filter={"enabled": False}, trainer=trainer, **sections)
+
+
 @pytest.mark.parametrize(
     ("unfinished", "expected"),
     [
@@ -57,11 +64,7 @@ def slow_last(request, position):
     ],
 )
 def test_unfinished_prompts(unfinished, expected):
-    config = make_config(
-        {"tail_steps": 12, "unfinished": unfinished},
-        filter={"enabled": False},
-        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
-    )
+    config = ten_prompts(unfinished)
     stream = PromptStream(make_prompts(30), seed=0, shuffle=False)
     rollout = Rollout(config, PLACEMENT, FakeEngine(slow_last), FakeTokenizer(), None)
     batch = rollout.collect(stream, 0)
@@ -79,11 +82,7 @@ def test_what_was_carried_is_not_given_up_again():
     def draw(request, position):
         return EOS_TOKEN if request.id.split(":")[1].split("/")[0] not in slow and position >= 1 else 5 + position % 7
 
-    config = make_config(
-        {"tail_steps": 12, "unfinished": "carry"},
-        filter={"enabled": False},
-        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
-    )
+    config = ten_prompts("carry")
     stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
     rollout = Rollout(config, PLACEMENT, FakeEngine(draw), FakeTokenizer(), None)
     seen = []
@@ -108,12 +107,7 @@ def test_what_was_put_off_goes_on_from_its_tokens(deterministic):
         slowly = request.id.split(":")[1].split("/")[0] in slow
         return EOS_TOKEN if length >= (10 + request.seed % 8 if slowly else 2) else 5 + length % 7
 
-    config = make_config(
-        {"tail_steps": 12, "unfinished": "resume"},
-        run={"deterministic": deterministic},
-        filter={"enabled": False},
-        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
-    )
+    config = ten_prompts("resume", run={"deterministic": deterministic})
     stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
     engine = FakeEngine(draw)
     rewards = FakeRewards(lambda text, prompt: stable_seed(text) % 2, delay=3)
@@ -174,11 +168,7 @@ def test_more_prompts_than_are_wanted_are_under_way_and_slow_ones_take_their_ste
 
 
 def test_what_was_put_off_is_sampled_anew_behind_a_checkpoint():
-    config = make_config(
-        {"tail_steps": 12, "unfinished": "resume"},
-        filter={"enabled": False},
-        trainer={"prompts_per_step": 10, "prompts_per_update": 10},
-    )
+    config = ten_prompts("resume")
     stream = PromptStream(make_prompts(300), seed=0, shuffle=False)
     rollout = Rollout(config, PLACEMENT, FakeEngine(slow_last), FakeTokenizer(), None)
     assert rollout.collect(stream, 0).counts.unfinished_prompts == 2
